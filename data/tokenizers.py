@@ -1,0 +1,181 @@
+"""tokenizers.py - text to token ids and back, and preference rows to token rows that fit the context.
+
+Three sources, one small wrapper: ranks files in tiktoken's format (the embedded world's `toy.tiktoken`, or one's own),
+GPT-2 through tiktoken, and a Hugging Face directory's `tokenizer.json`.
+ids: token ids   BOS, EOS: the special tokens that begin and end a text (EOS always exists, BOS need not)
+row: one prompt, its responses and their labels (`data.preferences.Row`)"""
+import base64
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable
+
+import tiktoken
+
+from common import UserError
+
+# GPT-2's split into words, numbers, punctuation and spaces, before the byte pairs are merged. The toy BPE uses it too.
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+EOS = "<|endoftext|>"  # of the tiktoken files
+# Where a Hugging Face directory does not say which tokens begin and end a text, the first of these that it has.
+USUAL = {"bos": ("<s>", "<|begin_of_text|>"), "eos": ("</s>", "<|endoftext|>", "<|end_of_text|>")}
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """encode(text) -> ids: never BOS, EOS or another special token, whatever the text spells. decode(ids) -> text:
+    special ids are spelled out. `prefix_space`: encode puts a space of its own in front (SentencePiece's habit)."""
+    name: str  # what load_tokenizer was given
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    vocab_size: int
+    eos_id: int
+    bos_id: int | None = None
+    prefix_space: bool = False
+
+
+@dataclass
+class TokenRow:
+    """prompt: ids, at least one. responses: ids, each ending in EOS unless it was cut. pairs, better: as in the Row."""
+    prompt: list[int]
+    responses: list[list[int]]
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+    better: list[list[int]] = field(default_factory=list)
+
+
+def load_tokenizer(where):
+    """-> Tokenizer. `where`: "toy", "gpt2", a `*.tiktoken` ranks file (split by PATTERN), or a Hugging Face directory.
+    Raises UserError where there is nothing of these, or it cannot be read."""
+    path = Path(where)
+    if where == "toy":
+        return _from_ranks("toy", Path(__file__).with_name("toy.tiktoken"))
+    if where == "gpt2":
+        try:
+            return _from_tiktoken("gpt2", tiktoken.get_encoding("gpt2"))
+        except Exception as error:  # offline and not cached: several packages' errors, no common base
+            raise UserError(f'tokenizer "gpt2": its ranks are not in tiktoken\'s cache and could not be downloaded '
+                            f'({type(error).__name__}); go online once, or give a gpt2.tiktoken file, a Hugging Face '
+                            f'directory with tokenizer.json, or "toy"') from None
+    if path.suffix == ".tiktoken":
+        return _from_ranks(str(where), path)
+    if (path / "tokenizer.json").is_file():
+        return _from_huggingface(str(where), path)
+    raise UserError(f'tokenizer "{where}": no such tokenizer; give "toy", "gpt2", a *.tiktoken ranks file, or a '
+                    f'directory that holds tokenizer.json')
+
+
+def tokenize(rows, tokenizer, max_length, max_prompt=None):
+    """rows: list of data.preferences.Row -> (list of TokenRow, counts), in order.
+
+    prompt   = BOS (where there is one) + encoded prompt. Without BOS an empty prompt is one EOS, so that the first
+               response token has something to condition on.
+    response = encoded response + EOS, exactly one; no EOS can come from text.
+    Over-long: prompt + response takes at most `max_length` tokens. First the prompt is cut to `max_prompt`, if given.
+    Then each response may take what the prompt leaves, and never less than half of `max_length`; what is beyond is
+    cut from the right, and a cut response gets no EOS: it did not end there, and EOS would teach to stop mid-sentence.
+    Last the prompt is cut from the left, BOS kept, to what the longest response of its row leaves.
+    counts: dict of prompts, responses (how many there are), prompts_cut, responses_cut."""
+    assert max_length >= 2 and (max_prompt is None or max_prompt >= 1), (max_length, max_prompt)
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    counts = dict(prompts=0, responses=0, prompts_cut=0, responses_cut=0)
+    token_rows = []
+    for row in rows:
+        prompt = (bos + _encode(tokenizer, row.prompt)) or [tokenizer.eos_id]
+        full_prompt = len(prompt)
+        if max_prompt is not None:
+            prompt = _cut_left(prompt, max_prompt, bos)
+        room = max(max_length // 2, max_length - len(prompt))
+        full = [_encode(tokenizer, text, continues=True) + [tokenizer.eos_id] for text in row.responses]
+        responses = [ids[:room] for ids in full]  # EOS is the last id, so a cut loses it
+        prompt = _cut_left(prompt, max_length - max(map(len, responses), default=0), bos)
+        counts["prompts"] += 1
+        counts["responses"] += len(full)
+        counts["prompts_cut"] += len(prompt) < full_prompt
+        counts["responses_cut"] += sum(len(ids) > room for ids in full)
+        token_rows.append(TokenRow(prompt, responses, row.pairs, row.better))
+    return token_rows, counts
+
+
+def _encode(tokenizer, text, continues=False):
+    """ids of text. `continues`: it follows a prompt, so SentencePiece's own space stands for the text's first one."""
+    if continues and tokenizer.prefix_space:
+        text = text.removeprefix(" ")
+    ids = tokenizer.encode(text)
+    assert tokenizer.eos_id not in ids, f"EOS inside a text: {text[:80]!r}"
+    return ids
+
+
+def _cut_left(prompt, length, bos):
+    """The last `length` ids of the prompt, the first of them replaced by BOS where there is one."""
+    if len(prompt) <= length:
+        return prompt
+    return bos + prompt[len(prompt) - length + len(bos):]
+
+
+def _from_ranks(name, path):
+    """A file of lines "base64(token bytes) rank", ranks 0, 1, 2, … and every single byte among the tokens."""
+    try:  # read here, not by tiktoken's loader: that caches by path, and would miss a file that was made anew
+        pairs = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except OSError as error:
+        raise UserError(f"tokenizer {path}: cannot be read ({error.strerror}); check the path") from None
+    except ValueError:
+        raise UserError(f"tokenizer {path}: not a tiktoken ranks file; each line must be: base64-token rank") from None
+    if sorted(ranks.values()) != list(range(len(pairs))) or not all(bytes([byte]) in ranks for byte in range(256)):
+        raise UserError(f"tokenizer {path}: the ranks must be 0, 1, 2, …, each once, and all 256 single bytes among "
+                        f"the tokens; train or copy the file anew")
+    return _from_tiktoken(name, tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks,
+                                                  special_tokens={EOS: len(ranks)}))
+
+
+def _from_tiktoken(name, encoding):
+    return Tokenizer(name, encode=encoding.encode_ordinary, decode=encoding.decode,  # ordinary: no special tokens
+                     vocab_size=encoding.n_vocab, eos_id=encoding.eot_token)
+
+
+def _from_huggingface(name, path):
+    """tokenizer.json through the `tokenizers` package; BOS and EOS from the JSON files beside it, or the usual ones."""
+    import tokenizers  # only here: the embedded world does without
+    try:
+        model = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    except Exception as error:  # the package raises bare Exceptions
+        raise UserError(f"tokenizer {path / 'tokenizer.json'}: cannot be read ({error})") from None
+    model.encode_special_tokens = True  # "</s>" in a text is four characters, not the end
+    model.no_truncation()  # a saved setting would cut silently; tokenize() cuts and counts
+    model.no_padding()
+
+    def encode(text):
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half an emoji: U+FFFD, as tiktoken
+        return model.encode(text, add_special_tokens=False).ids  # no BOS from the post-processor
+
+    bos, eos = (_special_id(model, path, kind) for kind in ("bos", "eos"))
+    if eos is None:
+        raise UserError(f"tokenizer {path}: no EOS token found; name eos_token in its tokenizer_config.json")
+    if bos == eos:  # GPT-2's one special token: it ends texts, so it must not begin prompts
+        bos = None
+    return Tokenizer(name, encode, decode=lambda ids: model.decode(ids, skip_special_tokens=False),
+                     vocab_size=model.get_vocab_size(), eos_id=eos, bos_id=bos,
+                     prefix_space=model.encode("a", add_special_tokens=False).tokens[0][0] in "▁Ġ")
+
+
+def _special_id(model, path, kind):
+    """The id of BOS or EOS (`kind` "bos" or "eos"), or None. The first file that names it decides. That there is no BOS
+    counts as naming it: Qwen2's tokenizer_config.json says so, though its config.json has a number for one."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"):
+        if not (path / file).is_file():
+            continue
+        try:
+            settings = json.loads((path / file).read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"tokenizer {path / file}: not JSON; copy the file anew") from None
+        token, number = settings.get(f"{kind}_token"), settings.get(f"{kind}_token_id")
+        if token:  # spelled, as a string or as {"content": …}
+            number = model.token_to_id(token["content"] if isinstance(token, dict) else token)
+        if kind == "bos" and settings.get("add_bos_token") is False:
+            return None
+        if number is not None:  # chat models number several ends in a list: take the first
+            return number[0] if isinstance(number, list) else number
+        if kind == "bos" and "bos_token" in settings:  # null
+            return None
+    found = (model.token_to_id(token) for token in USUAL[kind])
+    return next((number for number in found if number is not None), None)

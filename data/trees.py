@@ -1,0 +1,88 @@
+"""trees.py - batches in which the responses to one prompt share their common beginnings.
+
+One row of a batch is a prompt with all its responses, packed as a tree of tokens: the prompt is the trunk, and two
+responses part where they first differ. A token attends to its ancestors alone, so each response sees exactly what it
+would see in a row of its own, but the prompt and every shared beginning are computed once. (For two responses to a
+prompt that is the prompt once instead of twice; for the embedded world's many short responses it is 3 to 6 times less.)
+
+B: rows   T: nodes of the largest tree   R: responses   N: predicted tokens (edges)   L: tokens of the longest response
+P: pairs   m: dimensions
+"""
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+
+@dataclass
+class TreeBatch:
+    """B packed rows. All indices are int64 tensors."""
+    tokens: torch.Tensor        # (B, T)          padded with 0
+    positions: torch.Tensor     # (B, T)          depth in the tree = position in the sequence
+    mask: torch.Tensor          # (B, 1, T, T)    True where a token may attend: itself and its ancestors
+    parents: torch.Tensor       # (N,)            b·T + t of the node whose hidden state predicts the token
+    targets: torch.Tensor       # (N,)            the predicted token
+    paths: torch.Tensor         # (R, L)          each response's tokens as indices into the N; N pads
+    response_row: torch.Tensor  # (R,)            the row of each response
+    pairs: torch.Tensor         # (P, 2)          the compared responses, as indices into the R
+    pair_row: torch.Tensor      # (P,)            the row of each pair
+    better: torch.Tensor        # (P, m)          0: the first is better, 1: the second, -1: no label
+
+    def to(self, device):
+        """The same batch on another device."""
+        return TreeBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+def pack(rows):
+    """Packs TokenRows (data.tokenizers) into one TreeBatch. Every prompt has at least one token."""
+    trees = [_tree(row.prompt, row.responses) for row in rows]
+    B, T = len(rows), max(len(tokens) for tokens, *_ in trees)
+    tokens, positions = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
+    mask = np.zeros((B, 1, T, T), bool)
+    mask[:, 0, np.arange(T), np.arange(T)] = True                             # padding sees itself: no empty softmax row
+    parents, targets, paths, response_row, pairs, pair_row, better = [], [], [], [], [], [], []
+    for b, (row, (nodes, parent, edges, row_paths)) in enumerate(zip(rows, trees)):
+        tokens[b, :len(nodes)] = nodes
+        for t, p in enumerate(parent):                                        # a parent stands before its children
+            if p >= 0:
+                positions[b, t] = positions[b, p] + 1
+                mask[b, 0, t] |= mask[b, 0, p]
+        offset = len(targets)
+        parents += [b * T + node for node, _ in edges]
+        targets += [token for _, token in edges]
+        pairs += [(len(paths) + first, len(paths) + second) for first, second in row.pairs]
+        pair_row += [b] * len(row.pairs)
+        better += row.better
+        response_row += [b] * len(row_paths)
+        paths += [[offset + e for e in path] for path in row_paths]
+    N, L = len(targets), max(map(len, paths))
+    tensor = lambda x, *shape: torch.tensor(x, dtype=torch.int64).reshape(*shape)
+    return TreeBatch(torch.from_numpy(tokens), torch.from_numpy(positions), torch.from_numpy(mask), tensor(parents, N),
+                     tensor(targets, N), tensor([p + [N] * (L - len(p)) for p in paths], -1, L), tensor(response_row, -1),
+                     tensor(pairs, -1, 2), tensor(pair_row, -1), tensor(better, len(better), -1 if better else 0))
+
+
+def _tree(prompt, responses):
+    """One prompt and its responses as a tree.
+
+    Returns nodes (their tokens), parent (of each node, -1 at the root), edges (predicting node, token), and for each
+    response its list of edges. A token that nothing follows is predicted but never read: it is an edge and no node.
+    """
+    nodes, parent = list(prompt), list(range(-1, len(prompt) - 1))
+    edges, edge_of, child = [], {}, {}
+    paths = []
+    for response in responses:
+        at, path = len(prompt) - 1, []                                        # at: the node that predicts the next token
+        for i, token in enumerate(response):
+            if (at, token) not in edge_of:
+                edge_of[at, token] = len(edges)
+                edges.append((at, token))
+            path.append(edge_of[at, token])
+            if i + 1 < len(response):
+                if (at, token) not in child:
+                    child[at, token] = len(nodes)
+                    nodes.append(token)
+                    parent.append(at)
+                at = child[at, token]
+        paths.append(path)
+    return nodes, parent, edges, paths

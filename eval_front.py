@@ -1,0 +1,506 @@
+"""eval_front.py - what a trained run achieves over the whole simplex of preferences, beside what is possible.
+
+    python eval_front.py out/a                   # writes front.json and front.png into the run directory
+    python eval_front.py out/a out/b out/c       # the same for each, and one table and picture of all (out/compare)
+    python eval_front.py out/a --evolution       # the front at every snapshot of the training (Fig. 4)
+
+N: preferences   m: dimensions   lams: (N, m)   xi: (N, m) the point reached at each preference, larger is better
+J_i = −L_DPO,i; on the embedded world an exact expectation over all pairs of responses and their labels, and normalised so
+that the exact front's best value of a dimension (ideal) is 1 and its worst (nadir) is 0. The hypervolume's reference
+point is −0.1 there in every dimension. On preference files xi is the implicit-reward accuracy, with reference point 0.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common import UserError, flag, pick_device, read_json, run_main, write_json, write_whole
+from data import optimum, toy
+from data.optimum import simplex_lattice
+from data.preferences import read_preferences
+from data.tokenizers import load_tokenizer, tokenize
+from data.trees import pack
+from model import Transformer
+from objectives import dpo_loss, implicit_accuracy, response_logprobs, token_logprobs
+from svd_lora import adapters_off, load_adapter, merged_state_dict, read_adapter_header, set_preference
+
+matplotlib.use("Agg")
+REFERENCE = -0.1            # of the hypervolume, in normalised J
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Metrics of a set of points, larger is better. Pure functions of (N, m) arrays.
+
+def nondominated(points):
+    """Which points no other dominates (at least as good everywhere and better somewhere). (N, m) -> (N,) bool.
+
+    Equal points do not dominate each other: duplicates of a non-dominated point are all kept.
+    """
+    P = np.asarray(points, dtype=float)
+    keep = np.ones(len(P), dtype=bool)
+    for i, p in enumerate(P):
+        keep[i] = not ((P >= p).all(1) & (P > p).any(1)).any()
+    return keep
+
+
+def hypervolume(points, reference):
+    """The volume that is dominated by `points` and dominates `reference`: HV = measure of ∪_i [reference, ξ^i].
+
+    points (N, m), reference (m,); exact, for any m. Points that are not better than the reference everywhere add nothing.
+    """
+    P, z = np.asarray(points, dtype=float), np.asarray(reference, dtype=float)
+    P = P[(P > z).all(1)] - z
+    return float(_volume(P[nondominated(P)])) if len(P) else 0.0
+
+
+def _volume(P):
+    """Hypervolume over the origin of mutually non-dominated points, by slicing off one dimension at a time.
+
+    In ascending order of the last coordinate, what point p adds to the points after it is a slab of height p_m: its
+    box in the other m − 1 dimensions, less the part of that box which the later points cover (all of them are taller).
+    """
+    if P.shape[1] == 1:
+        return P.max()
+    if P.shape[1] == 2:                                                               # a staircase
+        P = P[np.lexsort((-P[:, 1], -P[:, 0]))]
+        top = np.maximum.accumulate(P[:, 1])
+        return (P[:, 0] * np.diff(top, prepend=0.0)).sum()
+    P, total = P[np.argsort(P[:, -1], kind="stable")], 0.0
+    for i, p in enumerate(P):
+        covered = np.minimum(P[i + 1:, :-1], p[:-1])
+        total += p[-1] * (p[:-1].prod() - (_volume(covered[nondominated(covered)]) if len(covered) else 0.0))
+    return total
+
+
+def inner_product(lams, points):
+    """IP = (1/N) Σ_i ⟨λ^i, ξ^i⟩: whether the points follow the preferences."""
+    return float((np.asarray(lams) * np.asarray(points)).sum(1).mean())
+
+
+def sparsity(points):
+    """1/(m(N−1)) Σ_j Σ_i (gap between neighbours on objective j)²; smaller is denser.
+
+    For m = 2 and non-dominated points this is 1/(m(N−1)) Σ_i ‖ξ^i − ξ^{i+1}‖²; the form by objectives carries over to
+    m > 2, where points have no one order. Dominated points are not removed here. 0 for a single point.
+    """
+    P = np.sort(np.asarray(points, dtype=float), axis=0)
+    return float((np.diff(P, axis=0) ** 2).sum() / (P.shape[1] * (len(P) - 1))) if len(P) > 1 else 0.0
+
+
+def spacing(points, p=2):
+    """sqrt( (1/N) Σ_i (d_i − d̄)² ), d_i the distance to the nearest other point (p-norm); 0 when evenly spread."""
+    P = np.asarray(points, dtype=float)
+    if len(P) < 2:
+        return 0.0
+    distance = np.linalg.norm(P[:, None] - P[None], ord=p, axis=-1) + np.diag(np.full(len(P), np.inf))
+    return float(distance.min(1).std())
+
+
+def spearman(x, y):
+    """Rank correlation; ties share their mean rank. 0 where one of the two is constant."""
+    rank = lambda v: np.array([(v < a).sum() + ((v == a).sum() - 1) / 2 for a in v])
+    a, b = rank(np.asarray(x)), rank(np.asarray(y))
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Log-probs of responses under a model.
+
+def batch_logprobs(model, batch):
+    """log π(y|x) of every response of a TreeBatch: (R,) fp32."""
+    hidden = model(batch.tokens, batch.positions, batch.mask, return_hidden=True)     # (B, T, D)
+    hidden = hidden.flatten(0, 1)[batch.parents]                                      # (B·T, D) -> (N, D)
+    return response_logprobs(token_logprobs(hidden, model.head_weight, batch.targets), batch.paths)
+
+
+def world_batches(prompts, tokenizer, device, responses=32, rows=40):
+    """All responses to `prompts`, packed for world_logprobs: `responses` neighbours share a tree, `rows` trees a batch."""
+    cut = [toy.as_row(x, texts[i:i + responses]) for x in prompts for texts in [toy.responses(x)]
+           for i in range(0, len(texts), responses)]
+    trees = tokenize(cut, tokenizer, max_length=10_000)[0]
+    return [pack(trees[i:i + rows]).to(device) for i in range(0, len(trees), rows)]
+
+
+@torch.no_grad()
+def world_logprobs(model, batches):
+    """log π(y|x) of every prompt's every response: (prompts, S) float64."""
+    return torch.cat([batch_logprobs(model, batch) for batch in batches]).double().cpu().view(-1, toy.N_RESPONSES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. The policies of a run.
+
+def policies(run, config, model, lams, adapters=None):
+    """Yields (λ, model ready to be used at that λ) for each preference, with `model` changed in place.
+
+    Panacea sets λ in its one adapter. Rewarded soups average the merged weights of m models, W0 + Σ λ_i ΔW_i. A discrete
+    policy solution has one adapter for each of its own preferences, and `lams` is ignored.
+    """
+    method, dims = config["flags"]["method"], config["dims"]
+    if method == "panacea":
+        load_adapter(model, adapters or run / "adapter.safetensors", dims)
+        for lam in lams:
+            set_preference(model, lam)
+            yield lam, model
+    elif method == "rs":
+        ends = []
+        for dim in dims:
+            load_adapter(model, run / f"adapter-{dim}.safetensors", dims)
+            ends.append(merged_state_dict(model))
+        soup = Transformer(model.config).to(model.embed.weight)
+        for lam in lams:
+            soup.load_state_dict({key: sum(w * end[key] for w, end in zip(lam.tolist(), ends)) for key in ends[0]})
+            yield lam, soup
+    else:
+        for file in sorted(run.glob("adapter-*.safetensors")):
+            header = load_adapter(model, file, dims)
+            yield torch.tensor(header["lam"]), model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. What a policy achieves.
+
+class World:
+    """The embedded world's evaluation prompts with all their responses, ready to measure policies exactly."""
+
+    def __init__(self, dims, tokenizer, device, split="eval"):
+        prompts = toy.prompts(split)
+        self.batches = world_batches(prompts, tokenizer, device)
+        self.scores = torch.stack([toy.scores(x, toy.responses(x)) for x in prompts])                 # (prompts, S, 10)
+        self.columns = [toy.DIMS.index(dim) for dim in dims]
+        problem_scores, _, self.problem = optimum.problems(prompts, dims)
+        self.label_probs = optimum.label_probs(problem_scores)                                         # (Q, m, S, S)
+
+    def reference(self, model):
+        """Measures the base model once; what measure() needs of it."""
+        with adapters_off(model):
+            self.ref = world_logprobs(model, self.batches)
+
+    def measure(self, model, beta):
+        """J (m,), mean scores (m,) given that the response is one of the world's, and the mass on all other texts."""
+        logps = world_logprobs(model, self.batches)                                                    # (prompts, S)
+        h, J = beta * (logps - self.ref), 0.0
+        for q in self.problem.unique():                                                                # few: equal prompts share
+            here = self.problem == q
+            J = J - optimum.dpo_losses(h[here][:, None], self.label_probs[q][None]).sum((0, 1)) / len(h)
+        inside = logps.exp()
+        scores = torch.einsum("xs,xsi->i", inside / inside.sum(1, keepdim=True), self.scores[..., self.columns]) / len(h)
+        return {"J": J.tolist(), "scores": scores.tolist(), "outside_mass": (1 - inside.sum(1)).mean().item()}
+
+
+class PreferenceFiles:
+    """Held-out preference rows: implicit-reward accuracy and −L_DPO of every dimension."""
+
+    def __init__(self, config, model, tokenizer, device):
+        flags = config["flags"]
+        rows, *_ = read_preferences(flags["eval_data"], dims=config["dims"], seed=flags["seed"])
+        rows = tokenize(rows, tokenizer, min(flags["max_length"], model.config.context_length))[0]
+        B = flags["batch_size"]
+        self.batches = [pack(rows[i:i + B]).to(device) for i in range(0, len(rows), B)]
+
+    @torch.no_grad()
+    def reference(self, model):
+        """Measures the base model once; what measure() needs of it."""
+        with adapters_off(model):
+            self.ref = [batch_logprobs(model, batch) for batch in self.batches]
+
+    @torch.no_grad()
+    def measure(self, model, beta):
+        """J = −L_DPO (m,) and scores: the implicit-reward accuracy (m,) on the rows that have the label."""
+        loss = correct = count = 0.0
+        for batch, ref in zip(self.batches, self.ref):
+            l, c, known = dpo_on_pairs(batch_logprobs(model, batch), ref, batch, beta)
+            loss, correct, count = loss + (l * known).sum(0), correct + (c * known).sum(0), count + known.sum(0)
+        return {"J": (-loss / count).tolist(), "scores": (correct / count).tolist(), "outside_mass": None}
+
+
+def dpo_on_pairs(pi, ref, batch, beta):
+    """DPO on every pair and dimension of a TreeBatch, Eq. (2).
+
+    pi, ref: (R,) log-probs of its responses. Returns loss (P, m); correct (P, m), whether the implicit reward agrees
+    with the label; known (P, m), 0 where there is no label.
+    """
+    first, second = batch.pairs.T                                                     # (P,)
+    flip = batch.better == 1                                                          # (P, m): the second is better
+    chosen = torch.where(flip, second[:, None], first[:, None])                       # (P, m): the preferred response
+    rejected = torch.where(flip, first[:, None], second[:, None])
+    loss, good, bad = dpo_loss(pi[chosen], pi[rejected], ref[chosen], ref[rejected], beta)
+    return loss, implicit_accuracy(good, bad), (batch.better >= 0).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The exact front of the embedded world, and the scale that it sets.
+
+def exact_front(dims, aggregate, ideal=None, split="eval"):
+    """The best that any policy can do on `split`, for this objective and aggregation, on a fine grid of preferences.
+
+    Returns dict: lams (N, m), J (N, m), ideal (m,), nadir (m,) (the best and worst J_i on the front of linear
+    scalarisation), hypervolume in normalised J, and residual: the largest gradient entry (ls) or duality gap (tche) that
+    is left, checked to be 0 but for rounding.
+    """
+    m = len(dims)
+    lams = simplex_lattice(m, {2: 100, 3: 40}.get(m, parts_for(m) * 2))
+    scores, w, _ = optimum.problems(toy.prompts(split), dims)
+    J, _, residual = optimum.ls_front(lams, scores, w)
+    best, worst = J.amax(0), J.amin(0)
+    if aggregate == "tche":
+        J, _, residual = optimum.tche_front(lams, scores, w, ideal)
+    assert residual < 1e-8, f"the exact front is not exact: residual {residual}"
+    front = {"lams": lams.tolist(), "J": J.tolist(), "ideal": best.tolist(), "nadir": worst.tolist(), "residual": residual}
+    return front | {"hypervolume": hypervolume(normalise(front["J"], front), [REFERENCE] * m)}
+
+
+def normalise(J, exact):
+    """J (…, m) on the scale of the exact front: 1 is its best value of a dimension, 0 its worst."""
+    ideal, nadir = np.array(exact["ideal"]), np.array(exact["nadir"])
+    return (np.array(J, dtype=float) - nadir) / (ideal - nadir)
+
+
+def parts_for(m):
+    """Into how many parts the simplex is cut for an evaluation: 11 preferences for m = 2, 66 for m = 3, then 35 to 91."""
+    return {1: 1, 2: 10, 3: 10, 4: 4, 5: 3}.get(m, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Evaluating runs.
+
+def evaluate(run, device, parts=None, adapters=None, exact=None):
+    """Measures one run at every preference of the lattice. Returns what front.json holds.
+
+    adapters: a snapshot instead of the run's final adapter (Panacea). exact: the exact front, if it is known already.
+    """
+    config = read_json(run / "config.json")
+    flags, dims = config["flags"], config["dims"]
+    m = len(dims)
+    model = Transformer.from_pretrained(config["base"], device=device)
+    tokenizer = load_tokenizer(config["tokenizer"])
+    toy_world = flags["data"] is None
+    data = World(dims, tokenizer, device) if toy_world else PreferenceFiles(config, model, tokenizer, device)
+    data.reference(model)
+    base = data.measure(model, flags["beta"])                                                          # λ-free: π = π_ref
+    lams, results = [], []
+    grid = simplex_lattice(m, parts or parts_for(m)).float()
+    for lam, policy in tqdm(policies(run, config, model, grid, adapters), desc="front", disable=None):
+        lams.append([round(x, 6) for x in lam.tolist()])
+        results.append(data.measure(policy, flags["beta"]))
+    J, scores, outside = ([r[key] for r in results] for key in ("J", "scores", "outside_mass"))
+    if toy_world:
+        exact = exact or exact_front(dims, flags["aggregate"], flags["ideal"])
+        points, reference = normalise(J, exact), [REFERENCE] * m
+    else:
+        points, reference = np.array(scores), [0.0] * m
+    front = points[nondominated(points)]
+    result = {"run": str(run), "dims": dims, "lams": lams, "J": J, "scores": scores, "points": points.tolist(),
+              "points_are": "normalised J" if toy_world else "implicit-reward accuracy",
+              "hypervolume": hypervolume(points, reference), "hypervolume_share": None,
+              "inner_product": inner_product(lams, points), "sparsity": sparsity(front), "spacing": spacing(front),
+              "reference_point": reference, "nondominated": int(nondominated(points).sum()), "outside_mass": outside,
+              "spearman": [spearman([lam[i] for lam in lams], points[:, i]) for i in range(m)],
+              "base": base, "exact": None, **{k: flags[k] for k in ("method", "aggregate", "beta", "steps", "seed")},
+              **{k: config.get(k) for k in ("models", "train_seconds")}}
+    if toy_world:
+        result |= {"hypervolume_share": result["hypervolume"] / exact["hypervolume"], "exact": exact}
+    return result
+
+
+def table(results):
+    """One line a run; the metrics are those of section 1, on result["points"]."""
+    head = f"{'run':44} {'HV share':>8} {'HV':>7} {'IP':>7} {'sparsity':>8} {'spacing':>7} {'Spearman':>8} {'outside':>7} {'models':>6} {'steps':>6} {'train s':>7}"
+    lines = [head, "-" * len(head)]
+    for r in results:
+        share = f"{r['hypervolume_share']:8.4f}" if r["hypervolume_share"] is not None else f"{'-':>8}"
+        outside = f"{max(r['outside_mass']):7.3f}" if r["outside_mass"][0] is not None else f"{'-':>7}"
+        lines.append(f"{Path(r['run']).name:44} {share} {r['hypervolume']:7.4f} {r['inner_product']:7.4f} {r['sparsity']:8.4f} "
+                     f"{r['spacing']:7.4f} {min(r['spearman']):8.3f} {outside} {r['models'] or 1:6d} {r['steps']:6d} "
+                     f"{r['train_seconds'] or 0:7.0f}")
+    return "\n".join(lines)
+
+
+def front_table(r):
+    """One line a preference: λ, J, and the mean scores (embedded world) or accuracies (preference files)."""
+    what = "score" if r["exact"] else "acc"
+    head = " ".join([f"{'λ_' + d[:8]:>10}" for d in r["dims"]] + [f"{'J_' + d[:8]:>10}" for d in r["dims"]]
+                    + [f"{what + '_' + d[:8]:>14}" for d in r["dims"]] + ["outside"])
+    lines = [head, "-" * len(head)]
+    for lam, J, s, o in zip(r["lams"], r["J"], r["scores"], r["outside_mass"]):
+        lines.append(" ".join([f"{x:10.2f}" for x in lam] + [f"{x:10.4f}" for x in J] + [f"{x:14.3f}" for x in s]
+                              + [f"{o:7.3f}" if o is not None else "      -"]))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Pictures (matplotlib). Colours are chosen to differ for colour-blind readers too.
+
+STYLE = {"panacea": ("#0072B2", "o", "Panacea: one model, every preference"), "rs": ("#D55E00", "s", "Rewarded soups"),
+         "dps": ("#009E73", "^", "Discrete policy solutions")}
+
+
+def picture(results, path):
+    """Draws fronts: for m = 2 the plane of objectives and of mean scores, otherwise every pair of objectives."""
+    dims = results[0]["dims"]
+    fig = _picture_2d(results, dims) if len(dims) == 2 else _picture_pairs(results, dims)
+    write_whole(path, lambda f: fig.savefig(f, dpi=130))
+    matplotlib.pyplot.close(fig)
+
+
+def _label(r, results):
+    color, marker, text = STYLE[r["method"]]
+    others = [o for o in results if o["method"] == r["method"] and o is not r]
+    if others:                                                                        # several runs of one method: say which
+        text += f" ({r['aggregate'].upper()}, seed {r['seed']})"
+    share = r["hypervolume_share"]
+    return color, marker, text + (f", {share:.1%} of the exact hypervolume" if share is not None else "")
+
+
+def _picture_2d(results, dims):
+    world = results[0]["exact"] is not None
+    fig, axes = matplotlib.pyplot.subplots(1, 2, figsize=(13, 5.8), layout="constrained")
+    panels = [(axes[0], "points", "objective", "Objectives: 1 is the best that any policy can do, 0 the worst on the exact front"
+               if world else "Held-out accuracy of the implicit reward"),
+              (axes[1], "scores" if world else "J", "score", "What the model says: mean score of its responses"
+               if world else "Held-out objective, −DPO loss")]
+    for ax, key, kind, title in panels:
+        if world and key == "points":
+            exact = normalise(results[0]["exact"]["J"], results[0]["exact"])
+            ax.plot(exact[:, 0], exact[:, 1], color="0.25", lw=1.5, label="Exact front: the optimum over all policies", zorder=1)
+        for j, r in enumerate(results):
+            color, marker, text = _label(r, results)
+            P = np.array(r[key])
+            ax.plot(P[:, 0], P[:, 1], color=color, marker=marker, ms=6, lw=1, alpha=0.9, label=text, zorder=2 + j)
+            if j == 0:                                                                # λ along the first run's curve
+                for lam, p in zip(r["lams"], P):
+                    ax.annotate(f"{lam[0]:.1f}", p, xytext=(7, 5), textcoords="offset points", fontsize=8, color=color)
+        base = results[0]["base"]
+        if key != "points":
+            b = base["scores" if key == "scores" else "J"]
+        else:
+            b = normalise(base["J"], results[0]["exact"]) if world else base["scores"]
+        if world or key == "J":                       # an untrained policy orders no pair: it has no accuracy to show
+            ax.plot(*b, marker="*", ms=15, color="#CC79A7", ls="", label="Base model, before alignment", zorder=9)
+        unit = {"points": "normalised −DPO loss" if world else "share of pairs ordered as labelled",
+                "scores": "Bradley-Terry score", "J": "−DPO loss"}[key]
+        ax.set_xlabel(f"{dims[0]}  ({unit}; right is better)")
+        ax.set_ylabel(f"{dims[1]}  ({unit}; up is better)")
+        ax.set_title(title, fontsize=11)
+        ax.grid(alpha=0.25)
+    axes[0].legend(fontsize=8.5, loc="lower left")
+    axes[1].legend(fontsize=8.5, loc="lower left") if not world else None
+    fig.suptitle(f"One preference λ = (weight of {dims[0]}, weight of {dims[1]}) a point; small numbers: weight of {dims[0]}",
+                 fontsize=11)
+    return fig
+
+
+def _picture_pairs(results, dims):
+    """Every pair of objectives; a point's colour mixes red, green, blue as its λ weighs the first three dimensions."""
+    m, world = len(dims), results[0]["exact"] is not None
+    pairs = [(i, j) for i in range(m) for j in range(i + 1, m)][:6]
+    columns = min(3, len(pairs))
+    fig, axes = matplotlib.pyplot.subplots(-(-len(pairs) // columns), columns, figsize=(5.2 * columns, 5.4 * -(-len(pairs) // columns)),
+                                           layout="constrained", squeeze=False)
+    for ax, (i, j) in zip(axes.flat, pairs):
+        if world:
+            E = normalise(results[0]["exact"]["J"], results[0]["exact"])
+            ax.scatter(E[:, i], E[:, j], s=7, color="0.82", label="Exact front (all preferences)", zorder=1)
+        for n, r in enumerate(results):
+            _, marker, text = _label(r, results)
+            P, lam = np.array(r["points"]), np.array(r["lams"])
+            rgb = np.clip(np.pad(lam, ((0, 0), (0, max(0, 3 - m))))[:, :3], 0, 1) ** 0.7
+            ax.scatter(P[:, i], P[:, j], s=34, c=rgb, marker=marker, edgecolors="k", linewidths=0.4, label=text, zorder=2 + n)
+        if world:
+            b = normalise(results[0]["base"]["J"], results[0]["exact"])
+            ax.plot(b[i], b[j], marker="*", ms=15, color="#CC79A7", ls="", label="Base model, before alignment", zorder=9)
+        ax.set_xlabel(f"{dims[i]}  ({results[0]['points_are']}; right is better)")
+        ax.set_ylabel(f"{dims[j]}  (up is better)")
+        ax.grid(alpha=0.25)
+    axes[0, 0].legend(fontsize=8, loc="lower left")
+    fig.suptitle("Colour is the preference: " + ", ".join(f"{c} = all weight on {d}" for c, d in zip(("red", "green", "blue"), dims))
+                 + "; mixtures between", fontsize=11)
+    return fig
+
+
+def evolution_picture(steps, results, path):
+    """Fig. 4: how the front moves out over the training steps, and the share of the hypervolume it has reached."""
+    dims, world = results[0]["dims"], results[0]["exact"] is not None
+    fig, axes = matplotlib.pyplot.subplots(1, 2, figsize=(12, 5.4), layout="constrained")
+    colors = matplotlib.colormaps["viridis"](np.linspace(0.9, 0.0, len(results)))
+    if world:
+        E = normalise(results[0]["exact"]["J"], results[0]["exact"])
+        axes[0].plot(E[:, 0], E[:, 1], color="0.25", lw=1.5, label="Exact front")
+    for step, r, color in zip(steps, results, colors):
+        P = np.array(r["points"])
+        axes[0].plot(P[:, 0], P[:, 1], marker="o", ms=4, lw=1, color=color, label=f"step {step}")
+    axes[0].set_xlabel(f"{dims[0]}  ({results[0]['points_are']}; right is better)")
+    axes[0].set_ylabel(f"{dims[1]}  (up is better)")
+    axes[0].legend(fontsize=8.5)
+    value = [r["hypervolume_share"] if world else r["hypervolume"] for r in results]
+    axes[1].plot(steps, value, marker="o", color="#0072B2")
+    axes[1].set_xlabel("optimizer steps")
+    axes[1].set_ylabel("share of the exact front's hypervolume" if world else "hypervolume of the accuracies")
+    for ax in axes:
+        ax.grid(alpha=0.25)
+    write_whole(path, lambda f: fig.savefig(f, dpi=130))
+    matplotlib.pyplot.close(fig)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Flags:
+    runs: list[str] = flag([], "run directories", positional=True)
+    parts: int | None = flag(None, "cut the simplex into so many parts (default 10 for m = 2 and 3)")
+    out: str = flag("out/compare", "where the comparison of several runs is written")
+    evolution: bool = flag(False, "evaluate every snapshot of the (one) run instead")
+    device: str = flag("auto", "cpu, cuda, or auto")
+
+
+def main(flags):
+    """Evaluates the runs, prints the tables, writes the JSON files and pictures. Returns the results."""
+    device, _ = pick_device(flags.device)
+    runs = [Path(run) for run in flags.runs]
+    if flags.evolution:
+        return evolution(runs[0], device, flags.parts)
+    results, fronts = [], {}
+    for run in runs:
+        config = read_json(run / "config.json")
+        if "train_seconds" not in config:
+            raise UserError(f"{run}: the training has not ended; run its command again to resume it")
+        key = (*config["dims"], config["flags"]["aggregate"], str(config["flags"]["ideal"]))
+        r = evaluate(run, device, flags.parts, exact=fronts.get(key))
+        fronts[key] = r["exact"]
+        if results and r["dims"] != results[0]["dims"]:
+            raise UserError(f"{run} has the dimensions {' '.join(r['dims'])}, {runs[0]} has {' '.join(results[0]['dims'])}: "
+                            f"their fronts lie in different spaces")
+        write_json(run / "front.json", r)
+        picture([r], run / "front.png")
+        results.append(r)
+    if len(results) == 1:
+        print(front_table(results[0]))
+    print(table(results))
+    if len(results) > 1:
+        write_json(Path(flags.out) / "front.json", results)
+        picture(results, Path(flags.out) / "front.png")
+    print(f"reference point {results[0]['reference_point']} in {results[0]['points_are']}; pictures: "
+          + ", ".join(str(run / "front.png") for run in (runs if len(runs) == 1 else [Path(flags.out)])))
+    return results
+
+
+def evolution(run, device, parts):
+    """Evaluates every snapshot of one Panacea run: evolution.json and evolution.png in its directory."""
+    files = sorted((run / "snapshots").glob("adapter-*.safetensors"))
+    steps = [read_adapter_header(f)["step"] for f in files] + [read_json(run / "config.json")["flags"]["steps"]]
+    results, exact = [], None
+    for step, file in zip(steps, files + [run / "adapter.safetensors"]):
+        results.append(evaluate(run, device, parts, file, exact))
+        exact = results[-1]["exact"]
+        print(f"step {step:06d} | hypervolume {results[-1]['hypervolume']:.4f} | share {results[-1]['hypervolume_share']}")
+    write_json(run / "evolution.json", {"steps": steps, "fronts": results})
+    evolution_picture(steps, results, run / "evolution.png")
+    return results
+
+
+if __name__ == "__main__":
+    run_main(main, Flags, __doc__)

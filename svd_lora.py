@@ -1,0 +1,233 @@
+"""svd_lora.py - linear layers whose singular values carry the preference (Panacea, arXiv:2402.02030v1, Sec. 4.1, Eq. (5), (9)).
+
+    y = x W0ᵀ + b + gain · ((x V) · d) Uᵀ,     d = cat(σ, s·λ)          W(λ) = W0 + gain · U diag(d) Vᵀ
+
+m: number of objectives   k: learned rank   r = k + m   lam: preference λ on the simplex, (m,) or one per row (B, m)
+U: (d_out, r)   V: (d_in, r)   sigma: (k,) learned   s: () learned, one per matrix, scales λ   gain: lora_scaling / k
+W0, b are frozen. σ = s = 0 at the start, so a fresh adapter changes nothing; U, V ~ N(0, 0.02²).
+
+Because λ enters through d alone, rows of one batch can have different preferences: d is then (B, 1, r).
+Not in paper: gain (from the reference hyper-parameter lora_scaling = 512 at k = 8; the divisor is k, not r).
+m = 0 is a plain SVD-LoRA of rank k: rewarded soups and discrete policy solutions use it with rank k + 1.
+"""
+import hashlib
+import json
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from common import UserError, write_whole
+
+
+class SVDLoRALinear(nn.Module):
+    """A frozen Linear with an SVD-LoRA branch. `lam` is set by set_preference, never trained."""
+
+    def __init__(self, linear, k, m, gain, fixed_s=None, generator=None):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias                    # same names: base state dicts keep fitting
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        d_out, d_in = linear.weight.shape
+        device = linear.weight.device
+        normal = lambda n: nn.Parameter(torch.empty(n, k + m).normal_(0, 0.02, generator=generator).to(device))
+        self.U, self.V = normal(d_out), normal(d_in)
+        self.sigma = nn.Parameter(torch.zeros(k, device=device))
+        # Sec. 5.2's ablation fixes s; a fixed one is not a Parameter, so no optimizer ever sees it.
+        self.s = nn.Parameter(torch.zeros((), device=device)) if fixed_s is None else torch.tensor(float(fixed_s), device=device)
+        self.k, self.m, self.gain = k, m, gain
+        self.lam, self.enabled = None, True
+
+    def singular_values(self, lam):
+        """d = cat(σ, s·λ), Eq. (9): (r,) for lam (m,), or (B, 1, r) for lam (B, m). fp32."""
+        if self.m == 0:
+            return self.sigma
+        if lam.ndim == 1:
+            return torch.cat([self.sigma, self.s * lam])
+        return torch.cat([self.sigma.expand(len(lam), -1), self.s * lam], dim=1)[:, None, :]           # (B, 1, r)
+
+    def forward(self, x):                                                                              # (B, T, d_in)
+        y = F.linear(x, self.weight, self.bias)                                                        # (B, T, d_out)
+        if not self.enabled:
+            return y
+        if self.lam is None and self.m > 0:
+            raise RuntimeError("no preference is set: call set_preference(model, lam) first")
+        d = self.gain * self.singular_values(self.lam)
+        h = (x @ self.V.to(x.dtype)) * d.to(x.dtype)                                                   # (B, T, r)
+        return y + h @ self.U.T.to(x.dtype)
+
+    def delta(self, lam):
+        """gain · U diag(d) Vᵀ for one preference (m,): (d_out, d_in) in fp32."""
+        return (self.gain * self.U * self.singular_values(lam)) @ self.V.T
+
+
+def inject_svd_lora(model, k=8, m=2, lora_scaling=512.0, pref_scaling=None, generator=None):
+    """Replaces every Linear inside `model.blocks` by an SVDLoRALinear and freezes all else, in place. Where there is an
+    adapter already, a fresh one takes its place.
+
+    k: learned rank; m: objectives; gain = lora_scaling / k; pref_scaling: a fixed s (ablation), None: s is learned.
+    generator: a CPU torch.Generator for U and V. Returns the model.
+    """
+    model.requires_grad_(False)
+    for block in model.blocks:
+        for name, linear in [(n, mod) for n, mod in block.named_modules()
+                             if isinstance(mod, (nn.Linear, SVDLoRALinear))]:
+            parent, _, leaf = name.rpartition(".")
+            setattr(block.get_submodule(parent), leaf, SVDLoRALinear(linear, k, m, lora_scaling / k, pref_scaling, generator))
+    return model
+
+
+def svd_lora_layers(model):
+    """{name: SVDLoRALinear}, in order."""
+    return {name: mod for name, mod in model.named_modules() if isinstance(mod, SVDLoRALinear)}
+
+
+def check_preference(lam, m):
+    """λ as a float tensor (m,) or (B, m), validated: right length, non-negative, sums to 1 (to 1e-4). Raises ValueError."""
+    lam = torch.as_tensor(lam, dtype=torch.float32)
+    if lam.ndim not in (1, 2) or lam.shape[-1] != m:
+        raise ValueError(f"a preference needs {m} weights, got shape {tuple(lam.shape)}")
+    if not ((lam >= -1e-6).all() and ((lam.sum(-1) - 1).abs() < 1e-4).all()):
+        raise ValueError(f"a preference must be non-negative and sum to 1, got {lam.tolist()}")
+    return lam.clamp(min=0)
+
+
+def set_preference(model, lam):
+    """Embeds λ into every adapted matrix: lam (m,) for all rows, or (B, m), one per row of the batches to come.
+
+    The only way in. Raises ValueError for a λ off the simplex or of the wrong length.
+    """
+    layers = svd_lora_layers(model).values()
+    first = next(iter(layers))
+    lam = check_preference(lam, first.m).to(first.sigma.device)
+    for layer in layers:
+        layer.lam = lam
+
+
+@contextmanager
+def adapters_off(model):
+    """Within it the model is its frozen base: the reference policy π_ref, without a second copy in memory."""
+    layers = svd_lora_layers(model).values()
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield model
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+def orthogonality_penalty(model):
+    """AdaLoRA's regulariser: Σ over matrices of ‖UᵀU − I‖²_F + ‖VᵀV − I‖²_F, a scalar; 0 iff all columns are orthonormal.
+
+    Panacea's Sec. 4.1 asks for orthogonality but gives no coefficient; the training scripts add it when asked.
+    """
+    total = 0.0
+    for layer in svd_lora_layers(model).values():
+        eye = torch.eye(layer.U.shape[1], device=layer.U.device)
+        total = total + (layer.U.T @ layer.U - eye).square().sum() + (layer.V.T @ layer.V - eye).square().sum()
+    return total
+
+
+def parameter_groups(model, weight_decay):
+    """Optimizer groups: U, V with weight decay; σ, s without (decay on s would pull the model back to ignoring λ)."""
+    layers = svd_lora_layers(model).values()
+    values = [p for layer in layers for p in (layer.sigma, layer.s) if isinstance(p, nn.Parameter)]
+    return [{"params": [p for layer in layers for p in (layer.U, layer.V)], "weight_decay": weight_decay},
+            {"params": values, "weight_decay": 0.0}]
+
+
+@torch.no_grad()
+def merged_state_dict(model, lam=None):
+    """A copy of the weights with the adapter merged at λ (m,): W(λ) = W0 + gain·U diag(σ, s·λ) Vᵀ, Eq. (9).
+
+    It loads into a plain Transformer of the same config. The model itself is not changed. lam: None where m = 0.
+    """
+    layers = svd_lora_layers(model)
+    m = next(iter(layers.values())).m
+    lam = None if m == 0 else check_preference(lam, m).to(next(iter(layers.values())).sigma.device)
+    adapter = set(adapter_state(model))
+    weights = {name: p.clone() for name, p in model.state_dict().items() if name not in adapter}
+    for name, layer in layers.items():
+        weights[name + ".weight"] = (layer.weight.float() + layer.delta(lam)).to(layer.weight.dtype)
+    return weights
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files.
+
+def adapter_state(model):
+    """{name: tensor} of everything learned: U, V, sigma, s of every layer (s as a constant where it is fixed)."""
+    return {f"{name}.{part}": getattr(layer, part).detach() for name, layer in svd_lora_layers(model).items()
+            for part in ("U", "V", "sigma", "s")}
+
+
+@torch.no_grad()
+def fingerprint(model):
+    """A short hash of the base: its config and 64 values from every frozen tensor, as bf16 so that the dtype in use does
+    not matter. Two different checkpoints of one architecture get different fingerprints."""
+    adapter, digest = set(adapter_state(model)), hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
+    for name, p in model.state_dict().items():
+        if name not in adapter:
+            flat = p.reshape(-1)
+            sample = flat[torch.linspace(0, len(flat) - 1, min(64, len(flat)), device=p.device).long()]
+            digest.update(name.encode() + sample.bfloat16().view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_adapter(model, path, dims=(), **extra):
+    """Writes a safetensors file with the adapter, its shape, the dimension names in order and the base's fingerprint.
+
+    dims: m names (for m = 0 whatever the adapter was trained for); extra: JSON values kept in the header.
+    """
+    layer = next(iter(svd_lora_layers(model).values()))
+    header = dict(format="svd-lora-1", k=layer.k, m=layer.m, gain=layer.gain, dims=list(dims), base=fingerprint(model),
+                  fixed_s=not isinstance(layer.s, nn.Parameter), **extra)
+    tensors = {name: t.cpu().contiguous() for name, t in adapter_state(model).items()}
+    write_whole(path, lambda f: save_file(tensors, f, metadata={"panacea": json.dumps(header)}))
+
+
+def read_adapter_header(path):
+    """The header that save_adapter wrote, as a dict. Raises UserError if the file is not one of its."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            return json.loads((f.metadata() or {})["panacea"])
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (SafetensorError, KeyError):
+        raise UserError(f"{path} is not an adapter written by save_adapter") from None
+
+
+@torch.no_grad()
+def load_adapter(model, path, dims=None):
+    """Loads an adapter file into `model`, injecting the layers first if it has none. Returns the header (a dict).
+
+    dims: names that the file must have, in this order. Raises UserError for another base, other dimensions or another
+    rank than the layers already there.
+    """
+    header = read_adapter_header(path)
+    if dims is not None and list(dims) != header["dims"]:
+        raise UserError(f"{path} was trained for the dimensions {' '.join(header['dims'])}, not for {' '.join(dims)}")
+    if header["base"] != fingerprint(model):
+        raise UserError(f"{path} belongs to another base model (fingerprint {header['base']}, this one has {fingerprint(model)})")
+    if not svd_lora_layers(model):
+        inject_svd_lora(model, header["k"], header["m"], header["gain"] * header["k"], 0.0 if header["fixed_s"] else None)
+    ours = adapter_state(model)
+    with safe_open(path, framework="pt") as f:
+        if set(f.keys()) != set(ours):
+            raise UserError(f"{path} adapts other layers: {sorted(set(f.keys()) ^ set(ours))[0]} is not in both")
+        for name, tensor in ours.items():
+            stored = f.get_tensor(name)
+            if stored.shape != tensor.shape:
+                raise UserError(f"{path}: {name} has shape {tuple(stored.shape)}, the model has {tuple(tensor.shape)} "
+                                f"(file: k = {header['k']}, m = {header['m']})")
+            tensor.copy_(stored)
+    for layer in svd_lora_layers(model).values():
+        layer.gain = header["gain"]
+    return header

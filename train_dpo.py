@@ -1,0 +1,270 @@
+"""train_dpo.py - Panacea with DPO (arXiv:2402.02030v1, Algorithm 1): one model, one preference vector, the whole front.
+
+    python train_dpo.py --pref_dim 2                        # the embedded world; trains its base model first
+    python train_dpo.py --pref_dim 2 --aggregate tche       # Tchebycheff instead of linear scalarisation
+    python train_dpo.py --pref_dim 2 --method rs            # baselines: rewarded soups; dps: one model a preference
+    python train_dpo.py --pref_dim 2 --init <Hugging Face directory> --data train.jsonl --eval_data eval.jsonl
+
+G: preferences a step (--lams_per_step)   B: data rows a step   P: compared pairs in them   m: dimensions
+lam: (G, m) on the simplex   losses: (G, m), the mean DPO loss of each dimension under each preference
+One forward serves all m dimensions: they differ in their labels alone. The reference is the same model with the adapter
+off; its log-probs are computed once. A killed run continues from its last checkpoint, bit for bit.
+"""
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import eval_front
+from aggregate import linear_scalarization, sample_preference, tchebycheff
+from common import (Log, UserError, epoch_batch, flag, generator_for, learning_rate, load_state, pick_device, read_json,
+                    read_state_header, run_main, save_state, truncate_log, versions, write_json)
+from data import toy
+from data.preferences import read_preferences
+from data.tokenizers import load_tokenizer, tokenize
+from data.trees import pack
+from eval_front import batch_logprobs, dpo_on_pairs
+from model import Transformer
+from svd_lora import (adapters_off, fingerprint, inject_svd_lora, orthogonality_penalty, parameter_groups, save_adapter,
+                      set_preference)
+from train_sft import base_model
+
+
+@dataclass
+class Flags:
+    # what is trained
+    pref_dim: int = flag(2, "m: the number of preference dimensions, the first m of the data's")
+    dims: list[str] | None = flag(None, "these dimensions instead, in this order")
+    method: Literal["panacea", "rs", "dps"] = flag("panacea", "Panacea, rewarded soups, or discrete policy solutions")
+    aggregate: Literal["ls", "tche"] = flag("ls", "linear scalarisation, Eq. (14), or Tchebycheff, Eq. (16)")
+    ideal: list[float] | None = flag(None, "Tchebycheff's ideal losses z, one a dimension, Eq. (7); default 0, Eq. (16)")
+    # data and base model
+    init: str | None = flag(None, "Hugging Face directory of the base model (default: the embedded world's)")
+    size: str | None = flag(None, "size of the embedded world's base model (default tiny; 125m on a GPU)")
+    data: list[str] | None = flag(None, "preference JSONL files (default: the embedded world)")
+    eval_data: list[str] | None = flag(None, "preference JSONL files for the evaluation (required with --data)")
+    tokenizer: str | None = flag(None, "toy, gpt2, a *.tiktoken file or a directory with tokenizer.json (default: --init's)")
+    max_length: int = flag(512, "tokens of prompt and response together; longer ones are cut and counted")
+    rows: int = flag(1920, "embedded world: data rows, each a prompt with some responses and all comparisons of them")
+    responses: int = flag(12, "embedded world: responses in a row")
+    # the paper's hyper-parameters (Table 2)
+    beta: float | None = flag(None, "β, the paper's scale_coeff (default 1 on the embedded world, 0.1 otherwise)")
+    lora_dim: int = flag(8, "k, the learned rank; the whole rank is k + m, and k + 1 for rs and dps")
+    lora_scaling: float = flag(512.0, "the adapter's gain is lora_scaling / lora_dim")
+    lr: float | None = flag(None, "peak learning rate, then a cosine to 0 (default 2e-3 on the embedded world, 2e-4 otherwise)")
+    weight_decay: float = flag(0.05, "AdamW's, on U and V only")
+    warmup_ratio: float = flag(0.03, "share of the steps with a rising learning rate")
+    batch_size: int = flag(8, "data rows a step")
+    epochs: float = flag(1.0, "passes over --data, where --steps is not given")
+    seed: int = flag(0, "seed of adapter, data order and preferences")
+    # beside the paper
+    steps: int | None = flag(None, "optimizer steps in all, shared evenly by the models of rs and dps (embedded world: 400)")
+    accumulate: int = flag(1, "micro-batches a step")
+    lams_per_step: int = flag(8, "G: preferences a step, each on batch_size / G rows; 1 is the paper's")
+    dirichlet_alpha: float = flag(1.0, "preferences are drawn from Dirichlet(alpha) …")
+    vertex_share: float = flag(0.25, "… or, this share of them, from the vertices of the simplex")
+    dps_parts: int = flag(10, "dps: the simplex is cut in so many parts; m = 2: parts + 1 models")
+    pref_scaling: float | None = flag(None, "ablation: s fixed at this value instead of learned (Fig. 7)")
+    orth_coeff: float = flag(0.0, "coefficient of AdaLoRA's orthogonality penalty")
+    max_grad_norm: float = flag(1.0, "gradient clipping")
+    # running
+    out: str | None = flag(None, "run directory (default out/<what this run is>)")
+    device: str = flag("auto", "cpu, cuda, or auto")
+    log_every: int = flag(20, "print a line every so many steps")
+    save_every: int = flag(200, "write a checkpoint every so many steps")
+    snapshots: int = flag(8, "adapters kept along the way, for the front's evolution")
+    eval: bool = flag(True, "evaluate the front at the end")
+
+
+def main(flags):
+    """Trains one run (one adapter, or the several of rs and dps) and evaluates its front. Returns the run directory."""
+    device, dtype = pick_device(flags.device)
+    rows, dims, base, tokenizer_name = prepare_data(flags, device)
+    m, toy_world = len(dims), flags.data is None
+    check(flags, m)
+    flags.beta = flags.beta or (1.0 if toy_world else 0.1)
+    flags.lr = flags.lr or (2e-3 if toy_world else 2e-4)
+    flags.steps = flags.steps or (400 if toy_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
+
+    model = Transformer.from_pretrained(base, dtype=dtype, device=device)
+    model.requires_grad_(False)
+    tokenizer = load_tokenizer(tokenizer_name)
+    token_rows, cut = tokenize(rows, tokenizer, min(flags.max_length, model.config.context_length))
+    print("data: {} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut".format(len(rows), **cut))
+
+    out = Path(flags.out or "out/" + "-".join(["dpo", flags.method, flags.aggregate, *dims, f"seed{flags.seed}"]))
+    config = {"script": "train_dpo.py", "flags": asdict(flags), "dims": list(dims), "base": str(base), "tokenizer": tokenizer_name,
+              "fingerprint": fingerprint(model), "cut": cut, **versions()}
+    resume = prepare_run(out, config)
+
+    # log π_ref of every response, once. A row's log-probs are kept in a list of (responses,) tensors.
+    reference = reference_logprobs(model, token_rows, flags.batch_size, device)
+
+    # One adapter for Panacea; for rs one a dimension, for dps one a preference, each with a fixed lam and plain rank k + 1
+    members = {"panacea": lambda: [("adapter", None)],
+               "rs": lambda: [(f"adapter-{dim}", lam) for dim, lam in zip(dims, torch.eye(m))],
+               "dps": lambda: [(f"adapter-{i:03d}", lam) for i, lam in
+                               enumerate(eval_front.simplex_lattice(m, flags.dps_parts).float())]}[flags.method]()
+    steps = flags.steps // len(members)
+    started = time.time()
+    for i, (name, lam) in enumerate(members):
+        if resume is None or resume["member"] <= i:
+            train(model, out / name, lam, token_rows, reference, dims, flags, steps, i, resume, device)
+            resume = None
+    seconds = time.time() - started
+    config |= {"train_seconds": seconds, "models": len(members), "steps_per_model": steps}
+    write_json(out / "config.json", config)
+    (out / "state.safetensors").unlink(missing_ok=True)                # the run is whole: nothing is left to resume
+    print(f"trained {len(members)} adapter(s) of {steps} steps in {seconds:.0f} s: {out}")
+    if flags.eval:
+        eval_front.main(eval_front.Flags(runs=[str(out)], device=flags.device))
+    return out
+
+
+def check(flags, m):
+    """Raises UserError for flags that do not fit together."""
+    G, B, A = flags.lams_per_step, flags.batch_size, flags.accumulate
+    if B % G or B % A:
+        raise UserError(f"--batch_size {B} must be a multiple of --lams_per_step {G} and of --accumulate {A}")
+    if flags.aggregate == "tche" and G % A:
+        raise UserError(f"Tchebycheff takes the maximum of means, so no preference may be split between micro-batches: "
+                        f"--lams_per_step {G} must be a multiple of --accumulate {A}")
+    if flags.ideal is not None and (flags.aggregate != "tche" or len(flags.ideal) != m):
+        raise UserError(f"--ideal takes one loss for each of the {m} dimensions, and only with --aggregate tche")
+    if flags.data is not None and flags.init is None:
+        raise UserError("--data needs --init: the embedded world's base model knows no other text")
+    if flags.data is not None and flags.eval and flags.eval_data is None:
+        raise UserError("--data needs --eval_data (or --no-eval)")
+
+
+def prepare_data(flags, device):
+    """The data rows, the dimensions, the base model's directory and its tokenizer's name."""
+    base = flags.init or str(base_model(flags.size or ("125m" if device.type == "cuda" else "tiny"), 0, flags.device))
+    tokenizer = flags.tokenizer or (flags.init if flags.init and not (Path(base) / "base.json").exists() else "toy")
+    if flags.data is not None:
+        rows, dims, dropped = read_preferences(flags.data, flags.dims, flags.pref_dim, flags.seed)
+        print(f"{' '.join(flags.data)}: {len(rows)} rows with a label for {', '.join(dims)}; {dropped} without were dropped")
+        return rows, dims, base, tokenizer
+    if flags.dims is None and not 1 <= flags.pref_dim <= len(toy.DIMS):
+        raise UserError(f"--pref_dim {flags.pref_dim}: the embedded world has {len(toy.DIMS)} dimensions")
+    dims = flags.dims or list(toy.DIMS[:flags.pref_dim])
+    if len(set(dims)) < len(dims) or not set(dims) <= set(toy.DIMS):
+        raise UserError(f"--dims {' '.join(dims)}: choose each once among {' '.join(toy.DIMS)}")
+    rows = toy.sample_pairs("train", dims, flags.rows, flags.responses, generator_for(flags.seed, "pairs"))
+    return rows, dims, base, tokenizer
+
+
+def prepare_run(out, config):
+    """Makes the run directory. Returns the header of the state to resume from, or None for a fresh start."""
+    state = read_state_header(out / "state.safetensors")
+    if state is not None:
+        before = read_json(out / "config.json")
+        changed = [k for k, v in config["flags"].items() if before["flags"].get(k) != v and k not in ("log_every", "eval")]
+        if changed or before["fingerprint"] != config["fingerprint"]:
+            print(f"{out} holds an unfinished run with other {', '.join(changed) or 'base weights'}: starting afresh")
+            (out / "state.safetensors").unlink()
+            state = None
+    if state is None:
+        (out / "metrics.jsonl").unlink(missing_ok=True)
+    else:
+        at = state["member"], state["step"]
+        truncate_log(out / "metrics.jsonl", lambda record: (record["member"], record["step"]) <= at)
+        print(f"{out}: continuing after step {state['step']} of model {state['member'] + 1}")
+    write_json(out / "config.json", config)
+    return state
+
+
+def train(model, path, fixed_lam, rows, reference, dims, flags, steps, member, resume, device):
+    """Algorithm 1 for one adapter, written to `path`.safetensors. fixed_lam: None for Panacea, else this member's λ."""
+    m, G, B, out = len(dims), flags.lams_per_step, flags.batch_size, path.parent
+    k, pref_m = (flags.lora_dim, m) if fixed_lam is None else (flags.lora_dim + 1, 0)
+    inject_svd_lora(model, k, pref_m, flags.lora_scaling / flags.lora_dim * k, flags.pref_scaling,
+                    generator_for(flags.seed, "adapter", member))
+    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameter_groups(model, flags.weight_decay), lr=flags.lr, betas=(0.9, 0.95))
+    aggregate = linear_scalarization if flags.aggregate == "ls" else lambda L, lam: tchebycheff(L, lam, flags.ideal)
+    first_step = 0
+    if resume is not None:
+        load_state(out / "state.safetensors", parameters, optimizer)
+        first_step = resume["step"]
+    snapshot_steps = {round(steps * (j + 1) / flags.snapshots) for j in range(flags.snapshots)}
+    log = Log(out / "metrics.jsonl", steps, first_step, flags.log_every, path.name)
+
+    for step in range(first_step, steps):
+        t0 = time.time()
+        # 1. preferences λ, one for each group of B / G rows
+        lam = (fixed_lam.expand(G, m) if fixed_lam is not None else
+               sample_preference(G, m, flags.dirichlet_alpha, flags.vertex_share, generator_for(flags.seed, "lambda", step)))
+        lam = lam.to(device)
+        # 2. batch
+        chosen_rows = epoch_batch(len(rows), B, flags.seed, member * steps + step).tolist()
+        group = torch.arange(B, device=device) // (B // G)                            # (B,): the group of each row
+        # labels a dimension has under each preference, over all micro-batches: the denominators of the means
+        labels = torch.zeros(G, m, device=device)
+        for b, j in enumerate(chosen_rows):
+            labels[group[b]] += (torch.tensor(rows[j].better, device=device) >= 0).sum(0)
+        total, losses, hits, tokens = 0.0, torch.zeros(G, m, device=device), torch.zeros(m, device=device), 0
+        for micro in torch.arange(B).chunk(flags.accumulate):
+            batch = pack([rows[chosen_rows[b]] for b in micro]).to(device)
+            if pref_m:
+                set_preference(model, lam[group[micro.to(device)]])                   # one λ a row
+            # 3. losses (G, m)
+            pi = batch_logprobs(model, batch)                                         # (R,) log π(y|x)
+            ref = torch.cat([reference[chosen_rows[b]] for b in micro]).to(device)    # (R,) log π_ref(y|x)
+            loss, correct, known = dpo_on_pairs(pi, ref, batch, flags.beta)            # (P, m) each
+            pair_group = group[micro.to(device)][batch.pair_row]                      # (P,)
+            micro_losses = torch.zeros(G, m, device=device).index_add(0, pair_group, loss * known) / labels.clamp(min=1)
+            # 4. aggregate: (G, m) -> (G,) -> mean over preferences. What other micro-batches hold is 0 here: linear
+            #    scalarisation is additive, and for Tchebycheff every preference lies within one micro-batch (check())
+            objective = aggregate(micro_losses, lam).sum() / G
+            if flags.orth_coeff:
+                objective = objective + flags.orth_coeff * orthogonality_penalty(model) / flags.accumulate
+            # 5. backward
+            objective.backward()
+            total += objective.item()
+            losses += micro_losses.detach()
+            hits += (correct * known).sum(0)
+            tokens += batch.tokens.numel()
+        # 6. clip, step
+        for g in optimizer.param_groups:
+            g["lr"] = learning_rate(step, steps, flags.lr, flags.warmup_ratio)
+        norm = torch.nn.utils.clip_grad_norm_([p for _, p in parameters], flags.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        # 7. log: means over the whole batch
+        mean = (losses * labels).sum(0) / labels.sum(0).clamp(min=1)                  # (m,)
+        accuracy = hits / labels.sum(0).clamp(min=1)
+        seconds = time.time() - t0
+        log.step({"step": step + 1, "member": member, "loss": total, "losses": mean.tolist(), "accuracy": accuracy.tolist(),
+                  "lam": lam.tolist(), "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"],
+                  "tokens_per_second": tokens / seconds, "seconds": seconds},
+                 f"step {step + 1:05d}/{steps:05d} | loss {total:.4f} | "
+                 + " ".join(f"{dim} {x:.3f}" for dim, x in zip(dims, mean.tolist())) + " | acc "
+                 + " ".join(f"{x:.2f}" for x in accuracy.tolist())
+                 + f" | grad {norm.item():.2f} | {tokens / seconds / 1e3:.1f}k tok/s")
+        # 8. save
+        if step + 1 in snapshot_steps and step + 1 < steps:
+            save_adapter(model, out / "snapshots" / f"{path.name}-{step + 1:06d}.safetensors", dims, step=step + 1)
+        if (step + 1) % flags.save_every == 0:
+            save_state(out / "state.safetensors", parameters, optimizer, step=step + 1, member=member)
+    log.close()
+    save_adapter(model, path.with_suffix(".safetensors"), dims, method=flags.method, beta=flags.beta,
+                 lam=None if fixed_lam is None else fixed_lam.tolist())
+
+
+@torch.no_grad()
+def reference_logprobs(model, rows, batch_size, device):
+    """log π_ref of every response: a list with one (responses,) CPU tensor a row."""
+    with adapters_off(model):
+        out = []
+        for i in range(0, len(rows), batch_size):
+            batch = pack(rows[i:i + batch_size]).to(device)
+            logps = batch_logprobs(model, batch).cpu()
+            out += list(logps.split([len(row.responses) for row in rows[i:i + batch_size]]))
+    return out
+
+
+if __name__ == "__main__":
+    run_main(main, Flags, __doc__)

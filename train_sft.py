@@ -1,0 +1,105 @@
+"""train_sft.py - supervised fine-tuning: makes the base model of the embedded world, π_ref of all that follows.
+
+    python train_sft.py --size tiny            # about a minute on 2 CPU cores; kept in out/base-tiny-seed0 and reused
+
+A GPT-2 of the named size is trained from scratch on prompts of data/toy.py and responses drawn as base_probs says, with
+the objective J_SFT = E log π(y|x) per token. The result is a Hugging Face directory that transformers reads too.
+"""
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from common import (UserError, Log, epoch_batch, flag, generator_for, learning_rate, pick_device, read_json, run_main,
+                    versions, write_json)
+from data import toy
+from data.tokenizers import load_tokenizer, tokenize
+from data.trees import pack
+from eval_front import batch_logprobs, world_batches, world_logprobs
+from model import SIZES, Transformer
+from objectives import sft_loss
+
+
+@dataclass
+class Flags:
+    size: str = flag("tiny", f"model size: {', '.join(SIZES)}")
+    out: str | None = flag(None, "directory to write (default out/base-<size>-seed<seed>)")
+    seed: int = flag(0, "seed of weights and data")
+    device: str = flag("auto", "cpu, cuda, or auto")
+    steps: int = flag(400, "optimizer steps")
+    batch_size: int = flag(16, "prompts a step")
+    responses: int = flag(8, "responses drawn for each prompt")
+    lr: float | None = flag(None, "peak learning rate (default 3e-3 for tiny, 6e-4 otherwise)")
+    weight_decay: float = flag(0.1, "AdamW's, on matrices")
+    warmup_ratio: float = flag(0.05, "share of the steps with a rising learning rate")
+    log_every: int = flag(20, "print a line every so many steps")
+
+
+def main(flags):
+    """Trains, reports how well the model knows the world, and writes the directory. Returns its path."""
+    if flags.size not in SIZES:
+        raise UserError(f"--size {flags.size}: choose one of {', '.join(SIZES)}")
+    device, _ = pick_device(flags.device)
+    out = Path(flags.out or f"out/base-{flags.size}-seed{flags.seed}")
+    tokenizer = load_tokenizer("toy")
+    config = replace(SIZES[flags.size], vocab_size=tokenizer.vocab_size, bos_id=None, eos_id=tokenizer.eos_id)
+    model = Transformer(config).init_weights(generator_for(flags.seed, "init")).to(device)
+    decayed = [p for p in model.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    peak = flags.lr or (3e-3 if flags.size == "tiny" else 6e-4)
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": flags.weight_decay},
+                                   {"params": rest, "weight_decay": 0.0}], lr=peak, betas=(0.9, 0.95))
+    prompts = toy.prompts("train")
+    world = tokenize([toy.as_row(x, toy.responses(x)) for x in prompts], tokenizer, config.context_length)[0]
+    probs = [toy.base_probs(x) for x in prompts]
+
+    log = Log(out / "metrics.jsonl", flags.steps, every=flags.log_every, desc="sft")
+    (out / "metrics.jsonl").unlink(missing_ok=True)
+    for step in range(flags.steps):
+        # 1. batch: prompts in turn, responses drawn from the base distribution
+        g, rows = generator_for(flags.seed, "sft", step), []
+        for j in epoch_batch(len(prompts), flags.batch_size, flags.seed, step).tolist():
+            drawn = torch.multinomial(probs[j], flags.responses, replacement=True, generator=g).tolist()
+            rows.append(replace(world[j], responses=[world[j].responses[s] for s in drawn]))
+        batch = pack(rows).to(device)
+        # 2. loss per response token
+        tokens = (batch.paths < len(batch.targets)).sum()
+        loss = sft_loss(batch_logprobs(model, batch)).sum() / tokens
+        # 3. backward, clip, step
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, flags.steps, peak, flags.warmup_ratio)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        # 4. log
+        log.step({"step": step + 1, "loss": loss.item(), "grad_norm": norm.item()},
+                 f"step {step + 1:05d}/{flags.steps:05d} | loss {loss.item():.4f} nats/token | grad {norm.item():.2f}")
+    seconds = log.close()
+
+    # How far the base is from what it was trained on, exactly, on unseen prompts
+    unseen = toy.prompts("eval")
+    logps = world_logprobs(model, world_batches(unseen, tokenizer, device))                           # (prompts, S)
+    target = torch.stack([toy.base_probs(x) for x in unseen])
+    report = {"seconds": seconds, "parameters": sum(p.numel() for p in model.parameters()),
+              "outside_mass": (1 - logps.exp().sum(1)).mean().item(),
+              "kl_data_to_base": (target * (target.log() - logps)).sum(1).mean().item()}
+    model.save_pretrained(out)
+    write_json(out / "base.json", {"tokenizer": "toy", "flags": asdict(flags), **report, **versions()})
+    print(f"base model {out}: {report['parameters'] / 1e6:.2f}M parameters, {seconds:.0f} s; unseen prompts: KL(data || base) "
+          f"{report['kl_data_to_base']:.3f} nats, mass outside the response set {report['outside_mass']:.3f}")
+    return out
+
+
+def base_model(size, seed, device):
+    """The directory of the embedded world's base model of this size and seed, trained first if it is not there."""
+    out = Path(f"out/base-{size}-seed{seed}")
+    if not (out / "base.json").exists():
+        print(f"no base model in {out} yet: training it (once)")
+        return main(Flags(size=size, seed=seed, device=device))
+    read_json(out / "base.json")
+    return out
+
+
+if __name__ == "__main__":
+    run_main(main, Flags, __doc__)
