@@ -31,4 +31,6 @@ def tchebycheff(losses, lam, ideal=None):
     z is −ideal. The losses must be means over the batch, since the maximum is of expectations; the gradient is that of
     the largest term alone. A dimension with λ_i = 0 contributes 0 and is never the maximum of positive terms.
     """
-    return (lam * (losses if ideal is None else losses - torch.as_tensor(ideal, device=losses.device))).amax(-1)
+    if ideal is not None:
+        losses = losses - torch.as_tensor(ideal, dtype=losses.dtype, device=losses.device)
+    return (lam * losses).amax(-1)

@@ -58,7 +58,7 @@ def hypervolume(points, reference):
 
 
 def _volume(P):
-    """Hypervolume over the origin of mutually non-dominated points, by slicing off one dimension at a time.
+    """Hypervolume over the origin of non-dominated points, by slicing off one dimension at a time (for m ≤ 2, any points).
 
     In ascending order of the last coordinate, what point p adds to the points after it is a slab of height p_m: its
     box in the other m − 1 dimensions, less the part of that box which the later points cover (all of them are taller).
@@ -72,7 +72,9 @@ def _volume(P):
     P, total = P[np.argsort(P[:, -1], kind="stable")], 0.0
     for i, p in enumerate(P):
         covered = np.minimum(P[i + 1:, :-1], p[:-1])
-        total += p[-1] * (p[:-1].prod() - (_volume(covered[nondominated(covered)]) if len(covered) else 0.0))
+        if len(p) > 3:                                                                # the staircase needs no filter
+            covered = covered[nondominated(covered)]
+        total += p[-1] * (p[:-1].prod() - (_volume(covered) if len(covered) else 0.0))
     return total
 
 
@@ -187,9 +189,11 @@ class World:
         for q in self.problem.unique():                                                                # few: equal prompts share
             here = self.problem == q
             J = J - optimum.dpo_losses(h[here][:, None], self.label_probs[q][None]).sum((0, 1)) / len(h)
-        inside = logps.exp()
-        scores = torch.einsum("xs,xsi->i", inside / inside.sum(1, keepdim=True), self.scores[..., self.columns]) / len(h)
-        return {"J": J.tolist(), "scores": scores.tolist(), "outside_mass": (1 - inside.sum(1)).mean().item()}
+        return {"J": J.tolist(), "scores": self.mean_scores(logps).tolist(), "outside_mass": (1 - logps.exp().sum(1)).mean().item()}
+
+    def mean_scores(self, logps):
+        """E r_i over the world's responses, renormalised to them. logps: (…, prompts, S) -> (…, m)"""
+        return torch.einsum("...xs,xsi->...i", logps.softmax(-1), self.scores[..., self.columns]) / len(self.scores)
 
 
 class PreferenceFiles:
@@ -215,6 +219,7 @@ class PreferenceFiles:
         for batch, ref in zip(self.batches, self.ref):
             l, c, known = dpo_on_pairs(batch_logprobs(model, batch), ref, batch, beta)
             loss, correct, count = loss + (l * known).sum(0), correct + (c * known).sum(0), count + known.sum(0)
+        self.labels = count.int().tolist()
         return {"J": (-loss / count).tolist(), "scores": (correct / count).tolist(), "outside_mass": None}
 
 
@@ -239,19 +244,22 @@ def exact_front(dims, aggregate, ideal=None, split="eval"):
     """The best that any policy can do on `split`, for this objective and aggregation, on a fine grid of preferences.
 
     Returns dict: lams (N, m), J (N, m), ideal (m,), nadir (m,) (the best and worst J_i on the front of linear
-    scalarisation), hypervolume in normalised J, and residual: the largest gradient entry (ls) or duality gap (tche) that
-    is left, checked to be 0 but for rounding.
+    scalarisation), hypervolume in normalised J, residual: the largest gradient entry (ls) or duality gap (tche) that is
+    left, checked to be 0 but for rounding; and h: a tensor (N, prompts, S), the optimal policies as β log π/π_ref.
     """
     m = len(dims)
     lams = simplex_lattice(m, {2: 100, 3: 40}.get(m, parts_for(m) * 2))
-    scores, w, _ = optimum.problems(toy.prompts(split), dims)
-    J, _, residual = optimum.ls_front(lams, scores, w)
+    scores, w, problem = optimum.problems(toy.prompts(split), dims)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                              # many small matrices: a second thread costs more than it gives
+    J, h, residual = optimum.ls_front(lams, scores, w)
     best, worst = J.amax(0), J.amin(0)
     if aggregate == "tche":
-        J, _, residual = optimum.tche_front(lams, scores, w, ideal)
+        J, h, residual = optimum.tche_front(lams, scores, w, ideal)
+    torch.set_num_threads(threads)
     assert residual < 1e-8, f"the exact front is not exact: residual {residual}"
     front = {"lams": lams.tolist(), "J": J.tolist(), "ideal": best.tolist(), "nadir": worst.tolist(), "residual": residual}
-    return front | {"hypervolume": hypervolume(normalise(front["J"], front), [REFERENCE] * m)}
+    return front | {"hypervolume": hypervolume(normalise(front["J"], front), [REFERENCE] * m), "h": h[:, problem]}
 
 
 def normalise(J, exact):
@@ -290,9 +298,11 @@ def evaluate(run, device, parts=None, adapters=None, exact=None):
     J, scores, outside = ([r[key] for r in results] for key in ("J", "scores", "outside_mass"))
     if toy_world:
         exact = exact or exact_front(dims, flags["aggregate"], flags["ideal"])
+        exact_scores = data.mean_scores(data.ref + exact["h"] / flags["beta"])       # π* ∝ π_ref exp(h/β)
         points, reference = normalise(J, exact), [REFERENCE] * m
     else:
         points, reference = np.array(scores), [0.0] * m
+    labels = None if toy_world else data.labels
     front = points[nondominated(points)]
     result = {"run": str(run), "dims": dims, "lams": lams, "J": J, "scores": scores, "points": points.tolist(),
               "points_are": "normalised J" if toy_world else "implicit-reward accuracy",
@@ -300,34 +310,46 @@ def evaluate(run, device, parts=None, adapters=None, exact=None):
               "inner_product": inner_product(lams, points), "sparsity": sparsity(front), "spacing": spacing(front),
               "reference_point": reference, "nondominated": int(nondominated(points).sum()), "outside_mass": outside,
               "spearman": [spearman([lam[i] for lam in lams], points[:, i]) for i in range(m)],
-              "base": base, "exact": None, **{k: flags[k] for k in ("method", "aggregate", "beta", "steps", "seed")},
-              **{k: config.get(k) for k in ("models", "train_seconds")}}
+              "base": base, "exact": None, "eval_labels": labels, "models": config["models"],
+              **{k: flags[k] for k in ("method", "aggregate", "beta", "steps", "seed")}}
     if toy_world:
-        result |= {"hypervolume_share": result["hypervolume"] / exact["hypervolume"], "exact": exact}
+        # what the optimum itself would score with these few points, from the lattice's nearest preferences
+        nearest = [int(np.abs(np.array(exact["lams"]) - lam).sum(1).argmin()) for lam in lams]
+        same = hypervolume(normalise(exact["J"], exact)[nearest], reference) / exact["hypervolume"]
+        result |= {"hypervolume_share": result["hypervolume"] / exact["hypervolume"],
+                   "exact": exact | {"scores": exact_scores.tolist(), "share_at_these_lams": same}}
     return result
+
+
+def stored(result):
+    """The result as JSON holds it: without the optimal policies themselves."""
+    exact = result["exact"] and {key: value for key, value in result["exact"].items() if key != "h"}
+    return result | {"exact": exact}
 
 
 def table(results):
     """One line a run; the metrics are those of section 1, on result["points"]."""
-    head = f"{'run':44} {'HV share':>8} {'HV':>7} {'IP':>7} {'sparsity':>8} {'spacing':>7} {'Spearman':>8} {'outside':>7} {'models':>6} {'steps':>6} {'train s':>7}"
+    head = f"{'run':46} {'HV share':>8} {'HV':>7} {'IP':>7} {'sparsity':>8} {'spacing':>7} {'Spearman':>8} {'outside':>7} {'models':>6} {'steps':>6} {'train s':>7}"
     lines = [head, "-" * len(head)]
     for r in results:
         share = f"{r['hypervolume_share']:8.4f}" if r["hypervolume_share"] is not None else f"{'-':>8}"
         outside = f"{max(r['outside_mass']):7.3f}" if r["outside_mass"][0] is not None else f"{'-':>7}"
-        lines.append(f"{Path(r['run']).name:44} {share} {r['hypervolume']:7.4f} {r['inner_product']:7.4f} {r['sparsity']:8.4f} "
+        lines.append(f"{Path(r['run']).name:46} {share} {r['hypervolume']:7.4f} {r['inner_product']:7.4f} {r['sparsity']:8.4f} "
                      f"{r['spacing']:7.4f} {min(r['spearman']):8.3f} {outside} {r['models'] or 1:6d} {r['steps']:6d} "
-                     f"{r['train_seconds'] or 0:7.0f}")
+                     f"{read_json(Path(r['run']) / 'timing.json')['train_seconds']:7.0f}")
     return "\n".join(lines)
 
 
 def front_table(r):
-    """One line a preference: λ, J, and the mean scores (embedded world) or accuracies (preference files)."""
+    """One line a preference: λ, J, and the mean scores (embedded world) or accuracies ± standard error (preference files)."""
     what = "score" if r["exact"] else "acc"
     head = " ".join([f"{'λ_' + d[:8]:>10}" for d in r["dims"]] + [f"{'J_' + d[:8]:>10}" for d in r["dims"]]
                     + [f"{what + '_' + d[:8]:>14}" for d in r["dims"]] + ["outside"])
     lines = [head, "-" * len(head)]
     for lam, J, s, o in zip(r["lams"], r["J"], r["scores"], r["outside_mass"]):
-        lines.append(" ".join([f"{x:10.2f}" for x in lam] + [f"{x:10.4f}" for x in J] + [f"{x:14.3f}" for x in s]
+        error = [""] * len(s) if r["exact"] else [f" ± {(x * (1 - x) / n) ** 0.5:.3f}" for x, n in zip(s, r["eval_labels"])]
+        lines.append(" ".join([f"{x:10.2f}" for x in lam] + [f"{x:10.4f}" for x in J]
+                              + [f"{f'{x:.3f}{e}':>14}" for x, e in zip(s, error)]
                               + [f"{o:7.3f}" if o is not None else "      -"]))
     return "\n".join(lines)
 
@@ -348,12 +370,14 @@ def picture(results, path):
 
 
 def _label(r, results):
+    """Colour, marker and legend text of one run among `results`; a result may bring its own "label"."""
     color, marker, text = STYLE[r["method"]]
-    others = [o for o in results if o["method"] == r["method"] and o is not r]
-    if others:                                                                        # several runs of one method: say which
-        text += f" ({r['aggregate'].upper()}, seed {r['seed']})"
+    twins = [o for o in results if o["method"] == r["method"]]
+    if len(twins) > 1:                                                                # several runs of one method: tell them apart
+        color = matplotlib.colormaps["viridis"](0.9 * twins.index(r) / (len(twins) - 1))
+        text = r.get("label", f"{text} ({r['aggregate'].upper()}, seed {r['seed']})")
     share = r["hypervolume_share"]
-    return color, marker, text + (f", {share:.1%} of the exact hypervolume" if share is not None else "")
+    return color, marker, text + (f": {share:.1%} of the exact hypervolume" if share is not None else "")
 
 
 def _picture_2d(results, dims):
@@ -367,6 +391,8 @@ def _picture_2d(results, dims):
         if world and key == "points":
             exact = normalise(results[0]["exact"]["J"], results[0]["exact"])
             ax.plot(exact[:, 0], exact[:, 1], color="0.25", lw=1.5, label="Exact front: the optimum over all policies", zorder=1)
+        if world and key == "scores":                                                 # of the same optimal policies
+            ax.plot(*np.array(results[0]["exact"]["scores"]).T, color="0.25", lw=1.5, zorder=1)
         for j, r in enumerate(results):
             color, marker, text = _label(r, results)
             P = np.array(r[key])
@@ -466,7 +492,7 @@ def main(flags):
     results, fronts = [], {}
     for run in runs:
         config = read_json(run / "config.json")
-        if "train_seconds" not in config:
+        if not (run / "timing.json").exists():
             raise UserError(f"{run}: the training has not ended; run its command again to resume it")
         key = (*config["dims"], config["flags"]["aggregate"], str(config["flags"]["ideal"]))
         r = evaluate(run, device, flags.parts, exact=fronts.get(key))
@@ -474,14 +500,17 @@ def main(flags):
         if results and r["dims"] != results[0]["dims"]:
             raise UserError(f"{run} has the dimensions {' '.join(r['dims'])}, {runs[0]} has {' '.join(results[0]['dims'])}: "
                             f"their fronts lie in different spaces")
-        write_json(run / "front.json", r)
+        write_json(run / "front.json", stored(r))
         picture([r], run / "front.png")
         results.append(r)
     if len(results) == 1:
         print(front_table(results[0]))
     print(table(results))
+    if results[0]["exact"]:
+        print(f"HV share: of the exact front's hypervolume {results[0]['exact']['hypervolume']:.4f} on {len(results[0]['exact']['lams'])} "
+              f"preferences; the exact front itself, at these {len(results[0]['lams'])}: {results[0]['exact']['share_at_these_lams']:.4f}")
     if len(results) > 1:
-        write_json(Path(flags.out) / "front.json", results)
+        write_json(Path(flags.out) / "front.json", [stored(r) for r in results])
         picture(results, Path(flags.out) / "front.png")
     print(f"reference point {results[0]['reference_point']} in {results[0]['points_are']}; pictures: "
           + ", ".join(str(run / "front.png") for run in (runs if len(runs) == 1 else [Path(flags.out)])))
@@ -497,7 +526,7 @@ def evolution(run, device, parts):
         results.append(evaluate(run, device, parts, file, exact))
         exact = results[-1]["exact"]
         print(f"step {step:06d} | hypervolume {results[-1]['hypervolume']:.4f} | share {results[-1]['hypervolume_share']}")
-    write_json(run / "evolution.json", {"steps": steps, "fronts": results})
+    write_json(run / "evolution.json", {"steps": steps, "fronts": [stored(r) for r in results]})
     evolution_picture(steps, results, run / "evolution.png")
     return results
 

@@ -103,9 +103,10 @@ def set_preference(model, lam):
 
     The only way in. Raises ValueError for a λ off the simplex or of the wrong length.
     """
-    layers = svd_lora_layers(model).values()
-    first = next(iter(layers))
-    lam = check_preference(lam, first.m).to(first.sigma.device)
+    layers = list(svd_lora_layers(model).values())
+    if not layers:
+        raise ValueError("the model has no adapter: call inject_svd_lora or load_adapter first")
+    lam = check_preference(lam, layers[0].m).to(layers[0].sigma.device)
     for layer in layers:
         layer.lam = lam
 
@@ -113,7 +114,7 @@ def set_preference(model, lam):
 @contextmanager
 def adapters_off(model):
     """Within it the model is its frozen base: the reference policy π_ref, without a second copy in memory."""
-    layers = svd_lora_layers(model).values()
+    layers = [layer for layer in svd_lora_layers(model).values() if layer.enabled]     # nested: the outer one restores
     for layer in layers:
         layer.enabled = False
     try:
@@ -176,7 +177,8 @@ def fingerprint(model):
     for name, p in model.state_dict().items():
         if name not in adapter:
             flat = p.reshape(-1)
-            sample = flat[torch.linspace(0, len(flat) - 1, min(64, len(flat)), device=p.device).long()]
+            n = min(64, len(flat))                                     # evenly spaced, in integers: the same everywhere
+            sample = flat[torch.arange(n, device=p.device) * (len(flat) - 1) // max(1, n - 1)]
             digest.update(name.encode() + sample.bfloat16().view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -218,16 +220,14 @@ def load_adapter(model, path, dims=None):
         raise UserError(f"{path} belongs to another base model (fingerprint {header['base']}, this one has {fingerprint(model)})")
     if not svd_lora_layers(model):
         inject_svd_lora(model, header["k"], header["m"], header["gain"] * header["k"], 0.0 if header["fixed_s"] else None)
-    ours = adapter_state(model)
+    ours, layer = adapter_state(model), next(iter(svd_lora_layers(model).values()))
+    if (layer.k, layer.m) != (header["k"], header["m"]):
+        raise UserError(f"{path} has k = {header['k']}, m = {header['m']}; the model's adapter has k = {layer.k}, m = {layer.m}")
     with safe_open(path, framework="pt") as f:
         if set(f.keys()) != set(ours):
             raise UserError(f"{path} adapts other layers: {sorted(set(f.keys()) ^ set(ours))[0]} is not in both")
         for name, tensor in ours.items():
-            stored = f.get_tensor(name)
-            if stored.shape != tensor.shape:
-                raise UserError(f"{path}: {name} has shape {tuple(stored.shape)}, the model has {tuple(tensor.shape)} "
-                                f"(file: k = {header['k']}, m = {header['m']})")
-            tensor.copy_(stored)
+            tensor.copy_(f.get_tensor(name))
     for layer in svd_lora_layers(model).values():
         layer.gain = header["gain"]
     return header

@@ -10,6 +10,7 @@ lam: (G, m) on the simplex   losses: (G, m), the mean DPO loss of each dimension
 One forward serves all m dimensions: they differ in their labels alone. The reference is the same model with the adapter
 off; its log-probs are computed once. A killed run continues from its last checkpoint, bit for bit.
 """
+import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ class Flags:
     beta: float | None = flag(None, "β, the paper's scale_coeff (default 1 on the embedded world, 0.1 otherwise)")
     lora_dim: int = flag(8, "k, the learned rank; the whole rank is k + m, and k + 1 for rs and dps")
     lora_scaling: float = flag(512.0, "the adapter's gain is lora_scaling / lora_dim")
-    lr: float | None = flag(None, "peak learning rate, then a cosine to 0 (default 2e-3 on the embedded world, 2e-4 otherwise)")
+    lr: float | None = flag(None, "peak learning rate, then a cosine to 0 (default 2e-4; 2e-3 for models narrower than 512)")
     weight_decay: float = flag(0.05, "AdamW's, on U and V only")
     warmup_ratio: float = flag(0.03, "share of the steps with a rising learning rate")
     batch_size: int = flag(8, "data rows a step")
@@ -85,37 +86,36 @@ def main(flags):
     m, toy_world = len(dims), flags.data is None
     check(flags, m)
     flags.beta = flags.beta or (1.0 if toy_world else 0.1)
-    flags.lr = flags.lr or (2e-3 if toy_world else 2e-4)
     flags.steps = flags.steps or (400 if toy_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
 
     model = Transformer.from_pretrained(base, dtype=dtype, device=device)
     model.requires_grad_(False)
+    flags.lr = flags.lr or (2e-3 if model.embed.weight.shape[1] < 512 else 2e-4)
     tokenizer = load_tokenizer(tokenizer_name)
     token_rows, cut = tokenize(rows, tokenizer, min(flags.max_length, model.config.context_length))
     print("data: {} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut".format(len(rows), **cut))
 
     out = Path(flags.out or "out/" + "-".join(["dpo", flags.method, flags.aggregate, *dims, f"seed{flags.seed}"]))
-    config = {"script": "train_dpo.py", "flags": asdict(flags), "dims": list(dims), "base": str(base), "tokenizer": tokenizer_name,
-              "fingerprint": fingerprint(model), "cut": cut, **versions()}
+    # One adapter for Panacea; for rs one a dimension, for dps one a preference, each with a fixed λ and plain rank k + 1
+    members = {"panacea": lambda: [("adapter", None)],
+               "rs": lambda: [(f"adapter-{dim}", lam) for dim, lam in zip(dims, torch.eye(m))],
+               "dps": lambda: [(f"adapter-{i:03d}", lam) for i, lam in
+                               enumerate(eval_front.simplex_lattice(m, flags.dps_parts).float())]}[flags.method]()
+    config = {"script": "train_dpo.py", "models": len(members), "flags": asdict(flags), "dims": list(dims),
+              "base": str(base), "tokenizer": tokenizer_name, "fingerprint": fingerprint(model), "cut": cut, **versions()}
     resume = prepare_run(out, config)
 
     # log π_ref of every response, once. A row's log-probs are kept in a list of (responses,) tensors.
     reference = reference_logprobs(model, token_rows, flags.batch_size, device)
 
-    # One adapter for Panacea; for rs one a dimension, for dps one a preference, each with a fixed lam and plain rank k + 1
-    members = {"panacea": lambda: [("adapter", None)],
-               "rs": lambda: [(f"adapter-{dim}", lam) for dim, lam in zip(dims, torch.eye(m))],
-               "dps": lambda: [(f"adapter-{i:03d}", lam) for i, lam in
-                               enumerate(eval_front.simplex_lattice(m, flags.dps_parts).float())]}[flags.method]()
     steps = flags.steps // len(members)
-    started = time.time()
     for i, (name, lam) in enumerate(members):
         if resume is None or resume["member"] <= i:
             train(model, out / name, lam, token_rows, reference, dims, flags, steps, i, resume, device)
             resume = None
-    seconds = time.time() - started
-    config |= {"train_seconds": seconds, "models": len(members), "steps_per_model": steps}
-    write_json(out / "config.json", config)
+    seconds = sum(json.loads(line)["seconds"] for line in (out / "metrics.jsonl").read_text().splitlines())
+    # seconds lie apart from all else, so that the same seed on the same machine gives the same files
+    write_json(out / "timing.json", {"train_seconds": seconds})
     (out / "state.safetensors").unlink(missing_ok=True)                # the run is whole: nothing is left to resume
     print(f"trained {len(members)} adapter(s) of {steps} steps in {seconds:.0f} s: {out}")
     if flags.eval:
@@ -167,7 +167,8 @@ def prepare_run(out, config):
             (out / "state.safetensors").unlink()
             state = None
     if state is None:
-        (out / "metrics.jsonl").unlink(missing_ok=True)
+        for old in [*out.glob("*.json*"), *out.glob("*.safetensors"), *out.glob("*.png"), *out.glob("snapshots/*")]:
+            old.unlink()                                               # what an earlier run left, so that nothing is mixed
     else:
         at = state["member"], state["step"]
         truncate_log(out / "metrics.jsonl", lambda record: (record["member"], record["step"]) <= at)

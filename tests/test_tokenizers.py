@@ -17,6 +17,11 @@ UNICODE = "\n\nHuman: naïve żółć, 日本語 🙂\t 12345  don't!\r\n"
 SPELLED = "a <|endoftext|> b </s> c <s> d <unk>"  # special tokens' names, as plain text
 
 
+def token_row(prompt, responses):
+    """A TokenRow with the one pair and label that every row here has."""
+    return TokenRow(prompt, responses, [(0, 1)], [[0]])
+
+
 def shared(*parts):
     path = SHARED.joinpath(*parts)
     if not path.exists():
@@ -196,8 +201,8 @@ def test_bad_huggingface_directory(tmp_path):
 def test_nothing_cut():
     rows = [row("ask", "yes", "no"), row("", "x", "")]
     tokens, counts = tokenize(rows, letters(), max_length=7)
-    assert tokens == [TokenRow(ids("ask"), [ids("yes", 0), ids("no", 0)]),
-                      TokenRow([0], [ids("x", 0), [0]])]  # no BOS: the empty prompt is one EOS
+    assert tokens == [token_row(ids("ask"), [ids("yes", 0), ids("no", 0)]),
+                      token_row([0], [ids("x", 0), [0]])]  # no BOS: the empty prompt is one EOS
     assert counts == dict(prompts=2, responses=4, prompts_cut=0, responses_cut=0)
     tokens, _ = tokenize(rows, letters(bos_id=1), max_length=8)
     assert [t.prompt for t in tokens] == [[1] + ids("ask"), [1]]
@@ -205,7 +210,7 @@ def test_nothing_cut():
 
 def test_prompt_is_cut_from_the_left_beside_the_longest_response():
     (tokens,), counts = tokenize([row("abcdef", "uvw", "u")], letters(), max_length=8)
-    assert tokens == TokenRow(ids("cdef"), [ids("uvw", 0), ids("u", 0)])  # 8 - 4 tokens left for the prompt
+    assert tokens == token_row(ids("cdef"), [ids("uvw", 0), ids("u", 0)])  # 8 - 4 tokens left for the prompt
     assert counts == dict(prompts=1, responses=2, prompts_cut=1, responses_cut=0)
     (tokens,), _ = tokenize([row("abcdef", "uvw", "u")], letters(bos_id=1), max_length=8)
     assert tokens.prompt == [1] + ids("def")
@@ -213,7 +218,7 @@ def test_prompt_is_cut_from_the_left_beside_the_longest_response():
 
 def test_response_is_cut_from_the_right_and_gets_no_eos():
     (tokens,), counts = tokenize([row("ab", "tuvwxyz", "u")], letters(), max_length=8)
-    assert tokens == TokenRow(ids("ab"), [ids("tuvwxy"), ids("u", 0)])  # what the prompt leaves: 6 of 8
+    assert tokens == token_row(ids("ab"), [ids("tuvwxy"), ids("u", 0)])  # what the prompt leaves: 6 of 8
     assert counts == dict(prompts=1, responses=2, prompts_cut=0, responses_cut=1)
     (tokens,), _ = tokenize([row("ab", "tuvwxy")], letters(), max_length=8)
     assert tokens.responses == [ids("tuvwxy")]  # only EOS had no room
@@ -221,13 +226,13 @@ def test_response_is_cut_from_the_right_and_gets_no_eos():
 
 def test_both_cut():
     (tokens,), counts = tokenize([row("abcdefgh", "stuvwxyz", "stu")], letters(bos_id=1), max_length=9)
-    assert tokens == TokenRow([1] + ids("efgh"), [ids("stuv"), ids("stu", 0)])  # 9 // 2 = 4 for the response
+    assert tokens == token_row([1] + ids("efgh"), [ids("stuv"), ids("stu", 0)])  # 9 // 2 = 4 for the response
     assert counts == dict(prompts=1, responses=2, prompts_cut=1, responses_cut=1)
 
 
 def test_max_prompt():
     (tokens,), counts = tokenize([row("abcdef", "uvwxyz")], letters(bos_id=1), max_length=9, max_prompt=3)
-    assert tokens == TokenRow([1] + ids("ef"), [ids("uvwxyz")])  # 9 - 3 = 6, one too few for EOS
+    assert tokens == token_row([1] + ids("ef"), [ids("uvwxyz")])  # 9 - 3 = 6, one too few for EOS
     assert counts == dict(prompts=1, responses=1, prompts_cut=1, responses_cut=1)
     (tokens,), _ = tokenize([row("abcdef", "u")], letters(bos_id=1), max_length=9, max_prompt=1)
     assert tokens.prompt == [1]
@@ -247,7 +252,7 @@ def test_never_longer_than_max_length(bos_id):
 
 def test_prefix_space():
     (tokens,), _ = tokenize([row(" ask", " yes", "no")], letters(prefix_space=True), max_length=20)
-    assert tokens == TokenRow(ids(" ask"), [ids("yes", 0), ids("no", 0)])  # the response's first space only
+    assert tokens == token_row(ids(" ask"), [ids("yes", 0), ids("no", 0)])  # the response's first space only
 
 
 def test_eos_inside_a_text_is_refused():

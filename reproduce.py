@@ -1,0 +1,115 @@
+"""reproduce.py - every figure and table of the README, each one command. Runs that are finished are used again.
+
+    python reproduce.py results              # Panacea (LS, Tche), rewarded soups: 3 seeds, mean and standard deviation
+    python reproduce.py three                # m = 3: Panacea and rewarded soups, 3 seeds
+    python reproduce.py dps                  # discrete policy solutions: 11 models, at 1 and at 11 times the steps
+    python reproduce.py scaling              # Fig. 7: learned s against fixed ones
+    python reproduce.py evolution            # Fig. 4: the front over the training steps
+    python reproduce.py beta                 # what the paper's β = 0.1 does here
+"""
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import eval_front
+from common import UserError, flag, read_json, run_main
+
+
+@dataclass
+class Flags:
+    what: list[str] = flag([], "results, three, dps, scaling, evolution, beta (one or several)", positional=True)
+    seeds: int = flag(3, "seeds 0 to seeds - 1, where several are run")
+    out: str = flag("out", "where the runs go")
+
+
+def run(out, name, *flags):
+    """Runs train_dpo.py with these flags unless out/name is finished. Returns its front.json."""
+    path = Path(out) / name
+    if not (path / "front.json").exists():
+        command = [sys.executable, "train_dpo.py", "--out", str(path), "--log_every", "100", *map(str, flags)]
+        print("$ python " + " ".join(command[1:]), flush=True)
+        if (code := subprocess.run(command).returncode) != 0:
+            raise UserError(f"{name}: train_dpo.py ended with status {code}")
+    return read_json(path / "front.json")
+
+
+def summary(rows):
+    """Prints one line a method: mean ± standard deviation over its seeds. rows: {label: [front.json, …]}"""
+    print(f"\n{'':34} {'HV share':>16} {'IP':>15} {'sparsity':>17} {'spacing':>17} {'min Spearman':>12} {'max outside':>11} {'models':>6} {'steps':>6}")
+    for label, fronts in rows.items():
+        cells = []
+        for key in ("hypervolume_share", "inner_product", "sparsity", "spacing"):
+            x = np.array([f[key] for f in fronts])
+            cells.append(f"{x.mean():.4f} ± {x.std(ddof=1) if len(x) > 1 else 0:.4f}")
+        print(f"{label:34} {cells[0]:>16} {cells[1]:>15} {cells[2]:>17} {cells[3]:>17} {min(min(f['spearman']) for f in fronts):12.3f} "
+              f"{max(max(f['outside_mass']) for f in fronts):11.3f} {fronts[0]['models']:6d} {fronts[0]['steps']:6d}")
+
+
+def results(flags):
+    """m = 2: Panacea by LS and Tche, rewarded soups at the same total steps and against both exact fronts."""
+    rows = {}
+    for aggregate in ("ls", "tche"):
+        for method in ("panacea", "rs"):
+            rows[f"{method} {aggregate}"] = [run(flags.out, f"m2-{method}-{aggregate}-seed{s}", "--method", method, "--aggregate",
+                                                 aggregate, "--seed", s) for s in range(flags.seeds)]
+    summary(rows)
+    eval_front.picture([rows["panacea ls"][0], rows["rs ls"][0]], Path(flags.out) / "results.png")
+
+
+def three(flags):
+    """m = 3."""
+    rows = {}
+    for method in ("panacea", "rs"):
+        rows[f"{method} ls, m = 3"] = [run(flags.out, f"m3-{method}-ls-seed{s}", "--pref_dim", 3, "--method", method, "--seed", s)
+                                       for s in range(flags.seeds)]
+    rows["panacea tche, m = 3"] = [run(flags.out, "m3-panacea-tche-seed0", "--pref_dim", 3, "--aggregate", "tche")]
+    summary(rows)
+    eval_front.picture([rows["panacea ls, m = 3"][0]], Path(flags.out) / "three.png")
+
+
+def dps(flags):
+    """One model a preference: at the same total steps as Panacea, and with Panacea's steps for each of the 11 models."""
+    steps = run(flags.out, "m2-panacea-ls-seed0")["steps"]
+    rows = {"panacea": [run(flags.out, "m2-panacea-ls-seed0")], "rs": [run(flags.out, "m2-rs-ls-seed0", "--method", "rs")],
+            "dps, equal total steps": [run(flags.out, "m2-dps-ls-seed0", "--method", "dps", "--steps", steps)],
+            "dps, 11 times the steps": [run(flags.out, "m2-dps11-ls-seed0", "--method", "dps", "--steps", 11 * steps)]}
+    summary(rows)
+    eval_front.picture([rows[k][0] for k in ("panacea", "rs", "dps, 11 times the steps")], Path(flags.out) / "dps.png")
+
+
+def scaling(flags):
+    """Fig. 7: the scale s of λ learned for each matrix, against one fixed value for all of them."""
+    rows = {"s learned": [run(flags.out, "m2-panacea-ls-seed0", "--seed", 0)]}
+    for s in (1.0, 0.1, 0.01, 0.001):
+        rows[f"s = {s:g} fixed"] = [run(flags.out, f"m2-panacea-s{s:g}-seed0", "--pref_scaling", s)]
+    summary(rows)
+    pictures = [row[0] | {"label": label} for label, row in rows.items()]
+    eval_front.picture(pictures, Path(flags.out) / "scaling.png")
+
+
+def evolution(flags):
+    """Fig. 4: the front at eight snapshots."""
+    run(flags.out, "m2-panacea-ls-seed0")
+    eval_front.main(eval_front.Flags(runs=[str(Path(flags.out) / "m2-panacea-ls-seed0")], evolution=True))
+
+
+def beta(flags):
+    """The paper's β = 0.1: the same front, reached by ten times longer log-ratios."""
+    summary({f"panacea β = {b:g}": [run(flags.out, "m2-panacea-ls-seed0" if b == 1 else f"m2-panacea-beta{b:g}-seed0",
+                                        "--beta", b)] for b in (0.1, 0.5, 1.0, 2.0)})
+
+
+def main(flags):
+    """Runs what was asked for, in order."""
+    parts = {"results": results, "three": three, "dps": dps, "scaling": scaling, "evolution": evolution, "beta": beta}
+    for what in flags.what:
+        if what not in parts:
+            raise UserError(f"{what!r}: choose among {', '.join(parts)}")
+        parts[what](flags)
+
+
+if __name__ == "__main__":
+    run_main(main, Flags, __doc__)

@@ -1,0 +1,619 @@
+"""test_model.py - the Transformer against transformers' stored values, its files, its refusals, its invariants."""
+import json
+import math
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model as model_module
+from common import UserError
+from model import SIZES, Config, KVCache, Transformer, config_from_hf, config_to_hf, generate, rotate, sample_token
+
+SHARED = Path(__file__).parents[2] / "shared"
+HF = SHARED / "oracles" / "data" / "hf"
+STORIES = SHARED / "material" / "stories260K"
+GOLDEN = ["gpt2", "gpt2_hub", "llama_bf16", "llama_gqa", "llama_gqa_tied", "llama_headdim", "llama_llama3rope",
+          "llama_llama3rope_legacy", "llama_mha", "llama_sharded", "llama_theta500k", "llama_theta500k_legacy"]
+needs_oracles = pytest.mark.skipif(not HF.exists(), reason="shared/oracles/data/hf is not beside the repository")
+needs_material = pytest.mark.skipif(not STORIES.exists(), reason="shared/material is not beside the repository")
+families = pytest.mark.parametrize("family", ["gpt2", "llama"])
+
+
+def golden(name):
+    """The fp32 model of a golden directory and what transformers computed with it."""
+    expected = {k: torch.from_numpy(v) for k, v in np.load(HF / name / "expected.npz").items()}
+    return Transformer.from_pretrained(HF / name, dtype=torch.float32), expected
+
+
+def tokens_for(model, *shape, seed=5):
+    return torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Against transformers.
+
+@needs_oracles
+def test_every_golden_directory_is_listed():
+    assert GOLDEN == sorted(d.name for d in HF.iterdir())
+
+
+@needs_oracles
+@pytest.mark.parametrize("name", GOLDEN)
+@torch.no_grad()
+def test_golden_forward(name, close):
+    model, expected = golden(name)
+    ids, logits = expected["ids"], model(expected["ids"])
+    assert close(logits, expected["logits"], 1e-5)
+    assert close(model(ids, return_hidden=True), expected["hidden"], 1e-5)
+    assert close(F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()), expected["loss"], 1e-5)
+
+
+@needs_oracles
+@pytest.mark.parametrize("name", GOLDEN)
+@torch.no_grad()
+def test_golden_left_padding(name, close):
+    model, expected = golden(name)
+    ids, real = expected["padded_ids"], expected["padded_mask"].bool()                # (B, T), padding on the left
+    T = ids.shape[1]
+    mask = (torch.ones(T, T).tril().bool() & real[:, None]) | torch.eye(T).bool()     # padding sees itself
+    positions = (real.cumsum(1) - 1).clamp(min=0)
+    logits = model(ids, positions, mask[:, None])
+    assert close(logits[real], expected["padded_logits"][real], 1e-5)
+    assert not close(model(ids)[real], expected["padded_logits"][real], 0.01)         # wrong: padding seen and counted
+
+
+@needs_oracles
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_generation(name, monkeypatch):
+    """The stored path is greedy over the vocabulary without EOS, which min_new_tokens excluded; so it is here."""
+    model, expected = golden(name)
+    no_eos = torch.arange(model.config.vocab_size) == 2
+    monkeypatch.setattr(model_module, "sample_token", lambda x, *args: sample_token(x.masked_fill(no_eos, -1e9), *args))
+    prompts = [row[real].tolist() for row, real in zip(expected["prompt"], expected["prompt_mask"].bool())]
+    assert len(prompts[0]) != len(prompts[1])
+    assert generate(model, prompts, 32, temperature=0) == expected["greedy"].tolist()
+
+
+@needs_oracles
+@torch.no_grad()
+def test_stored_dtype_is_kept_unless_another_is_wanted(close):
+    stored, wanted = Transformer.from_pretrained(HF / "llama_bf16"), golden("llama_bf16")[0]
+    assert {p.dtype for p in stored.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in wanted.parameters()} == {torch.float32}
+    assert all(torch.equal(a.float(), b) for a, b in zip(stored.parameters(), wanted.parameters()))
+    ids = golden("llama_bf16")[1]["ids"]
+    assert close(stored(ids).float(), wanted(ids), 0.03)                              # bf16 keeps 8 bits, 0.4 %
+
+
+@needs_material
+@torch.no_grad()
+def test_a_real_model():
+    """stories260K: 1.297 nats/token is what llama2.c states; 5.2 with interleaved rotary pairs."""
+    tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(str(STORIES / "tokenizer.json"))
+    model = Transformer.from_pretrained(STORIES)
+    assert sum(p.numel() for p in model.parameters()) == 260_032
+    stories = re.split(r"(?<!\n)\n(?!\n)", (SHARED / "material/text/tinystories_sample.txt").read_text()[:40_000])[:-1]
+    loss = tokens = 0
+    for story in stories:
+        ids = torch.tensor([[1] + tokenizer.encode(story, add_special_tokens=False).ids])[:, :512]
+        loss += F.cross_entropy(model(ids)[0, :-1], ids[0, 1:], reduction="sum").item()
+        tokens += ids.numel() - 1
+    assert tokens > 10_000 and loss / tokens == pytest.approx(1.297, abs=0.05)
+    [story] = generate(model, [[1]], 80, temperature=0)
+    assert tokenizer.decode(story).strip().startswith(
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw "
+        "a big, red ball. She wanted to play with it, but it was too high.")
+
+
+@needs_oracles
+@pytest.mark.parametrize("name", ["gpt2", "llama_gqa", "llama_gqa_tied", "llama_bf16"])
+def test_files_are_the_same_after_reading_and_writing(name, tmp_path):
+    Transformer.from_pretrained(HF / name).save_pretrained(tmp_path)
+    ours, theirs = load_file(tmp_path / "model.safetensors"), load_file(HF / name / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(ours[k].dtype == theirs[k].dtype and torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+@torch.no_grad()
+def test_transformers_reads_what_we_write(family, tiny, tmp_path, close):
+    transformers = pytest.importorskip("transformers")
+    model = tiny(family.replace("qwen2", "llama"))
+    if family == "qwen2":
+        model = Transformer(replace(model.config, qkv_bias=True)).init_weights(torch.Generator().manual_seed(0))
+        for block in model.blocks:
+            block.attn.q.bias.normal_(), block.attn.k.bias.normal_(), block.attn.v.bias.normal_()
+    model.save_pretrained(tmp_path)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    ids = tokens_for(model, 2, 20)
+    assert close(model(ids), theirs(input_ids=ids).logits, 1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and writing.
+
+@families
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip_is_bit_equal(family, tied, dtype, tiny, tmp_path):
+    model = Transformer(replace(tiny(family).config, tied=tied, bos_id=3, eos_id=7)).to(dtype)
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    model.save_pretrained(tmp_path)
+    again = Transformer.from_pretrained(tmp_path)
+    assert again.config == model.config and same_weights(model, again)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
+    assert same_weights(Transformer.from_pretrained(tmp_path, dtype=torch.float64), model.double())
+
+
+def test_memory_is_taken_once(tiny, tmp_path):
+    """From bf16 to fp32, so that every tensor is made anew; built on the CPU first it would be twice that."""
+    class Allocations(TorchDispatchMode):
+        bytes_at = {}
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.device.type != "meta":
+                self.bytes_at[out.untyped_storage().data_ptr()] = out.untyped_storage().nbytes()
+            return out
+
+    tiny("llama", dtype=torch.bfloat16).save_pretrained(tmp_path)
+    with Allocations() as allocations:
+        model = Transformer.from_pretrained(tmp_path, dtype=torch.float32)
+    size = sum(p.numel() * 4 for p in model.parameters())
+    assert all(p.device.type == "cpu" and p.requires_grad for p in model.parameters())
+    assert size <= sum(allocations.bytes_at.values()) <= 1.6 * size                   # 1, and 0.5 for the bf16 tensors
+
+
+def test_a_tied_head_is_the_embedding(tiny):
+    tied, untied = tiny("gpt2"), tiny("llama")
+    assert tied.head_weight is tied.embed.weight and "head.weight" not in tied.state_dict()
+    assert untied.head_weight is untied.head.weight
+    tied(tokens_for(tied, 1, 4)).sum().backward()
+    assert tied.embed.weight.grad.abs().min(-1).values.gt(0).all()                    # each row: through the head
+
+
+def shard(path, index=True):
+    """Cuts model.safetensors in two, with an index or without."""
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, keys in parts.items():
+        save_file({k: tensors[k] for k in keys}, path / file)
+    if index:
+        text = json.dumps({"weight_map": {k: file for file, keys in parts.items() for k in keys}})
+        (path / "model.safetensors.index.json").write_text(text)
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_shards(index, tiny, tmp_path):
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    shard(tmp_path, index)
+    assert same_weights(Transformer.from_pretrained(tmp_path), model)
+    (tmp_path / ".b.safetensors.17.tmp.safetensors").write_bytes(b"a run was killed while it wrote this")
+    assert same_weights(Transformer.from_pretrained(tmp_path), model)
+    other = tiny("llama", seed=1)                                                     # written beside the old shards
+    other.save_pretrained(tmp_path)
+    assert same_weights(Transformer.from_pretrained(tmp_path), other)
+
+
+def test_a_missing_shard_is_named(tiny, tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    shard(tmp_path)
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(UserError, match=r"b\.safetensors does not exist, but model\.safetensors\.index\.json names it"):
+        Transformer.from_pretrained(tmp_path)
+
+
+def edited(path, edit):
+    """Applies `edit` to the tensors (a dict) of model.safetensors."""
+    tensors = load_file(path / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+@families
+def test_a_missing_tensor_is_named(family, tiny, tmp_path):
+    model = tiny(family)
+    model.save_pretrained(tmp_path)
+    for name in load_file(tmp_path / "model.safetensors"):
+        model.save_pretrained(tmp_path)
+        with pytest.raises(UserError, match=f"1 tensors.*missing.*'{re.escape(name)}'"):
+            Transformer.from_pretrained(edited(tmp_path, lambda tensors: tensors.pop(name)))
+
+
+@pytest.mark.parametrize("family, name", [
+    ("gpt2", "transformer.h.2.ln_1.weight"), ("gpt2", "transformer.h.0.attn.c_attn.scale"), ("gpt2", "lm_head.bias"),
+    ("gpt2", "blocks.0.attn.q.weight"), ("llama", "model.layers.2.input_layernorm.weight"),
+    ("llama", "model.layers.0.x"), ("llama", "model.layers.0.self_attn.q_proj.bias"), ("llama", "model.norm.bias"),
+    ("llama", "head.weight"), ("llama", "model.layers.0.self_attn.q_proj.weight_scale"), ("llama", "score.weight")])
+def test_an_unexpected_tensor_is_named(family, name, tiny, tmp_path):
+    tiny(family).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"unexpected tensor '{re.escape(name)}'"):
+        Transformer.from_pretrained(edited(tmp_path, lambda tensors: tensors.update({name: torch.zeros(32)})))
+
+
+def test_constants_in_files_are_no_weights(tiny, tmp_path):
+    """Mask buffers and rotary frequencies that older files carry, and the second copy of a tied head."""
+    for family, names in [("gpt2", ["transformer.h.0.attn.bias", "h.1.attn.masked_bias", "lm_head.weight"]),
+                          ("llama", ["model.layers.0.self_attn.rotary_emb.inv_freq"])]:
+        model = tiny(family)
+        model.save_pretrained(tmp_path)
+        edited(tmp_path, lambda tensors: tensors.update({name: torch.zeros(3) for name in names}))
+        assert same_weights(Transformer.from_pretrained(tmp_path), model)
+
+
+@families
+def test_a_wrong_shape_is_named(family, tiny, tmp_path):
+    """Too long by one, and transposed where that is a difference."""
+    model = tiny(family)
+    model.save_pretrained(tmp_path)
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        wrong = [torch.cat([tensor, tensor[:1]]), tensor[:1], tensor[None]]
+        wrong += [tensor.T.contiguous()] if tensor.ndim == 2 and tensor.shape[0] != tensor.shape[1] else []
+        for x in wrong:
+            model.save_pretrained(tmp_path)
+            with pytest.raises(UserError) as error:
+                Transformer.from_pretrained(edited(tmp_path, lambda tensors: tensors.update({name: x})))
+            message = f"tensor {name!r} has shape {tuple(x.shape)}, config.json asks {tuple(tensor.shape)}"
+            assert message in str(error.value)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(model_type="mamba"), "model_type 'mamba'"), (dict(model_type=None), "model_type None"),
+    (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope type 'linear'"),
+    (dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "rope type 'yarn'"),
+    (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "lacks 'low_freq_factor'"),
+    (dict(hidden_act="gelu"), "activation 'gelu'"), (dict(attention_bias=True), "attention_bias"),
+    (dict(mlp_bias=True), "mlp_bias"), (dict(rms_norm_eps=...), "lacks 'rms_norm_eps'"),
+    (dict(model_type="gpt2"), "lacks 'n_positions'"), (dict(model_type="gpt2", activation_function="relu"), "'relu'"),
+    (dict(model_type="gpt2", scale_attn_weights=False), "scale_attn_weights"),
+    (dict(model_type="gpt2", scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx")])
+def test_other_architectures_are_refused(change, message, tiny, tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({k: v for k, v in (json.loads(file.read_text()) | change).items() if v is not ...}))
+    with pytest.raises(UserError, match=message) as error:
+        Transformer.from_pretrained(tmp_path)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_broken_directories(tiny, tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "whole")
+
+    def attempt(name, change):
+        path = shutil.copytree(tmp_path / "whole", tmp_path / name)
+        change(path)
+        with pytest.raises(UserError) as error:
+            Transformer.from_pretrained(path)
+        return str(error.value)
+
+    assert "config.json does not exist" in attempt("no config", lambda path: (path / "config.json").unlink())
+    assert "is not JSON" in attempt("bad config", lambda path: (path / "config.json").write_text("{"))
+    assert "no *.safetensors" in attempt("no weights", lambda path: (path / "model.safetensors").unlink())
+    whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    for n in (0, 7, 1000, len(whole) - 1):                                            # a download that broke off
+        message = attempt(f"cut {n}", lambda path: (path / "model.safetensors").write_bytes(whole[:n]))
+        assert "model.safetensors is damaged" in message
+    with pytest.raises(UserError, match="nowhere.config.json does not exist"):
+        Transformer.from_pretrained(tmp_path / "nowhere")
+
+
+def test_what_has_no_hugging_face_form_is_not_written(tiny, tmp_path):
+    base = tiny("gpt2").config
+    for change in (dict(norm="rmsnorm"), dict(positions="rotary"), dict(n_kv_head=2), dict(head_dim=16),
+                   dict(qkv_bias=False), dict(activation="swiglu"), dict(rope_scaling={"factor": 8.0})):
+        with pytest.raises((ValueError, UserError)):
+            Transformer(replace(base, **change)).save_pretrained(tmp_path / "none")
+    adapted = tiny("gpt2")
+    adapted.blocks[1].attn.q.U = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="blocks.1.attn.q.U.*merge"):
+        adapted.save_pretrained(tmp_path / "none")
+    assert not (tmp_path / "none" / "config.json").exists() and not list(tmp_path.rglob("*.safetensors"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configs.
+
+LLAMA = dict(model_type="llama", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32, rms_norm_eps=1e-6,
+             bos_token_id=1, eos_token_id=2)
+
+
+def test_config_of_a_llama():
+    assert config_from_hf(LLAMA) == Config(
+        61, 32, 2, 4, 32, n_kv_head=2, head_dim=8, d_ff=48, norm="rmsnorm", norm_eps=1e-6, positions="rotary",
+        rope_theta=10000.0, rope_scaling=None, activation="swiglu", qkv_bias=False, out_bias=False, tied=False,
+        bos_id=1, eos_id=2)
+    without = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
+    assert config_from_hf(without).n_kv_head == 4
+    assert config_from_hf(LLAMA | dict(eos_token_id=[5, 6])).eos_id == 5
+    assert config_from_hf(LLAMA | dict(rope_theta=5e5)).rope_theta == 5e5
+    assert config_from_hf(LLAMA | dict(rope_theta=1.0, rope_parameters=dict(rope_theta=5e5))).rope_theta == 5e5
+
+
+def test_config_of_a_gpt2():
+    published = dict(model_type="gpt2", vocab_size=50257, n_ctx=1024, n_positions=1024, n_embd=768, n_layer=12,
+                     n_head=12, layer_norm_epsilon=1e-5, activation_function="gelu_new", bos_token_id=50256,
+                     eos_token_id=50256)
+    assert config_from_hf(published) == replace(SIZES["125m"], bos_id=50256, eos_id=50256)
+    assert config_from_hf(published | dict(n_inner=100, activation_function="gelu")).d_ff == 100
+    assert config_from_hf(published | dict(activation_function="gelu")).activation == "gelu"
+
+
+@pytest.mark.parametrize("window, context", [(16, 16), (32, 32), (4096, 32), (None, 32)])
+def test_a_sliding_window_shortens_the_context(window, context):
+    """Within its window such a model is a plain Llama; beyond it, it is not one: the context ends there."""
+    assert config_from_hf(LLAMA | dict(model_type="mistral", sliding_window=window)).context_length == context
+    qwen2 = LLAMA | dict(model_type="qwen2", sliding_window=window)
+    assert config_from_hf(qwen2).context_length == 32                                 # use_sliding_window is off
+    assert config_from_hf(qwen2 | dict(use_sliding_window=True)).context_length == context
+
+
+def test_qwen2_has_biases_on_q_k_v_alone():
+    model = Transformer(config_from_hf(LLAMA | dict(model_type="qwen2")))
+    biased = {name.removeprefix("blocks.0.") for name, _ in model.named_parameters() if name.endswith("bias")}
+    assert {name for name in biased if not name.startswith("blocks")} == {"attn.q.bias", "attn.k.bias", "attn.v.bias"}
+
+
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=16)
+
+
+@pytest.mark.parametrize("change", [
+    dict(), dict(model_type="mistral", sliding_window=16), dict(model_type="qwen2"), dict(head_dim=24),
+    dict(tie_word_embeddings=True), dict(rope_theta=5e5, rope_scaling=LLAMA3), dict(eos_token_id=None),
+    dict(rope_parameters=LLAMA3 | dict(rope_theta=5e5))])
+def test_configs_survive_the_round_trip(change):
+    config = config_from_hf(LLAMA | change)
+    assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
+    assert (config == config_from_hf(LLAMA)) == (not change)                          # and each change was seen
+
+
+def test_sizes():
+    for name, config in SIZES.items():
+        assert config_from_hf(config_to_hf(config)) == config
+    with torch.device("meta"):
+        count = {name: sum(p.numel() for p in Transformer(config).parameters()) for name, config in SIZES.items()}
+    assert count.pop("tiny") == pytest.approx(1e6, rel=0.1)
+    assert count == {"125m": 124_439_808, "350m": 354_823_168, "1b": 1_100_048_384, "llama2-7b": 6_738_415_616,
+                     "llama2-13b": 13_015_864_320, "llama2-70b": 68_976_648_192, "llama3-8b": 8_030_261_248}
+
+
+def test_initial_weights(tiny):
+    config = replace(tiny("gpt2").config, d_model=256, n_layer=8)
+    model = Transformer(config).init_weights(torch.Generator().manual_seed(0))
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            assert (p == (1 if "norm" in name and name.endswith("weight") else 0)).all()
+        else:
+            std = 0.02 / 4 if name.endswith(("attn.o.weight", "mlp.down.weight")) else 0.02           # sqrt(2 · 8) = 4
+            assert abs(p.std() / std - 1) < 5 / math.sqrt(2 * p.numel())                              # 5 sigma
+    again = Transformer(config).init_weights(torch.Generator().manual_seed(0))
+    assert same_weights(model, again)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network.
+
+@families
+@torch.no_grad()
+def test_causality(family, tiny, close):
+    model = tiny(family)
+    tokens = tokens_for(model, 2, 12)
+    logits = model(tokens)
+    for t in range(12):
+        changed = tokens.clone()
+        changed[:, t] = (changed[:, t] + 1) % 61
+        other = model(changed)
+        assert close(other[:, :t], logits[:, :t]) if t else True
+        assert (other[:, t:] - logits[:, t:]).abs().amax((0, 2)).min() > 1e-3         # every later token saw it
+
+
+def test_rotary_layout_is_half_split(close):
+    """Entries j and j + C/2 are one complex number, turned by its angle: not entries 2j and 2j + 1."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 5, 8, generator=generator)                                  # (B, H, T, C)
+    angle = torch.rand(1, 1, 5, 4, generator=generator) * 6
+    turn = torch.polar(torch.ones_like(angle), angle)                                 # exp(i · angle)
+    turned = torch.complex(x[..., :4], x[..., 4:]) * turn
+    y = rotate(x, angle.cos(), angle.sin())
+    assert close(y, torch.cat([turned.real, turned.imag], dim=-1))
+    interleaved = torch.view_as_real(torch.complex(x[..., ::2], x[..., 1::2]) * turn)
+    assert not close(y, interleaved.flatten(-2), 0.1)
+    assert rotate(x.bfloat16(), angle.cos(), angle.sin()).dtype == torch.bfloat16
+    assert close(rotate(x.bfloat16().float(), angle.cos(), angle.sin()).bfloat16(),   # bf16 is rounded once, at the end
+                 rotate(x.bfloat16(), angle.cos(), angle.sin()), 0)
+
+
+@torch.no_grad()
+def test_rotary_positions_are_relative(tiny, close):
+    llama, gpt2 = tiny("llama"), tiny("gpt2")
+    tokens, positions = tokens_for(llama, 2, 9), torch.arange(9)
+    assert close(llama(tokens, positions + 7), llama(tokens), 1e-5)
+    assert not close(llama(tokens, positions * 2), llama(tokens), 0.01)
+    assert not close(gpt2(tokens, positions + 7), gpt2(tokens), 0.01)
+
+
+@torch.no_grad()
+def test_grouped_heads_equal_repeated_ones(tiny, close):
+    """Query heads 0, 1 share key/value head 0, and 2, 3 share head 1."""
+    grouped = tiny("llama")
+    config = grouped.config
+    weights, tokens = grouped.state_dict(), tokens_for(grouped, 2, 10)
+
+    def repeated(repeat):
+        full = Transformer(replace(config, n_kv_head=config.n_head))
+        full.load_state_dict({name: repeat(w.view(2, 8, 32)).reshape(32, 32) if "attn.k" in name or "attn.v" in name
+                              else w for name, w in weights.items()})
+        return full(tokens)
+
+    assert close(grouped(tokens), repeated(lambda w: w.repeat_interleave(2, 0)), 1e-5)
+    assert not close(grouped(tokens), repeated(lambda w: w.repeat(2, 1, 1)), 0.01)    # wrong: 0, 2 and 1, 3
+
+
+@families
+@torch.no_grad()
+def test_a_tree_of_tokens_equals_separate_rows(family, tiny, close):
+    """Two continuations of [5, 6, 7] in one row: each token attends to its ancestors alone."""
+    model = tiny(family)
+    tokens = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])                                  # 5 6 7 (8 9 | 10 11)
+    parent, positions = [-1, 0, 1, 2, 3, 2, 5], torch.tensor([[0, 1, 2, 3, 4, 3, 4]])
+    mask = torch.eye(7, dtype=torch.bool)
+    for t, p in enumerate(parent):
+        mask[t] |= mask[p] if p >= 0 else False
+    tree = model(tokens, positions, mask[None, None])
+    left, right = model(tokens[:, [0, 1, 2, 3, 4]]), model(tokens[:, [0, 1, 2, 5, 6]])
+    assert close(tree[:, [0, 1, 2, 3, 4]], left, 1e-5) and close(tree[:, [0, 1, 2, 5, 6]], right, 1e-5)
+    assert not close(model(tokens)[:, 5:], right[:, 3:], 0.01)                        # wrong: a chain
+
+
+@families
+@torch.no_grad()
+def test_the_cache_changes_nothing(family, tiny, close):
+    """Tokens given in pieces, one token among them, see what they would see in one call."""
+    model = tiny(family)
+    tokens = tokens_for(model, 3, 14)
+    cache = KVCache(model.config, 3, 14, torch.float32, "cpu")
+    pieces = [model(piece, cache=cache) for piece in tokens.split([6, 1, 4, 1, 2], dim=1)]
+    assert cache.length == 14 and close(torch.cat(pieces, dim=1), model(tokens), 1e-5)
+    with pytest.raises(AssertionError, match="room for 14 tokens, not 15"):
+        model(tokens[:, :1], cache=cache)
+
+
+@families
+def test_the_context_ends(family, tiny):
+    model = tiny(family)
+    model(tokens_for(model, 1, 32))
+    with pytest.raises(AssertionError, match="33 tokens, context 32"):
+        model(tokens_for(model, 1, 33))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation.
+
+PROMPTS = [[3], [4, 5, 6, 7, 8, 9, 10], [11, 12, 13], [3, 4]]
+
+
+@pytest.fixture
+def talker(tiny):
+    """A random model that says various things: a tied head would echo the input. In float64 no tie turns on noise."""
+    def build(family):
+        model = Transformer(replace(tiny(family).config, tied=False)).init_weights(torch.Generator().manual_seed(0))
+        for p in model.parameters():
+            p.data *= 20 if p.ndim == 2 else 1
+        return model.double()
+    return build
+
+
+@torch.no_grad()
+def naive(model, prompt, n):
+    """Greedy, everything recomputed for every token."""
+    tokens = list(prompt)
+    for _ in range(n):
+        tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
+    return tokens[len(prompt):]
+
+
+@families
+def test_generation_equals_recomputation(family, talker):
+    model = talker(family)
+    expected = [naive(model, prompt, 20) for prompt in PROMPTS]
+    assert len({tuple(row) for row in expected}) == 4 and len(set(sum(expected, []))) > 10
+    assert generate(model, PROMPTS, 20, temperature=0) == expected
+    assert [generate(model, [prompt], 20, temperature=0)[0] for prompt in PROMPTS] == expected
+
+
+@families
+def test_generation_stops_at_eos(family, talker):
+    model = talker(family)
+    full = generate(model, PROMPTS, 20, temperature=0)
+    assert model.config.eos_id is None and {len(row) for row in full} == {20}
+    eos = full[1][4]
+    expected = [row[:row.index(eos) + 1] if eos in row else row for row in full]
+    assert len(expected[1]) <= 5 and len({len(row) for row in expected}) > 1
+    assert generate(model, PROMPTS, 20, temperature=0, eos_id=eos) == expected
+    model.config.eos_id = eos                                                         # the default
+    assert generate(model, PROMPTS, 20, temperature=0) == expected
+    assert generate(model, PROMPTS, 20, temperature=0, eos_id=-1) == full
+
+
+def test_generation_does_no_more_than_it_must(talker, monkeypatch):
+    """The prompts once, then one token a step, until all rows are done; and every query has something to look at."""
+    calls, forward = [], Transformer.forward
+
+    def record(self, tokens, positions, mask, *args, **kwargs):
+        calls.append((tokens.shape, mask))
+        return forward(self, tokens, positions, mask, *args, **kwargs)
+
+    monkeypatch.setattr(Transformer, "forward", record)
+    model = talker("llama")
+    full = generate(model, PROMPTS[:2], 20, temperature=0)
+    assert [shape for shape, _ in calls] == [(2, 7)] + [(2, 1)] * 19
+    assert all(mask.any(-1).all() for _, mask in calls)                               # an empty row may be NaN
+    calls.clear()
+    generate(model, [PROMPTS[1]], 20, temperature=0, eos_id=full[1][4])
+    assert len(calls) == full[1].index(full[1][4]) + 1 < 20
+
+
+def test_generation_draws_from_its_generator(talker):
+    model = talker("llama")
+    draw = lambda seed, **kw: generate(model, PROMPTS, 20, generator=torch.Generator().manual_seed(seed), **kw)
+    assert draw(1) == draw(1) != draw(2)
+    assert draw(1, top_p=0.5) == draw(1, top_p=0.5) != draw(1)
+    assert draw(1, temperature=0.5) != draw(1)
+    assert draw(1, top_p=1e-6) == draw(2, temperature=0)                              # the best token alone
+    state = torch.random.get_rng_state()
+    draw(1)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_generation_refuses_what_does_not_fit(tiny):
+    model = tiny("gpt2")
+    assert generate(model, [[1], [2, 3]], 0) == [[], []]
+    assert len(generate(model, [[1] * 12], 20)[0]) == 20                              # exactly the context of 32
+    for prompts in ([[1] * 13], [[1], []]):
+        with pytest.raises(ValueError, match="1 to 12 tokens"):
+            generate(model, prompts, 20)
+
+
+@pytest.mark.parametrize("temperature, top_p, expected", [
+    (1.0, 1.0, [0.15, 0.5, 0.05, 0.3]), (1.0, 0.81, [0.15, 0.5, 0, 0.3]), (1.0, 0.79, [0, 0.5, 0, 0.3]),
+    (1.0, 0.51, [0, 0.5, 0, 0.3]), (1.0, 0.49, [0, 1, 0, 0]), (0.5, 1.0, [0.0225, 0.25, 0.0025, 0.09]),
+    (0.5, 0.9, [0, 0.25, 0, 0.09]), (0.5, 0.6, [0, 1, 0, 0])])
+def test_sampling(temperature, top_p, expected):
+    """The exact support of the nucleus, and frequencies within 5 sigma. Halving the temperature squares the ratios, and
+    a nucleus is one of the tempered distribution."""
+    logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().expand(20_000, 4) + 3
+    drawn = sample_token(logits, temperature, top_p, torch.Generator().manual_seed(0))
+    assert drawn.shape == (20_000,)
+    p = torch.tensor(expected) / sum(expected)
+    frequency = drawn.bincount(minlength=4) / 20_000
+    assert torch.equal(frequency > 0, p > 0)
+    assert ((frequency - p).abs() <= 5 * (p * (1 - p) / 20_000).sqrt()).all()
+
+
+def test_rows_are_sampled_from_their_own_logits():
+    logits = torch.tensor([[0.0, 9, 1], [9, 0, 1], [0, 1, 9]]) * 10
+    for temperature, top_p in ((0, 1.0), (1.0, 1.0), (1.0, 0.9)):
+        assert sample_token(logits, temperature, top_p).tolist() == [1, 0, 2]
+    for temperature, top_p in ((-1.0, 1.0), (1.0, 0.0), (1.0, 1.1)):
+        with pytest.raises(AssertionError):
+            sample_token(logits, temperature, top_p)

@@ -1,0 +1,328 @@
+"""test_svd_lora.py - the layer against hand and oracle values, what λ does to a model, and adapter files."""
+import json
+
+import pytest
+import torch
+import torch.nn as nn
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from common import UserError
+from model import Transformer
+from svd_lora import (SVDLoRALinear, adapter_state, adapters_off, fingerprint, inject_svd_lora, load_adapter,
+                      merged_state_dict, orthogonality_penalty, parameter_groups, read_adapter_header, save_adapter,
+                      set_preference, svd_lora_layers)
+
+LAMS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.3, 0.7]]
+TOKENS = torch.randint(0, 61, (4, 9), generator=torch.Generator().manual_seed(5))
+families = pytest.mark.parametrize("family", ["gpt2", "llama"])
+
+
+def adapted(model, k=4, m=2, seed=1, **more):
+    """The model with a trained-looking adapter: U, V as injected, sigma and s random."""
+    generator = torch.Generator().manual_seed(seed)
+    inject_svd_lora(model, k, m, generator=generator, **more)
+    with torch.no_grad():
+        for layer in svd_lora_layers(model).values():
+            layer.sigma.normal_(0, 0.5, generator=generator)
+            layer.s.normal_(0, 1.0, generator=generator)
+    return model
+
+
+def at(model, lam, tokens=TOKENS):
+    set_preference(model, lam)
+    return model(tokens)
+
+
+def layer_of(U, V, sigma, s, gain, W, b):
+    """One SVDLoRALinear with the given values, m = r - k."""
+    linear = nn.Linear(len(V), len(U)).to(W.dtype)
+    linear.weight.data, linear.bias.data = W.clone(), b.clone()
+    layer = SVDLoRALinear(linear, len(sigma), U.shape[1] - len(sigma), gain).to(W.dtype)
+    layer.U.data, layer.V.data, layer.sigma.data, layer.s.data = U.clone(), V.clone(), sigma.clone(), torch.as_tensor(s).to(W)
+    return layer
+
+
+# ---- the layer ----
+
+def test_forward_by_hand():
+    layer = layer_of(U=torch.tensor([[1.0, 2, 3]]), V=torch.tensor([[1.0, 0, 1], [0, 1, 1]]), sigma=torch.tensor([0.5]),
+                     s=2.0, gain=10.0, W=torch.tensor([[1.0, 2]]), b=torch.tensor([3.0]))
+    layer.lam = torch.tensor([0.25, 0.75])
+    # x W + b = 1 + 4 + 3;  x V = (1, 2, 3);  d = (0.5, 2·0.25, 2·0.75);  (x V · d) Uᵀ = 0.5 + 2 + 13.5
+    assert layer(torch.tensor([[1.0, 2]])).item() == 8 + 10 * 16
+    assert torch.equal(layer.delta(layer.lam), 10 * torch.tensor([[0.5 + 4.5, 1 + 4.5]]))
+
+
+@pytest.mark.parametrize("tag, k", [("k6_m2", 6), ("k8_m3", 8)])
+def test_forward_and_gradients_equal_peft(oracle, close, tag, k):
+    o = {key.removeprefix(tag + "_"): v for key, v in oracle("adalora").items() if key.startswith(tag)}
+    layer = layer_of(o["B"], o["A"].T, o["sigma"], o["s"], o["scale"].item(), o["W"], o["b"])
+    layer.lam, x = o["lam"], o["x"].requires_grad_(True)
+    y = layer(x)
+    assert close(y, o["y"], 1e-12) and close(layer.delta(o["lam"]), o["delta_W"], 1e-12)
+    (y * o["up"]).sum().backward()
+    expected = {"U": o["grad_B"], "V": o["grad_A"].T, "sigma": o["grad_e"][:k], "s": o["grad_e"][k:] @ o["lam"]}
+    assert close(x.grad, o["grad_x"], 1e-12)
+    for name, gradient in expected.items():
+        assert close(getattr(layer, name).grad, gradient, 1e-12), name
+    assert layer.weight.grad is None and layer.bias.grad is None
+    layer.lam = o["lam"].flip(0)                                         # wrong: the preferences in another order
+    assert not close(layer(x), o["y"], 0.01)
+
+
+def test_gain_divides_by_the_learned_rank(tiny):
+    layers = svd_lora_layers(inject_svd_lora(tiny(), k=8, m=2, lora_scaling=512)).values()
+    assert {layer.gain for layer in layers} == {64.0}                    # not 512 / (8 + 2) = 51.2
+
+
+def test_initialisation(tiny):
+    model = inject_svd_lora(tiny(), generator=torch.Generator().manual_seed(3))
+    again = inject_svd_lora(tiny(), generator=torch.Generator().manual_seed(3))
+    other = inject_svd_lora(tiny(), generator=torch.Generator().manual_seed(4))
+    UV = lambda model: torch.cat([p.flatten() for n, p in adapter_state(model).items() if n.endswith((".U", ".V"))])
+    rest = [p for n, p in adapter_state(model).items() if n.endswith((".sigma", ".s"))]
+    assert abs(UV(model).std() - 0.02) < 5 * 0.02 / (2 * UV(model).numel()) ** 0.5 and abs(UV(model).mean()) < 0.001
+    assert all((p == 0).all() for p in rest)
+    assert torch.equal(UV(model), UV(again)) and not torch.equal(UV(model), UV(other))
+
+
+# ---- the orthogonality penalty ----
+
+def test_penalty_by_hand():
+    U, V = torch.tensor([[1.0, 1], [0, 1], [0, 1]]), 2 * torch.eye(2)
+    net = nn.Sequential(layer_of(U, V, torch.zeros(2), 0.0, 1.0, torch.zeros(3, 2), torch.zeros(3)))
+    # UᵀU - I = [[0, 1], [1, 2]]: 6;  VᵀV - I = 3I: 18.  Wrong: UUᵀ would give 7, the norms √6 + √18.
+    assert orthogonality_penalty(net).item() == 24
+
+
+def test_penalty_is_zero_for_orthonormal_columns_and_its_gradient_is_right(close):
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    layer = layer_of(torch.linalg.qr(normal(9, 4))[0], torch.linalg.qr(normal(7, 4))[0], normal(4), 0.0, 1.0, normal(9, 7),
+                     normal(9))
+    net = nn.Sequential(layer)
+    assert orthogonality_penalty(net) < 1e-25
+    layer.U.data = layer.U.data * 1.5
+    assert close(orthogonality_penalty(net), torch.tensor(4 * 1.25 ** 2, dtype=torch.float64), 1e-12)
+    layer.U.data, layer.V.data = normal(9, 4), normal(7, 4)
+    orthogonality_penalty(net).backward()
+    for P in (layer.U, layer.V):
+        assert close(P.grad, 4 * P @ (P.T @ P - torch.eye(4)), 1e-12)
+
+
+def test_penalty_of_the_oracle_matrices(oracle, close):
+    o = oracle("adalora")
+    A, B = [o[f"orth_{i:02d}"] for i in range(0, 8, 2)], [o[f"orth_{i:02d}"] for i in range(1, 8, 2)]
+    off = [P.T @ P - torch.eye(5) for P in B] + [P @ P.T - torch.eye(5) for P in A]
+    assert close(torch.stack([d.norm() for d in off]).mean(), o["orth_reg"].double(), 1e-6)      # peft's: mean of norms
+    layers = [layer_of(b, a.T, torch.zeros(5).double(), 0.0, 1.0, torch.zeros(len(b), 12).double(), torch.zeros(len(b)).double())
+              for a, b in zip(A, B)]
+    ours = orthogonality_penalty(nn.ModuleList(layers))                                            # ours: sum of squares
+    assert close(ours, torch.stack([d.norm() ** 2 for d in off]).sum(), 1e-12) and not close(ours, o["orth_reg"], 0.01)
+
+
+# ---- the adapter in a model ----
+
+@families
+def test_all_and_only_the_linears_in_the_blocks(tiny, family):
+    model = tiny(family)
+    before = {name for name, mod in model.named_modules() if isinstance(mod, nn.Linear) and name.startswith("blocks.")}
+    names = list(model.state_dict())
+    inject_svd_lora(model)
+    assert set(svd_lora_layers(model)) == before and len(before) == {"gpt2": 12, "llama": 14}[family]
+    assert [type(mod) for _, mod in model.named_children() if not isinstance(mod, nn.ModuleList)].count(SVDLoRALinear) == 0
+    assert set(names) <= set(model.state_dict())                         # a base checkpoint still fits
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{name}.{part}" for name in before for part in ("U", "V", "sigma", "s")}
+
+
+@families
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fresh_adapter_changes_no_bit(tiny, family, dtype):
+    model = tiny(family, dtype=dtype)
+    base = model(TOKENS)
+    inject_svd_lora(model)
+    assert torch.equal(at(model, [0.3, 0.7]), base) and torch.equal(at(model, LAMS), base)
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    assert base.dtype == dtype and base.std() > 0.1
+    with torch.no_grad():
+        next(iter(svd_lora_layers(model).values())).s.fill_(1.0)
+    assert not torch.equal(at(model, [0.3, 0.7]), base)
+
+
+@families
+def test_first_step_moves_only_sigma_and_s(tiny, family):
+    model = inject_svd_lora(tiny(family))
+    at(model, [0.3, 0.7])[..., 7].sum().backward()
+    for name, layer in svd_lora_layers(model).items():
+        assert (layer.U.grad == 0).all() and (layer.V.grad == 0).all(), name
+        assert (layer.sigma.grad != 0).all() and layer.s.grad != 0, name
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+@families
+def test_merged_equals_adapter(tiny, close, family):
+    model = adapted(tiny(family))
+    with adapters_off(model):
+        base = model(TOKENS)
+    plain = Transformer(model.config)
+    for lam in LAMS:
+        plain.load_state_dict(merged_state_dict(model, lam))
+        assert close(at(model, lam), plain(TOKENS), 1e-5) and not close(base, plain(TOKENS), 0.1)
+
+
+def test_merged_weights_are_affine_in_lam(tiny, close):
+    model = adapted(tiny(), m=3)
+    merged = lambda lam: merged_state_dict(model, lam)
+    ends, inside = [merged(e) for e in torch.eye(3)], merged([0.2, 0.5, 0.3])
+    for name in svd_lora_layers(model):
+        W = [end[name + ".weight"] for end in ends]
+        assert close(inside[name + ".weight"], 0.2 * W[0] + 0.5 * W[1] + 0.3 * W[2], 1e-5)
+        assert not close(W[0], W[1], 0.01)
+
+
+def test_merging_leaves_the_model_alone(tiny):
+    model = adapted(tiny())
+    before, logits = {name: p.clone() for name, p in model.state_dict().items()}, at(model, [0.3, 0.7])
+    merged = merged_state_dict(model, [1.0, 0.0])
+    for p in merged.values():
+        p.zero_()
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert torch.equal(model(TOKENS), logits)                            # and the preference is what it was
+
+
+def test_merged_bf16_base_stays_bf16(tiny):
+    model = adapted(tiny(dtype=torch.bfloat16))
+    assert {p.dtype for p in merged_state_dict(model, [0.5, 0.5]).values()} == {torch.bfloat16}
+    assert at(model, [0.5, 0.5]).dtype == torch.bfloat16
+
+
+@families
+def test_rows_with_their_own_lam(tiny, close, family):
+    model = adapted(tiny(family))
+    together = at(model, LAMS)
+    for b, lam in enumerate(LAMS):
+        assert close(together[b], at(model, lam)[b], 1e-5)
+    assert not close(together[0], at(model, LAMS[1])[0], 0.01)           # wrong: another row's preference
+
+
+def test_adapters_off_is_the_base_and_restores_after_an_exception(tiny):
+    base = tiny()(TOKENS)
+    model = adapted(tiny())
+    logits = at(model, [0.3, 0.7])
+    with pytest.raises(KeyError):
+        with adapters_off(model) as off:
+            assert off is model and torch.equal(model(TOKENS), base)
+            raise KeyError
+    assert torch.equal(model(TOKENS), logits) and not torch.equal(logits, base)
+
+
+def test_set_preference_refuses_what_is_off_the_simplex(tiny):
+    model = adapted(tiny())
+    with pytest.raises(RuntimeError, match="set_preference"):
+        model(TOKENS)
+    logits = at(model, [0.3, 0.7])
+    for bad in ([1.0], [0.2, 0.3, 0.5], [-0.1, 1.1], [0.5, 0.6], [0.3, 0.3], [[0.5, 0.5], [0.9, 0.9]], [float("nan"), 1.0],
+                [[[0.5, 0.5]]]):
+        with pytest.raises(ValueError):
+            set_preference(model, bad)
+        with pytest.raises(ValueError):
+            merged_state_dict(model, bad)
+    assert torch.equal(model(TOKENS), logits)                            # refused ones leave the last one in place
+    assert not torch.equal(at(model, [0.7, 0.3]), logits)
+
+
+def test_without_objectives_it_is_a_plain_svd_lora(tiny, close):
+    model = adapted(tiny(), k=5, m=0)
+    assert {layer.U.shape[1] for layer in svd_lora_layers(model).values()} == {5}
+    plain, base = Transformer(model.config), tiny()
+    plain.load_state_dict(merged_state_dict(model))
+    assert close(model(TOKENS), plain(TOKENS), 1e-5) and not close(model(TOKENS), base(TOKENS), 0.1)
+
+
+def test_fixed_s_is_no_parameter(tiny, close):
+    model = inject_svd_lora(tiny(), k=4, m=2, pref_scaling=0.1)
+    assert not any(name.endswith(".s") for name, _ in model.named_parameters())
+    grouped = {id(p) for group in parameter_groups(model, 0.1) for p in group["params"]}
+    assert grouped == {id(p) for p in model.parameters() if p.requires_grad}
+    logits = at(model, [0.3, 0.7])
+    logits.square().sum().backward()
+    assert all(not layer.s.requires_grad and layer.s == torch.tensor(0.1) for layer in svd_lora_layers(model).values())
+    assert not close(logits, tiny()(TOKENS), 1e-4)                       # s acts from the start, unlike a learned one
+
+
+def test_parameter_groups(tiny):
+    model = adapted(tiny())
+    decayed, free = parameter_groups(model, 0.01)
+    layers = svd_lora_layers(model).values()
+    assert decayed["weight_decay"] == 0.01 and free["weight_decay"] == 0
+    ids = lambda params: sorted(map(id, params))
+    assert ids(decayed["params"]) == ids(p for layer in layers for p in (layer.U, layer.V))
+    assert ids(free["params"]) == ids(p for layer in layers for p in (layer.sigma, layer.s))
+    assert ids(decayed["params"] + free["params"]) == ids(p for p in model.parameters() if p.requires_grad)
+
+
+def test_injecting_again_starts_afresh(tiny):
+    model = adapted(tiny())
+    set_preference(model, [0.3, 0.7])
+    inject_svd_lora(model, k=3, m=3)
+    assert torch.equal(at(model, [0.2, 0.3, 0.5]), tiny()(TOKENS))
+    assert {(layer.k, layer.m) for layer in svd_lora_layers(model).values()} == {(3, 3)}
+
+
+# ---- files ----
+
+@pytest.mark.parametrize("inject_first", [True, False])
+def test_adapter_file_round_trip(tiny, tmp_path, inject_first):
+    model, other, path = adapted(tiny(), seed=1), tiny(), tmp_path / "a.safetensors"
+    save_adapter(model, path, ["helpful", "harmless"], step=7)
+    if inject_first:
+        adapted(other, seed=2, lora_scaling=64.0)                        # other values, and another gain
+    header = load_adapter(other, path, ["helpful", "harmless"])
+    assert header == read_adapter_header(path)
+    assert {key: header[key] for key in ("k", "m", "gain", "dims", "fixed_s", "step")} == dict(
+        k=4, m=2, gain=128.0, dims=["helpful", "harmless"], fixed_s=False, step=7)
+    saved, loaded = adapter_state(model), adapter_state(other)
+    assert list(saved) == list(loaded) and all(torch.equal(saved[name], loaded[name]) for name in saved)
+    assert torch.equal(at(model, [0.3, 0.7]), at(other, [0.3, 0.7]))
+    with safe_open(path, framework="pt") as f:
+        assert set(f.keys()) == set(saved)                               # the adapter alone, no base weight
+
+
+def test_adapter_file_keeps_a_fixed_s(tiny, tmp_path):
+    model, other = adapted(tiny(), pref_scaling=0.1), tiny()
+    save_adapter(model, tmp_path / "a.safetensors", ["a", "b"])
+    assert load_adapter(other, tmp_path / "a.safetensors")["fixed_s"]
+    assert torch.equal(at(model, [0.3, 0.7]), at(other, [0.3, 0.7]))
+    assert not any(name.endswith(".s") for name, _ in other.named_parameters())
+
+
+def test_what_a_wrong_adapter_file_says(tiny, tmp_path):
+    path, model = tmp_path / "a.safetensors", adapted(tiny())
+    save_adapter(model, path, ["helpful", "harmless"])
+
+    def refused(model, match, dims=None, path=path):
+        before = {name: p.clone() for name, p in model.state_dict().items()}
+        with pytest.raises(UserError, match=match) as error:
+            load_adapter(model, path, dims)
+        assert path.name in str(error.value) and "\n" not in str(error.value)
+        assert list(model.state_dict()) == list(before)
+        assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())    # nothing is half loaded
+
+    refused(tiny(seed=1), "another base model")                          # the same architecture, other weights
+    refused(tiny("llama"), "another base model")
+    refused(adapted(tiny(), seed=2), "helpful harmless, not for harmless helpful", ["harmless", "helpful"])
+    refused(adapted(tiny(), k=5, m=2, seed=2), "k = 4, m = 2; .* k = 5, m = 2")
+    refused(adapted(tiny(), k=3, m=3, seed=2), "k = 4, m = 2; .* k = 3, m = 3")               # U and V would fit
+    save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors", metadata={"state": json.dumps({})})
+    (tmp_path / "text.safetensors").write_text("no tensors here")
+    for name, match in [("other", "not an adapter"), ("text", "not an adapter"), ("absent", "does not exist")]:
+        refused(tiny(), match, path=tmp_path / f"{name}.safetensors")
+
+
+def test_fingerprint_knows_the_base_and_nothing_else(tiny):
+    model = tiny()
+    mark = fingerprint(model)
+    assert fingerprint(adapted(model)) == mark == fingerprint(tiny().bfloat16())
+    assert len({mark, fingerprint(tiny(seed=1)), fingerprint(tiny("llama"))}) == 3

@@ -1,0 +1,108 @@
+"""test_trees.py - a packed tree gives every response the log-prob and the gradient that a row of its own would."""
+import pytest
+import torch
+
+from data import toy
+from data.tokenizers import TokenRow, load_tokenizer, tokenize
+from data.trees import pack
+from objectives import response_logprobs
+
+PROMPTS = [[5, 6, 7], [8], [5, 6, 7, 9, 10, 11, 12]]
+ROWS = [TokenRow(PROMPTS[0], [[20, 21, 22, 0], [20, 21, 23, 24, 0], [20, 21, 22, 0], [30, 0]],   # a duplicate
+                 [(0, 1), (3, 2)], [[0, 1], [1, -1]]),
+        TokenRow(PROMPTS[1], [[20, 21, 22, 25, 0]]),                                 # a single response, not compared
+        TokenRow(PROMPTS[2], [[40, 41], [40, 41, 42, 43, 0], [40]], [(2, 1)], [[-1, 0]])]       # prefixes of one another
+
+
+def tree_logprobs(model, batch, positions=None, mask=None):
+    """log π of every response in float64, through the tree."""
+    hidden = model(batch.tokens, batch.positions if positions is None else positions,
+                   batch.mask if mask is None else mask, return_hidden=True).flatten(0, 1)[batch.parents]
+    tokens = (hidden @ model.head_weight.T).log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+    return response_logprobs(tokens, batch.paths)
+
+
+def plain_logprobs(model, rows):
+    """The same with a causal row of its own for each response; padding on the right is seen by none."""
+    texts = [(row.prompt, response) for row in rows for response in row.responses]
+    longest = max(len(prompt + response) for prompt, response in texts)
+    tokens = torch.tensor([prompt + response + [0] * (longest - len(prompt + response)) for prompt, response in texts])
+    logps = model(tokens)[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
+    return torch.stack([logps[b, len(x) - 1:len(x + y) - 1].sum() for b, (x, y) in enumerate(texts)])
+
+
+def random_rows(seed):
+    """Rows over three tokens, so that beginnings are often shared."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda low, high: torch.randint(3, (int(torch.randint(low, high, (1,), generator=g)),), generator=g).tolist()
+    return [TokenRow(draw(1, 6), [draw(1, 7) for _ in range(6)]) for _ in range(3)]
+
+
+def test_a_tree_by_hand():
+    batch = pack([TokenRow([5, 6], [[7, 8], [7, 9, 1], [7]], [(1, 2)], [[0, 1]]), TokenRow([4], [[3]])])
+    # nodes 5-6-7-9 (8, 1 and the last row's 3 are predicted and never read); edges 6→7, 7→8, 7→9, 9→1 and 4→3
+    assert batch.tokens.tolist() == [[5, 6, 7, 9], [4, 0, 0, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3], [0, 0, 0, 0]]
+    assert batch.parents.tolist() == [1, 2, 2, 3, 4] and batch.targets.tolist() == [7, 8, 9, 1, 3]
+    assert batch.paths.tolist() == [[0, 1, 5], [0, 2, 3], [0, 5, 5], [4, 5, 5]]
+    assert batch.mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch.mask[1, 0].int().tolist() == torch.eye(4).int().tolist()
+
+
+def test_siblings_do_not_see_each_other():
+    batch = pack([TokenRow([5], [[6, 7, 0], [8, 9, 0]])])
+    assert batch.tokens.tolist() == [[5, 6, 7, 8, 9]] and batch.positions.tolist() == [[0, 1, 2, 1, 2]]
+    assert batch.mask[0, 0, 4].tolist() == [True, False, False, True, True]
+
+
+def test_pairs_and_labels_with_several_rows():
+    batch = pack(ROWS)
+    assert batch.pairs.tolist() == [[0, 1], [3, 2], [7, 6]] and batch.pair_row.tolist() == [0, 0, 2]
+    assert batch.better.tolist() == [[0, 1], [1, -1], [-1, 0]]
+    assert batch.response_row.tolist() == [0, 0, 0, 0, 1, 2, 2, 2]
+    assert torch.equal(batch.paths[0], batch.paths[2])                   # equal responses are one path
+    N = len(batch.targets)
+    assert [batch.targets[path[path < N]].tolist() for path in batch.paths] == [y for row in ROWS for y in row.responses]
+    bare = pack([ROWS[1]])
+    assert bare.pairs.shape == (0, 2) and len(bare.better) == len(bare.pair_row) == 0
+
+
+@pytest.mark.parametrize("family, tolerance", [("gpt2", 1e-10), ("llama", 1e-5)])    # rotary positions are fp32 always
+@pytest.mark.parametrize("rows", [ROWS, random_rows(0)])
+def test_equal_a_row_for_each_response(tiny, close, rows, family, tolerance):
+    model = tiny(family, dtype=torch.float64)
+    batch, weights = pack(rows), torch.randn(sum(len(row.responses) for row in rows), generator=torch.Generator().manual_seed(2))
+    logps = {"tree": tree_logprobs(model, batch), "plain": plain_logprobs(model, rows)}
+    gradients = {key: torch.autograd.grad(weights.double() @ value, list(model.parameters())) for key, value in logps.items()}
+    assert close(logps["tree"], logps["plain"], tolerance)
+    for (name, _), tree, plain in zip(model.named_parameters(), gradients["tree"], gradients["plain"]):
+        assert (tree - plain).norm() <= tolerance * max(plain.norm(), 1e-2), name    # a bias on the keys has none
+    # wrong: every earlier node is attended to; the position is the place in the row, not the depth
+    T = batch.tokens.shape[1]
+    assert not close(tree_logprobs(model, batch, mask=torch.ones(T, T).tril().bool()), logps["plain"], 1e-3)
+    assert not close(tree_logprobs(model, batch, positions=torch.arange(T)), logps["plain"], 1e-3)
+
+
+def test_padding_changes_nothing(tiny, close):
+    model, batch = tiny(dtype=torch.float64), pack(ROWS)
+    logps = tree_logprobs(model, batch)
+    read = batch.mask.any(2)[:, 0] & (batch.mask.sum((1, 2)) + batch.mask.sum((1, 3)) > 2)       # not attending to itself alone
+    assert 0 < (~read).sum() < read.numel() and logps.isfinite().all()
+    batch.tokens = torch.where(read, batch.tokens, 33)
+    assert torch.equal(tree_logprobs(model, batch), logps)
+    assert close(tree_logprobs(model, pack(ROWS[1:2])), logps[4:5], 1e-10)           # nor do the other rows of the batch
+
+
+def test_a_tree_has_fewer_tokens(tiny):
+    prompt = toy.prompts("eval")[0]
+    plain = lambda row: sum(len(row.prompt) + len(y) - 1 for y in row.responses)
+    for texts, saving in [(toy.responses(prompt)[:32], 3), (toy.responses(prompt)[:2], 1.3)]:
+        (row,), _ = tokenize([toy.as_row(prompt, texts)], load_tokenizer("toy"), 10_000)
+        assert saving * pack([row]).tokens.shape[1] < plain(row)
+
+
+def test_to_moves_every_tensor():
+    batch = pack(ROWS)
+    moved = batch.to("meta")
+    assert all(getattr(moved, name).device.type == "meta" and getattr(moved, name).shape == getattr(batch, name).shape
+               for name in vars(batch))
