@@ -12,13 +12,11 @@ point is −0.1 there in every dimension. On preference files xi is the implicit
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import UserError, flag, pick_device, read_json, run_main, write_json, write_whole
+from common import UserError, flag, pick_device, read_json, run_main, write_json
 from data import optimum, toy
 from data.optimum import simplex_lattice
 from data.preferences import read_preferences
@@ -26,9 +24,9 @@ from data.tokenizers import load_tokenizer, tokenize
 from data.trees import pack
 from model import Transformer
 from objectives import dpo_loss, implicit_accuracy, response_logprobs, token_logprobs
+from plots import draw_evolution, draw_fronts
 from svd_lora import adapters_off, load_adapter, merged_state_dict, read_adapter_header, set_preference
 
-matplotlib.use("Agg")
 REFERENCE = -0.1            # of the hypervolume, in normalised J
 
 
@@ -244,8 +242,9 @@ def exact_front(dims, aggregate, ideal=None, split="eval"):
     """The best that any policy can do on `split`, for this objective and aggregation, on a fine grid of preferences.
 
     Returns dict: lams (N, m), J (N, m), ideal (m,), nadir (m,) (the best and worst J_i on the front of linear
-    scalarisation), hypervolume in normalised J, residual: the largest gradient entry (ls) or duality gap (tche) that is
-    left, checked to be 0 but for rounding; and h: a tensor (N, prompts, S), the optimal policies as β log π/π_ref.
+    scalarisation), points (N, m) and hypervolume: normalised J and its volume, residual: the largest gradient entry (ls)
+    or duality gap (tche) that is left, checked to be 0 but for rounding; and h: a tensor (N, prompts, S), the optimal
+    policies as β log π/π_ref.
     """
     m = len(dims)
     lams = simplex_lattice(m, {2: 100, 3: 40}.get(m, parts_for(m) * 2))
@@ -259,7 +258,8 @@ def exact_front(dims, aggregate, ideal=None, split="eval"):
     torch.set_num_threads(threads)
     assert residual < 1e-8, f"the exact front is not exact: residual {residual}"
     front = {"lams": lams.tolist(), "J": J.tolist(), "ideal": best.tolist(), "nadir": worst.tolist(), "residual": residual}
-    return front | {"hypervolume": hypervolume(normalise(front["J"], front), [REFERENCE] * m), "h": h[:, problem]}
+    points = normalise(front["J"], front)
+    return front | {"points": points.tolist(), "hypervolume": hypervolume(points, [REFERENCE] * m), "h": h[:, problem]}
 
 
 def normalise(J, exact):
@@ -300,8 +300,10 @@ def evaluate(run, device, parts=None, adapters=None, exact=None):
         exact = exact or exact_front(dims, flags["aggregate"], flags["ideal"])
         exact_scores = data.mean_scores(data.ref + exact["h"] / flags["beta"])       # π* ∝ π_ref exp(h/β)
         points, reference = normalise(J, exact), [REFERENCE] * m
+        base["points"] = normalise(base["J"], exact).tolist()
     else:
         points, reference = np.array(scores), [0.0] * m
+        base["points"] = None                                 # a policy equal to its reference orders no pair
     labels = None if toy_world else data.labels
     front = points[nondominated(points)]
     result = {"run": str(run), "dims": dims, "lams": lams, "J": J, "scores": scores, "points": points.tolist(),
@@ -315,7 +317,7 @@ def evaluate(run, device, parts=None, adapters=None, exact=None):
     if toy_world:
         # what the optimum itself would score with these few points, from the lattice's nearest preferences
         nearest = [int(np.abs(np.array(exact["lams"]) - lam).sum(1).argmin()) for lam in lams]
-        same = hypervolume(normalise(exact["J"], exact)[nearest], reference) / exact["hypervolume"]
+        same = hypervolume(np.array(exact["points"])[nearest], reference) / exact["hypervolume"]
         result |= {"hypervolume_share": result["hypervolume"] / exact["hypervolume"],
                    "exact": exact | {"scores": exact_scores.tolist(), "share_at_these_lams": same}}
     return result
@@ -355,124 +357,6 @@ def front_table(r):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. Pictures (matplotlib). Colours are chosen to differ for colour-blind readers too.
-
-STYLE = {"panacea": ("#0072B2", "o", "Panacea: one model, every preference"), "rs": ("#D55E00", "s", "Rewarded soups"),
-         "dps": ("#009E73", "^", "Discrete policy solutions")}
-
-
-def picture(results, path):
-    """Draws fronts: for m = 2 the plane of objectives and of mean scores, otherwise every pair of objectives."""
-    dims = results[0]["dims"]
-    fig = _picture_2d(results, dims) if len(dims) == 2 else _picture_pairs(results, dims)
-    write_whole(path, lambda f: fig.savefig(f, dpi=130))
-    matplotlib.pyplot.close(fig)
-
-
-def _label(r, results):
-    """Colour, marker and legend text of one run among `results`; a result may bring its own "label"."""
-    color, marker, text = STYLE[r["method"]]
-    twins = [o for o in results if o["method"] == r["method"]]
-    if len(twins) > 1:                                                                # several runs of one method: tell them apart
-        color = matplotlib.colormaps["viridis"](0.9 * twins.index(r) / (len(twins) - 1))
-        text = r.get("label", f"{text} ({r['aggregate'].upper()}, seed {r['seed']})")
-    share = r["hypervolume_share"]
-    return color, marker, text + (f": {share:.1%} of the exact hypervolume" if share is not None else "")
-
-
-def _picture_2d(results, dims):
-    world = results[0]["exact"] is not None
-    fig, axes = matplotlib.pyplot.subplots(1, 2, figsize=(13, 5.8), layout="constrained")
-    panels = [(axes[0], "points", "objective", "Objectives: 1 is the best that any policy can do, 0 the worst on the exact front"
-               if world else "Held-out accuracy of the implicit reward"),
-              (axes[1], "scores" if world else "J", "score", "What the model says: mean score of its responses"
-               if world else "Held-out objective, −DPO loss")]
-    for ax, key, kind, title in panels:
-        if world and key == "points":
-            exact = normalise(results[0]["exact"]["J"], results[0]["exact"])
-            ax.plot(exact[:, 0], exact[:, 1], color="0.25", lw=1.5, label="Exact front: the optimum over all policies", zorder=1)
-        if world and key == "scores":                                                 # of the same optimal policies
-            ax.plot(*np.array(results[0]["exact"]["scores"]).T, color="0.25", lw=1.5, zorder=1)
-        for j, r in enumerate(results):
-            color, marker, text = _label(r, results)
-            P = np.array(r[key])
-            ax.plot(P[:, 0], P[:, 1], color=color, marker=marker, ms=6, lw=1, alpha=0.9, label=text, zorder=2 + j)
-            if j == 0:                                                                # λ along the first run's curve
-                for lam, p in zip(r["lams"], P):
-                    ax.annotate(f"{lam[0]:.1f}", p, xytext=(7, 5), textcoords="offset points", fontsize=8, color=color)
-        base = results[0]["base"]
-        if key != "points":
-            b = base["scores" if key == "scores" else "J"]
-        else:
-            b = normalise(base["J"], results[0]["exact"]) if world else base["scores"]
-        if world or key == "J":                       # an untrained policy orders no pair: it has no accuracy to show
-            ax.plot(*b, marker="*", ms=15, color="#CC79A7", ls="", label="Base model, before alignment", zorder=9)
-        unit = {"points": "normalised −DPO loss" if world else "share of pairs ordered as labelled",
-                "scores": "Bradley-Terry score", "J": "−DPO loss"}[key]
-        ax.set_xlabel(f"{dims[0]}  ({unit}; right is better)")
-        ax.set_ylabel(f"{dims[1]}  ({unit}; up is better)")
-        ax.set_title(title, fontsize=11)
-        ax.grid(alpha=0.25)
-    axes[0].legend(fontsize=8.5, loc="lower left")
-    axes[1].legend(fontsize=8.5, loc="lower left") if not world else None
-    fig.suptitle(f"One preference λ = (weight of {dims[0]}, weight of {dims[1]}) a point; small numbers: weight of {dims[0]}",
-                 fontsize=11)
-    return fig
-
-
-def _picture_pairs(results, dims):
-    """Every pair of objectives; a point's colour mixes red, green, blue as its λ weighs the first three dimensions."""
-    m, world = len(dims), results[0]["exact"] is not None
-    pairs = [(i, j) for i in range(m) for j in range(i + 1, m)][:6]
-    columns = min(3, len(pairs))
-    fig, axes = matplotlib.pyplot.subplots(-(-len(pairs) // columns), columns, figsize=(5.2 * columns, 5.4 * -(-len(pairs) // columns)),
-                                           layout="constrained", squeeze=False)
-    for ax, (i, j) in zip(axes.flat, pairs):
-        if world:
-            E = normalise(results[0]["exact"]["J"], results[0]["exact"])
-            ax.scatter(E[:, i], E[:, j], s=7, color="0.82", label="Exact front (all preferences)", zorder=1)
-        for n, r in enumerate(results):
-            _, marker, text = _label(r, results)
-            P, lam = np.array(r["points"]), np.array(r["lams"])
-            rgb = np.clip(np.pad(lam, ((0, 0), (0, max(0, 3 - m))))[:, :3], 0, 1) ** 0.7
-            ax.scatter(P[:, i], P[:, j], s=34, c=rgb, marker=marker, edgecolors="k", linewidths=0.4, label=text, zorder=2 + n)
-        if world:
-            b = normalise(results[0]["base"]["J"], results[0]["exact"])
-            ax.plot(b[i], b[j], marker="*", ms=15, color="#CC79A7", ls="", label="Base model, before alignment", zorder=9)
-        ax.set_xlabel(f"{dims[i]}  ({results[0]['points_are']}; right is better)")
-        ax.set_ylabel(f"{dims[j]}  (up is better)")
-        ax.grid(alpha=0.25)
-    axes[0, 0].legend(fontsize=8, loc="lower left")
-    fig.suptitle("Colour is the preference: " + ", ".join(f"{c} = all weight on {d}" for c, d in zip(("red", "green", "blue"), dims))
-                 + "; mixtures between", fontsize=11)
-    return fig
-
-
-def evolution_picture(steps, results, path):
-    """Fig. 4: how the front moves out over the training steps, and the share of the hypervolume it has reached."""
-    dims, world = results[0]["dims"], results[0]["exact"] is not None
-    fig, axes = matplotlib.pyplot.subplots(1, 2, figsize=(12, 5.4), layout="constrained")
-    colors = matplotlib.colormaps["viridis"](np.linspace(0.9, 0.0, len(results)))
-    if world:
-        E = normalise(results[0]["exact"]["J"], results[0]["exact"])
-        axes[0].plot(E[:, 0], E[:, 1], color="0.25", lw=1.5, label="Exact front")
-    for step, r, color in zip(steps, results, colors):
-        P = np.array(r["points"])
-        axes[0].plot(P[:, 0], P[:, 1], marker="o", ms=4, lw=1, color=color, label=f"step {step}")
-    axes[0].set_xlabel(f"{dims[0]}  ({results[0]['points_are']}; right is better)")
-    axes[0].set_ylabel(f"{dims[1]}  (up is better)")
-    axes[0].legend(fontsize=8.5)
-    value = [r["hypervolume_share"] if world else r["hypervolume"] for r in results]
-    axes[1].plot(steps, value, marker="o", color="#0072B2")
-    axes[1].set_xlabel("optimizer steps")
-    axes[1].set_ylabel("share of the exact front's hypervolume" if world else "hypervolume of the accuracies")
-    for ax in axes:
-        ax.grid(alpha=0.25)
-    write_whole(path, lambda f: fig.savefig(f, dpi=130))
-    matplotlib.pyplot.close(fig)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Flags:
@@ -501,7 +385,7 @@ def main(flags):
             raise UserError(f"{run} has the dimensions {' '.join(r['dims'])}, {runs[0]} has {' '.join(results[0]['dims'])}: "
                             f"their fronts lie in different spaces")
         write_json(run / "front.json", stored(r))
-        picture([r], run / "front.png")
+        draw_fronts([r], run / "front.png")
         results.append(r)
     if len(results) == 1:
         print(front_table(results[0]))
@@ -511,7 +395,7 @@ def main(flags):
               f"preferences; the exact front itself, at these {len(results[0]['lams'])}: {results[0]['exact']['share_at_these_lams']:.4f}")
     if len(results) > 1:
         write_json(Path(flags.out) / "front.json", [stored(r) for r in results])
-        picture(results, Path(flags.out) / "front.png")
+        draw_fronts(results, Path(flags.out) / "front.png")
     print(f"reference point {results[0]['reference_point']} in {results[0]['points_are']}; pictures: "
           + ", ".join(str(run / "front.png") for run in (runs if len(runs) == 1 else [Path(flags.out)])))
     return results
@@ -527,7 +411,7 @@ def evolution(run, device, parts):
         exact = results[-1]["exact"]
         print(f"step {step:06d} | hypervolume {results[-1]['hypervolume']:.4f} | share {results[-1]['hypervolume_share']}")
     write_json(run / "evolution.json", {"steps": steps, "fronts": [stored(r) for r in results]})
-    evolution_picture(steps, results, run / "evolution.png")
+    draw_evolution(steps, results, run / "evolution.png")
     return results
 
 

@@ -82,9 +82,9 @@ class Flags:
 def main(flags):
     """Trains one run (one adapter, or the several of rs and dps) and evaluates its front. Returns the run directory."""
     device, dtype = pick_device(flags.device)
+    check(flags)
     rows, dims, base, tokenizer_name = prepare_data(flags, device)
     m, toy_world = len(dims), flags.data is None
-    check(flags, m)
     flags.beta = flags.beta or (1.0 if toy_world else 0.1)
     flags.steps = flags.steps or (400 if toy_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
 
@@ -123,9 +123,10 @@ def main(flags):
     return out
 
 
-def check(flags, m):
+def check(flags):
     """Raises UserError for flags that do not fit together."""
     G, B, A = flags.lams_per_step, flags.batch_size, flags.accumulate
+    m = len(flags.dims) if flags.dims else flags.pref_dim
     if B % G or B % A:
         raise UserError(f"--batch_size {B} must be a multiple of --lams_per_step {G} and of --accumulate {A}")
     if flags.aggregate == "tche" and G % A:
