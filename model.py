@@ -289,22 +289,23 @@ def _is_transposed(name, config):
     return _is_gpt2(config) and name.startswith("blocks.") and name.endswith(".weight") and ".norm" not in name
 
 
-def _hf_names(model):
-    """{their tensor: [our parameters in it]}: "model.layers.3.self_attn.q_proj.weight": ["blocks.3.attn.q.weight"].
+def hf_name(name, config):
+    """Our parameter's name -> Hugging Face's: "blocks.3.attn.q.weight" -> "model.layers.3.self_attn.q_proj.weight"."""
+    table = _GPT2_NAMES if _is_gpt2(config) else _LLAMA_NAMES
+    stem, _, leaf = name.rpartition(".")
+    if leaf not in ("weight", "bias"):
+        raise ValueError(f"{name} has no place in a Hugging Face directory: merge adapters into the weights first")
+    if not stem.startswith("blocks."):
+        return f"{table[stem]}.{leaf}"
+    blocks, i, part = stem.split(".", 2)
+    return f"{table[blocks]}.{i}.{table[part]}.{leaf}"
 
-    Only GPT-2's c_attn holds more than one of ours: q, k, v side by side.
-    """
-    table, out = _GPT2_NAMES if _is_gpt2(model.config) else _LLAMA_NAMES, {}
+
+def _hf_names(model):
+    """{their tensor: [our parameters in it]}. Only GPT-2's c_attn holds more than one of ours: q, k, v side by side."""
+    out = {}
     for name, _ in model.named_parameters():
-        stem, _, leaf = name.rpartition(".")
-        if leaf not in ("weight", "bias"):
-            raise ValueError(f"{name} has no place in a Hugging Face directory: merge adapters into the weights first")
-        if stem.startswith("blocks."):
-            blocks, i, part = stem.split(".", 2)
-            theirs = f"{table[blocks]}.{i}.{table[part]}"
-        else:
-            theirs = table[stem]
-        out.setdefault(f"{theirs}.{leaf}", []).append(name)
+        out.setdefault(hf_name(name, model.config), []).append(name)
     return out
 
 

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import UserError, write_whole
+from common import UserError, write_json, write_whole
+from model import hf_name
 
 
 class SVDLoRALinear(nn.Module):
@@ -231,3 +232,27 @@ def load_adapter(model, path, dims=None):
     for layer in svd_lora_layers(model).values():
         layer.gain = header["gain"]
     return header
+
+
+def export_peft(model, lam, path):
+    """Writes the adapter at one preference as a plain LoRA that PEFT reads: W0 + B A with A = diag(d) Vᵀ, B = gain · U.
+
+    path: a directory, gets adapter_config.json and adapter_model.safetensors; rank k + m, alpha = rank, so that PEFT's own
+    factor is 1. lam: (m,), None where m = 0. For Llama-family models: GPT-2's fused q, k, v have no plain LoRA. The
+    base stays its own directory. Raises UserError for other families.
+    """
+    if model.config.positions != "rotary":
+        raise UserError("only Llama-family adapters can be exported: Hugging Face's GPT-2 keeps q, k, v in one matrix")
+    layers, tensors, modules = svd_lora_layers(model), {}, set()
+    first = next(iter(layers.values()))
+    lam = None if first.m == 0 else check_preference(lam, first.m).to(first.sigma.device)
+    for name, layer in layers.items():
+        theirs = hf_name(name + ".weight", model.config).removesuffix(".weight")
+        modules.add(theirs.rpartition(".")[2])
+        tensors[f"base_model.model.{theirs}.lora_A.weight"] = (layer.V * layer.singular_values(lam)).T.detach().cpu().contiguous()
+        tensors[f"base_model.model.{theirs}.lora_B.weight"] = (layer.gain * layer.U).detach().cpu().contiguous()
+    r = first.k + first.m
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=r, lora_alpha=r, lora_dropout=0.0, bias="none", fan_in_fan_out=False,
+                  target_modules=sorted(modules))
+    write_whole(Path(path) / "adapter_model.safetensors", lambda f: save_file(tensors, f, metadata={"format": "pt"}))
+    write_json(Path(path) / "adapter_config.json", config)

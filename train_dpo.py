@@ -54,7 +54,7 @@ class Flags:
     beta: float | None = flag(None, "β, the paper's scale_coeff (default 1 on the embedded world, 0.1 otherwise)")
     lora_dim: int = flag(8, "k, the learned rank; the whole rank is k + m, and k + 1 for rs and dps")
     lora_scaling: float = flag(512.0, "the adapter's gain is lora_scaling / lora_dim")
-    lr: float | None = flag(None, "peak learning rate, then a cosine to 0 (default 2e-4; 2e-3 for models narrower than 512)")
+    lr: float | None = flag(None, "peak learning rate, then a cosine to 0 (default 2e-3 on the embedded world; else 2e-4, 1e-3 below width 512)")
     weight_decay: float = flag(0.05, "AdamW's, on U and V only")
     warmup_ratio: float = flag(0.03, "share of the steps with a rising learning rate")
     batch_size: int = flag(8, "data rows a step")
@@ -90,7 +90,7 @@ def main(flags):
 
     model = Transformer.from_pretrained(base, dtype=dtype, device=device)
     model.requires_grad_(False)
-    flags.lr = flags.lr or (2e-3 if model.embed.weight.shape[1] < 512 else 2e-4)
+    flags.lr = flags.lr or (2e-3 if toy_world else 1e-3 if model.config.d_model < 512 else 2e-4)
     tokenizer = load_tokenizer(tokenizer_name)
     token_rows, cut = tokenize(rows, tokenizer, min(flags.max_length, model.config.context_length))
     print("data: {} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut".format(len(rows), **cut))

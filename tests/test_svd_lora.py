@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.nn as nn
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from common import UserError
 from model import Transformer
-from svd_lora import (SVDLoRALinear, adapter_state, adapters_off, fingerprint, inject_svd_lora, load_adapter,
+from svd_lora import (SVDLoRALinear, adapter_state, adapters_off, export_peft, fingerprint, inject_svd_lora, load_adapter,
                       merged_state_dict, orthogonality_penalty, parameter_groups, read_adapter_header, save_adapter,
                       set_preference, svd_lora_layers)
 
@@ -326,3 +326,25 @@ def test_fingerprint_knows_the_base_and_nothing_else(tiny):
     mark = fingerprint(model)
     assert fingerprint(adapted(model)) == mark == fingerprint(tiny().bfloat16())
     assert len({mark, fingerprint(tiny(seed=1)), fingerprint(tiny("llama"))}) == 3
+
+
+def test_export_peft_is_the_merged_matrix(tiny, tmp_path):
+    """PEFT's W0 + (alpha / r) B A equals merged_state_dict, for every matrix, under Hugging Face's names."""
+    model = inject_svd_lora(tiny("llama"), k=3, m=2, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.normal_(0, 0.3, generator=torch.Generator().manual_seed(sum(map(ord, name))))
+    lam = torch.tensor([0.3, 0.7])
+    export_peft(model, lam, tmp_path)
+    config, tensors = json.loads((tmp_path / "adapter_config.json").read_text()), load_file(tmp_path / "adapter_model.safetensors")
+    merged = merged_state_dict(model, lam)
+    assert config["lora_alpha"] / config["r"] == 1 and config["r"] == 5 and len(tensors) == 2 * 14
+    theirs = {"attn.q": "self_attn.q_proj", "attn.o": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj", "mlp.down": "mlp.down_proj"}
+    for ours, hf in theirs.items():
+        A, B = (tensors[f"base_model.model.model.layers.1.{hf}.lora_{x}.weight"] for x in "AB")
+        W0 = model.get_submodule(f"blocks.1.{ours}").weight
+        assert torch.allclose(W0 + B @ A, merged[f"blocks.1.{ours}.weight"], atol=1e-5)
+        assert (B @ A).abs().max() > 0.1
+    with pytest.raises(UserError, match="only Llama-family"):
+        export_peft(inject_svd_lora(tiny("gpt2"), 3, 2), lam, tmp_path)
