@@ -9,8 +9,8 @@ import torch
 def sample_preference(n, m, alpha=1.0, vertex_share=0.25, generator=None):
     """n preferences λ ~ the simplex: with probability vertex_share a uniformly drawn vertex, else Dirichlet(alpha).
 
-    Returns (n, m) fp32 on the CPU. # not in paper: v1 says only "randomly sample"; vertices are drawn more often because
-    a continuous distribution never reaches the ends of the front.
+    Returns (n, m) fp32 on the CPU. # not in paper: v1 says only "randomly sample"; vertices are drawn more often,
+    because a continuous distribution never reaches the ends of the front.
     """
     gamma = torch._standard_gamma(torch.full((n, m), float(alpha)), generator=generator)  # normalised gammas: Dirichlet
     dirichlet = gamma / gamma.sum(-1, keepdim=True)

@@ -41,7 +41,8 @@ def cli(cls, doc, argv=None):
     """Parses sys.argv into the dataclass `cls`, one `--field` for each of its fields.
 
     Types come from the annotations: bool becomes --x/--no-x, Literal its choices, list[T] takes several values, and
-    T | None a T; a flag with positional=True has no dashes. `--config file.json` is read first: its keys become defaults, and an unknown key is an error.
+    T | None a T; a flag with positional=True has no dashes. `--config file.json` is read first: its keys become
+    defaults, and an unknown key is an error.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--config", help="JSON file with defaults for the flags below")
@@ -138,7 +139,7 @@ def pick_device(name):
 
 def generator_for(seed, stream, step=0):
     """A CPU generator of its own for (seed, stream, step); stream names what it is for ("lambda", "batch", …)."""
-    # hashed to 32 bits, because that is all torch's CPU generator looks at: step << 32 would be the same seed every step
+    # hashed to 32 bits: that is all torch's CPU generator looks at, and step << 32 would be the same seed every step
     digest = hashlib.sha256(f"{seed}/{stream}/{step}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 

@@ -5,7 +5,7 @@
     python eval_front.py out/a --evolution       # the front at every snapshot of the training (Fig. 4)
 
 N: preferences   m: dimensions   lams: (N, m)   xi: (N, m) the point reached at each preference, larger is better
-J_i = −L_DPO,i; on the embedded world an exact expectation over all pairs of responses and their labels, and normalised so
+J_i = −L_DPO,i; on the embedded world an exact expectation over all pairs of responses and their labels, normalised so
 that the exact front's best value of a dimension (ideal) is 1 and its worst (nadir) is 0. The hypervolume's reference
 point is −0.1 there in every dimension. On preference files xi is the implicit-reward accuracy, with reference point 0.
 """
@@ -48,7 +48,7 @@ def nondominated(points):
 def hypervolume(points, reference):
     """The volume that is dominated by `points` and dominates `reference`: HV = measure of ∪_i [reference, ξ^i].
 
-    points (N, m), reference (m,); exact, for any m. Points that are not better than the reference everywhere add nothing.
+    points (N, m), reference (m,); exact, for any m. Points not better than the reference everywhere add nothing.
     """
     P, z = np.asarray(points, dtype=float), np.asarray(reference, dtype=float)
     P = P[(P > z).all(1)] - z
@@ -56,7 +56,7 @@ def hypervolume(points, reference):
 
 
 def _volume(P):
-    """Hypervolume over the origin of non-dominated points, by slicing off one dimension at a time (for m ≤ 2, any points).
+    """Hypervolume over the origin of non-dominated points, slicing off one dimension at a time (m ≤ 2: of any points).
 
     In ascending order of the last coordinate, what point p adds to the points after it is a slab of height p_m: its
     box in the other m − 1 dimensions, less the part of that box which the later points cover (all of them are taller).
@@ -118,7 +118,7 @@ def batch_logprobs(model, batch):
 
 
 def world_batches(prompts, tokenizer, device, responses=32, rows=40):
-    """All responses to `prompts`, packed for world_logprobs: `responses` neighbours share a tree, `rows` trees a batch."""
+    """All responses to `prompts`, packed for world_logprobs: `responses` neighbours a tree, `rows` trees a batch."""
     cut = [toy.as_row(x, texts[i:i + responses]) for x in prompts for texts in [toy.responses(x)]
            for i in range(0, len(texts), responses)]
     trees = tokenize(cut, tokenizer, max_length=10_000)[0]
@@ -137,8 +137,8 @@ def world_logprobs(model, batches):
 def policies(run, config, model, lams, adapters=None):
     """Yields (λ, model ready to be used at that λ) for each preference, with `model` changed in place.
 
-    Panacea sets λ in its one adapter. Rewarded soups average the merged weights of m models, W0 + Σ λ_i ΔW_i. A discrete
-    policy solution has one adapter for each of its own preferences, and `lams` is ignored.
+    Panacea sets λ in its one adapter. Rewarded soups average the merged weights of m models, W0 + Σ λ_i ΔW_i. A
+    discrete policy solution has one adapter for each of its own preferences, and `lams` is ignored.
     """
     method, dims = config["flags"]["method"], config["dims"]
     if method == "panacea":
@@ -181,13 +181,19 @@ class World:
             self.ref = world_logprobs(model, self.batches)
 
     def measure(self, model, beta):
-        """J (m,), mean scores (m,) given that the response is one of the world's, and the mass on all other texts."""
+        """J (m,), mean scores (m,), KL(π ‖ π_ref) in nats, and the mass on texts that are not the world's.
+
+        Scores and KL are of the policies renormalised to the world's responses.
+        """
         logps = world_logprobs(model, self.batches)                                                    # (prompts, S)
         h, J = beta * (logps - self.ref), 0.0
-        for q in self.problem.unique():                                                                # few: equal prompts share
+        for q in self.problem.unique():                                               # few: equal prompts share
             here = self.problem == q
             J = J - optimum.dpo_losses(h[here][:, None], self.label_probs[q][None]).sum((0, 1)) / len(h)
-        return {"J": J.tolist(), "scores": self.mean_scores(logps).tolist(), "outside_mass": (1 - logps.exp().sum(1)).mean().item()}
+        inside, ref = logps.log_softmax(-1), self.ref.log_softmax(-1)
+        return {"J": J.tolist(), "scores": self.mean_scores(logps).tolist(),
+                "kl": (inside.exp() * (inside - ref)).sum(1).mean().item(),
+                "outside_mass": (1 - logps.exp().sum(1)).mean().item()}
 
     def mean_scores(self, logps):
         """E r_i over the world's responses, renormalised to them. logps: (…, prompts, S) -> (…, m)"""
@@ -218,7 +224,7 @@ class PreferenceFiles:
             l, c, known = dpo_on_pairs(batch_logprobs(model, batch), ref, batch, beta)
             loss, correct, count = loss + (l * known).sum(0), correct + (c * known).sum(0), count + known.sum(0)
         self.labels = count.int().tolist()
-        return {"J": (-loss / count).tolist(), "scores": (correct / count).tolist(), "outside_mass": None}
+        return {"J": (-loss / count).tolist(), "scores": (correct / count).tolist(), "kl": None, "outside_mass": None}
 
 
 def dpo_on_pairs(pi, ref, batch, beta):
@@ -242,22 +248,23 @@ def exact_front(dims, aggregate, ideal=None, split="eval"):
     """The best that any policy can do on `split`, for this objective and aggregation, on a fine grid of preferences.
 
     Returns dict: lams (N, m), J (N, m), ideal (m,), nadir (m,) (the best and worst J_i on the front of linear
-    scalarisation), points (N, m) and hypervolume: normalised J and its volume, residual: the largest gradient entry (ls)
-    or duality gap (tche) that is left, checked to be 0 but for rounding; and h: a tensor (N, prompts, S), the optimal
-    policies as β log π/π_ref.
+    scalarisation), points (N, m) and hypervolume: normalised J and its volume, residual: the largest gradient entry
+    (ls) or duality gap (tche) that is left, checked to be 0 but for rounding; and h: a tensor (N, prompts, S), the
+    optimal policies as β log π/π_ref.
     """
     m = len(dims)
     lams = simplex_lattice(m, {2: 100, 3: 40}.get(m, parts_for(m) * 2))
     scores, w, problem = optimum.problems(toy.prompts(split), dims)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)                              # many small matrices: a second thread costs more than it gives
+    torch.set_num_threads(1)                              # small matrices: a second thread costs more than it gives
     J, h, residual = optimum.ls_front(lams, scores, w)
     best, worst = J.amax(0), J.amin(0)
     if aggregate == "tche":
         J, h, residual = optimum.tche_front(lams, scores, w, ideal)
     torch.set_num_threads(threads)
     assert residual < 1e-8, f"the exact front is not exact: residual {residual}"
-    front = {"lams": lams.tolist(), "J": J.tolist(), "ideal": best.tolist(), "nadir": worst.tolist(), "residual": residual}
+    front = {"lams": lams.tolist(), "J": J.tolist(), "ideal": best.tolist(), "nadir": worst.tolist(),
+             "residual": residual}
     points = normalise(front["J"], front)
     return front | {"points": points.tolist(), "hypervolume": hypervolume(points, [REFERENCE] * m), "h": h[:, problem]}
 
@@ -269,7 +276,7 @@ def normalise(J, exact):
 
 
 def parts_for(m):
-    """Into how many parts the simplex is cut for an evaluation: 11 preferences for m = 2, 66 for m = 3, then 35 to 91."""
+    """Into how many parts an evaluation cuts the simplex: 11 preferences for m = 2, 66 for m = 3, then 21 to 55."""
     return {1: 1, 2: 10, 3: 10, 4: 4, 5: 3}.get(m, 2)
 
 
@@ -289,13 +296,13 @@ def evaluate(run, device, parts=None, adapters=None, exact=None):
     toy_world = flags["data"] is None
     data = World(dims, tokenizer, device) if toy_world else PreferenceFiles(config, model, tokenizer, device)
     data.reference(model)
-    base = data.measure(model, flags["beta"])                                                          # λ-free: π = π_ref
+    base = data.measure(model, flags["beta"])                                         # λ-free: π = π_ref
     lams, results = [], []
     grid = simplex_lattice(m, parts or parts_for(m)).float()
     for lam, policy in tqdm(policies(run, config, model, grid, adapters), desc="front", disable=None):
         lams.append([round(x, 6) for x in lam.tolist()])
         results.append(data.measure(policy, flags["beta"]))
-    J, scores, outside = ([r[key] for r in results] for key in ("J", "scores", "outside_mass"))
+    J, scores, kl, outside = ([r[key] for r in results] for key in ("J", "scores", "kl", "outside_mass"))
     if toy_world:
         exact = exact or exact_front(dims, flags["aggregate"], flags["ideal"])
         exact_scores = data.mean_scores(data.ref + exact["h"] / flags["beta"])       # π* ∝ π_ref exp(h/β)
@@ -310,7 +317,7 @@ def evaluate(run, device, parts=None, adapters=None, exact=None):
               "points_are": "normalised J" if toy_world else "implicit-reward accuracy",
               "hypervolume": hypervolume(points, reference), "hypervolume_share": None,
               "inner_product": inner_product(lams, points), "sparsity": sparsity(front), "spacing": spacing(front),
-              "reference_point": reference, "nondominated": int(nondominated(points).sum()), "outside_mass": outside,
+              "reference_point": reference, "nondominated": int(nondominated(points).sum()), "kl": kl, "outside_mass": outside,
               "spearman": [spearman([lam[i] for lam in lams], points[:, i]) for i in range(m)],
               "base": base, "exact": None, "eval_labels": labels, "models": config["models"],
               **{k: flags[k] for k in ("method", "aggregate", "beta", "steps", "seed")}}
@@ -331,28 +338,31 @@ def stored(result):
 
 def table(results):
     """One line a run; the metrics are those of section 1, on result["points"]."""
-    head = f"{'run':46} {'HV share':>8} {'HV':>7} {'IP':>7} {'sparsity':>8} {'spacing':>7} {'Spearman':>8} {'outside':>7} {'models':>6} {'steps':>6} {'train s':>7}"
+    head = (f"{'run':46} {'HV share':>8} {'HV':>7} {'IP':>7} {'sparsity':>8} {'spacing':>7} {'Spearman':>8} "
+            f"{'outside':>7} {'models':>6} {'steps':>6} {'train s':>7}")
     lines = [head, "-" * len(head)]
     for r in results:
         share = f"{r['hypervolume_share']:8.4f}" if r["hypervolume_share"] is not None else f"{'-':>8}"
         outside = f"{max(r['outside_mass']):7.3f}" if r["outside_mass"][0] is not None else f"{'-':>7}"
-        lines.append(f"{Path(r['run']).name:46} {share} {r['hypervolume']:7.4f} {r['inner_product']:7.4f} {r['sparsity']:8.4f} "
-                     f"{r['spacing']:7.4f} {min(r['spearman']):8.3f} {outside} {r['models'] or 1:6d} {r['steps']:6d} "
+        lines.append(f"{Path(r['run']).name:46} {share} {r['hypervolume']:7.4f} {r['inner_product']:7.4f} "
+                     f"{r['sparsity']:8.4f} {r['spacing']:7.4f} {min(r['spearman']):8.3f} {outside} "
+                     f"{r['models'] or 1:6d} {r['steps']:6d} "
                      f"{read_json(Path(r['run']) / 'timing.json')['train_seconds']:7.0f}")
     return "\n".join(lines)
 
 
 def front_table(r):
-    """One line a preference: λ, J, and the mean scores (embedded world) or accuracies ± standard error (preference files)."""
+    """One line a preference: λ, J, and the mean scores (world) or accuracies ± standard error (preference files)."""
     what = "score" if r["exact"] else "acc"
     head = " ".join([f"{'λ_' + d[:8]:>10}" for d in r["dims"]] + [f"{'J_' + d[:8]:>10}" for d in r["dims"]]
-                    + [f"{what + '_' + d[:8]:>14}" for d in r["dims"]] + ["outside"])
+                    + [f"{what + '_' + d[:8]:>14}" for d in r["dims"]] + ["     KL outside"])
     lines = [head, "-" * len(head)]
-    for lam, J, s, o in zip(r["lams"], r["J"], r["scores"], r["outside_mass"]):
-        error = [""] * len(s) if r["exact"] else [f" ± {(x * (1 - x) / n) ** 0.5:.3f}" for x, n in zip(s, r["eval_labels"])]
+    for lam, J, s, kl, o in zip(r["lams"], r["J"], r["scores"], r["kl"], r["outside_mass"]):
+        error = ([""] * len(s) if r["exact"] else
+                 [f" ± {(x * (1 - x) / n) ** 0.5:.3f}" for x, n in zip(s, r["eval_labels"])])
         lines.append(" ".join([f"{x:10.2f}" for x in lam] + [f"{x:10.4f}" for x in J]
                               + [f"{f'{x:.3f}{e}':>14}" for x, e in zip(s, error)]
-                              + [f"{o:7.3f}" if o is not None else "      -"]))
+                              + [f"{x:7.3f}" if x is not None else "      -" for x in (kl, o)]))
     return "\n".join(lines)
 
 
@@ -382,8 +392,8 @@ def main(flags):
         r = evaluate(run, device, flags.parts, exact=fronts.get(key))
         fronts[key] = r["exact"]
         if results and r["dims"] != results[0]["dims"]:
-            raise UserError(f"{run} has the dimensions {' '.join(r['dims'])}, {runs[0]} has {' '.join(results[0]['dims'])}: "
-                            f"their fronts lie in different spaces")
+            raise UserError(f"{run} has the dimensions {' '.join(r['dims'])}, {runs[0]} has "
+                            f"{' '.join(results[0]['dims'])}: their fronts lie in different spaces")
         write_json(run / "front.json", stored(r))
         draw_fronts([r], run / "front.png")
         results.append(r)
@@ -391,8 +401,9 @@ def main(flags):
         print(front_table(results[0]))
     print(table(results))
     if results[0]["exact"]:
-        print(f"HV share: of the exact front's hypervolume {results[0]['exact']['hypervolume']:.4f} on {len(results[0]['exact']['lams'])} "
-              f"preferences; the exact front itself, at these {len(results[0]['lams'])}: {results[0]['exact']['share_at_these_lams']:.4f}")
+        print(f"HV share: of the exact front's hypervolume {results[0]['exact']['hypervolume']:.4f} on "
+              f"{len(results[0]['exact']['lams'])} preferences; the exact front itself, at these "
+              f"{len(results[0]['lams'])}: {results[0]['exact']['share_at_these_lams']:.4f}")
     if len(results) > 1:
         write_json(Path(flags.out) / "front.json", [stored(r) for r in results])
         draw_fronts(results, Path(flags.out) / "front.png")
@@ -409,7 +420,8 @@ def evolution(run, device, parts):
     for step, file in zip(steps, files + [run / "adapter.safetensors"]):
         results.append(evaluate(run, device, parts, file, exact))
         exact = results[-1]["exact"]
-        print(f"step {step:06d} | hypervolume {results[-1]['hypervolume']:.4f} | share {results[-1]['hypervolume_share']}")
+        print(f"step {step:06d} | hypervolume {results[-1]['hypervolume']:.4f} | "
+              f"share {results[-1]['hypervolume_share']}")
     write_json(run / "evolution.json", {"steps": steps, "fronts": [stored(r) for r in results]})
     draw_evolution(steps, results, run / "evolution.png")
     return results

@@ -42,5 +42,5 @@ def dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta):
 
 
 def implicit_accuracy(chosen_reward, rejected_reward):
-    """Whether the policy's implicit reward orders the pair as its label does; a tie counts as wrong. -> float, same shape"""
+    """Whether the implicit reward orders the pair as its label does; a tie counts as wrong. -> float, same shape"""
     return (chosen_reward > rejected_reward).float()

@@ -26,7 +26,7 @@ def _label(r, results):
     """Colour, marker and legend text of one run among `results`; a result may bring its own "label"."""
     color, marker, text = STYLE[r["method"]]
     twins = [o for o in results if o["method"] == r["method"]]
-    if len(twins) > 1:                                                                # several runs of one method: tell them apart
+    if len(twins) > 1:                                                                # several runs of one method
         color = matplotlib.colormaps["viridis"](0.9 * twins.index(r) / (len(twins) - 1))
         text = r.get("label", f"{text} ({r['aggregate'].upper()}, seed {r['seed']})")
     share = r["hypervolume_share"]
@@ -36,14 +36,16 @@ def _label(r, results):
 def _picture_2d(results, dims):
     world = results[0]["exact"] is not None
     fig, axes = plt.subplots(1, 2, figsize=(13, 5.8), layout="constrained")
-    panels = [(axes[0], "points", "objective", "Objectives: 1 is the best that any policy can do, 0 the worst on the exact front"
-               if world else "Held-out accuracy of the implicit reward"),
-              (axes[1], "scores" if world else "J", "score", "What the model says: mean score of its responses"
-               if world else "Held-out objective, −DPO loss")]
+    panels = [(axes[0], "points", "objective",
+               "Objectives: 1 is the best that any policy can do, 0 the worst on the exact front" if world else
+               "Held-out accuracy of the implicit reward"),
+              (axes[1], "scores" if world else "J", "score",
+               "What the model says: mean score of its responses" if world else "Held-out objective, −DPO loss")]
     for ax, key, kind, title in panels:
         if world and key == "points":
             exact = np.array(results[0]["exact"]["points"])
-            ax.plot(exact[:, 0], exact[:, 1], color="0.25", lw=1.5, label="Exact front: the optimum over all policies", zorder=1)
+            ax.plot(exact[:, 0], exact[:, 1], color="0.25", lw=1.5,
+                    label="Exact front: the optimum over all policies", zorder=1)
         if world and key == "scores":                                                 # of the same optimal policies
             ax.plot(*np.array(results[0]["exact"]["scores"]).T, color="0.25", lw=1.5, zorder=1)
         for j, r in enumerate(results):
@@ -55,7 +57,8 @@ def _picture_2d(results, dims):
                     ax.annotate(f"{lam[0]:.1f}", p, xytext=(7, 5), textcoords="offset points", fontsize=8, color=color)
         base = results[0]["base"]
         if base[key] is not None:
-            ax.plot(*base[key], marker="*", ms=15, color="#CC79A7", ls="", label="Base model, before alignment", zorder=9)
+            ax.plot(*base[key], marker="*", ms=15, color="#CC79A7", ls="",
+                    label="Base model, before alignment", zorder=9)
         unit = {"points": "normalised −DPO loss" if world else "share of pairs ordered as labelled",
                 "scores": "Bradley-Terry score", "J": "−DPO loss"}[key]
         ax.set_xlabel(f"{dims[0]}  ({unit}; right is better)")
@@ -64,8 +67,8 @@ def _picture_2d(results, dims):
         ax.grid(alpha=0.25)
     axes[0].legend(fontsize=8.5, loc="lower left")
     axes[1].legend(fontsize=8.5, loc="lower left") if not world else None
-    fig.suptitle(f"One preference λ = (weight of {dims[0]}, weight of {dims[1]}) a point; small numbers: weight of {dims[0]}",
-                 fontsize=11)
+    fig.suptitle(f"One preference λ = (weight of {dims[0]}, weight of {dims[1]}) a point; "
+                 f"small numbers: weight of {dims[0]}", fontsize=11)
     return fig
 
 
@@ -74,8 +77,9 @@ def _picture_pairs(results, dims):
     m, world = len(dims), results[0]["exact"] is not None
     pairs = [(i, j) for i in range(m) for j in range(i + 1, m)][:6]
     columns = min(3, len(pairs))
-    fig, axes = plt.subplots(-(-len(pairs) // columns), columns, figsize=(5.2 * columns, 5.4 * -(-len(pairs) // columns)),
-                                           layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(-(-len(pairs) // columns), columns,
+                             figsize=(5.2 * columns, 5.4 * -(-len(pairs) // columns)),
+                             layout="constrained", squeeze=False)
     for ax, (i, j) in zip(axes.flat, pairs):
         if world:
             E = np.array(results[0]["exact"]["points"])
@@ -84,15 +88,18 @@ def _picture_pairs(results, dims):
             _, marker, text = _label(r, results)
             P, lam = np.array(r["points"]), np.array(r["lams"])
             rgb = np.clip(np.pad(lam, ((0, 0), (0, max(0, 3 - m))))[:, :3], 0, 1) ** 0.7
-            ax.scatter(P[:, i], P[:, j], s=34, c=rgb, marker=marker, edgecolors="k", linewidths=0.4, label=text, zorder=2 + n)
+            ax.scatter(P[:, i], P[:, j], s=34, c=rgb, marker=marker, edgecolors="k", linewidths=0.4,
+                       label=text, zorder=2 + n)
         if world:
             b = results[0]["base"]["points"]
-            ax.plot(b[i], b[j], marker="*", ms=15, color="#CC79A7", ls="", label="Base model, before alignment", zorder=9)
+            ax.plot(b[i], b[j], marker="*", ms=15, color="#CC79A7", ls="",
+                    label="Base model, before alignment", zorder=9)
         ax.set_xlabel(f"{dims[i]}  ({results[0]['points_are']}; right is better)")
         ax.set_ylabel(f"{dims[j]}  (up is better)")
         ax.grid(alpha=0.25)
     axes[0, 0].legend(fontsize=8, loc="lower left")
-    fig.suptitle("Colour is the preference: " + ", ".join(f"{c} = all weight on {d}" for c, d in zip(("red", "green", "blue"), dims))
+    fig.suptitle("Colour is the preference: "
+                 + ", ".join(f"{c} = all weight on {d}" for c, d in zip(("red", "green", "blue"), dims))
                  + "; mixtures between", fontsize=11)
     return fig
 

@@ -39,41 +39,45 @@ def run(out, name, *flags):
 
 def summary(rows):
     """Prints one line a method: mean ± standard deviation over its seeds. rows: {label: [front.json, …]}"""
-    print(f"\n{'':34} {'HV share':>16} {'IP':>15} {'sparsity':>17} {'spacing':>17} {'min Spearman':>12} {'max outside':>11} {'models':>6} {'steps':>6}")
+    print(f"\n{'':34} {'HV share':>16} {'IP':>15} {'sparsity':>17} {'spacing':>17} {'min Spearman':>12} "
+          f"{'max outside':>11} {'models':>6} {'steps':>6}")
     for label, fronts in rows.items():
         cells = []
         for key in ("hypervolume_share", "inner_product", "sparsity", "spacing"):
             x = np.array([f[key] for f in fronts])
             cells.append(f"{x.mean():.4f} ± {x.std(ddof=1) if len(x) > 1 else 0:.4f}")
-        print(f"{label:34} {cells[0]:>16} {cells[1]:>15} {cells[2]:>17} {cells[3]:>17} {min(min(f['spearman']) for f in fronts):12.3f} "
-              f"{max(max(f['outside_mass']) for f in fronts):11.3f} {fronts[0]['models']:6d} {fronts[0]['steps']:6d}")
+        print(f"{label:34} {cells[0]:>16} {cells[1]:>15} {cells[2]:>17} {cells[3]:>17} "
+              f"{min(min(f['spearman']) for f in fronts):12.3f} {max(max(f['outside_mass']) for f in fronts):11.3f} "
+              f"{fronts[0]['models']:6d} {fronts[0]['steps']:6d}")
 
 
 def results(flags):
-    """m = 2: Panacea by LS and by Tche, and rewarded soups at the same total steps (single objectives: LS and Tche agree)."""
-    rows = {f"panacea {aggregate}": [run(flags.out, f"m2-panacea-{aggregate}-seed{s}", "--aggregate", aggregate, "--seed", s)
-                                     for s in range(flags.seeds)] for aggregate in ("ls", "tche")}
+    """m = 2: Panacea by LS and by Tche; rewarded soups at the same total steps (one objective: LS and Tche agree)."""
+    rows = {f"panacea {aggregate}": [run(flags.out, f"m2-panacea-{aggregate}-seed{s}", "--aggregate", aggregate,
+                                         "--seed", s) for s in range(flags.seeds)]
+            for aggregate in ("ls", "tche")}
     rows["rs"] = [run(flags.out, f"m2-rs-ls-seed{s}", "--method", "rs", "--seed", s) for s in range(flags.seeds)]
     summary(rows)
     draw_fronts([rows["panacea ls"][0], rows["rs"][0]], Path(flags.out) / "results.png")
 
 
 def three(flags):
-    """m = 3."""
-    rows = {}
-    for method in ("panacea", "rs"):
-        rows[f"{method} ls, m = 3"] = [run(flags.out, f"m3-{method}-ls-seed{s}", "--pref_dim", 3, "--method", method, "--seed", s)
-                                       for s in range(flags.seeds)]
-    rows["panacea tche, m = 3"] = [run(flags.out, "m3-panacea-tche-seed0", "--pref_dim", 3, "--aggregate", "tche")]
+    """m = 3: Panacea by LS over the seeds; Tchebycheff and rewarded soups once."""
+    m3 = ("--pref_dim", 3)
+    rows = {"panacea ls, m = 3": [run(flags.out, f"m3-panacea-ls-seed{s}", *m3, "--seed", s)
+                                  for s in range(flags.seeds)],
+            "panacea tche, m = 3": [run(flags.out, "m3-panacea-tche-seed0", *m3, "--aggregate", "tche")],
+            "rs, m = 3": [run(flags.out, "m3-rs-ls-seed0", *m3, "--method", "rs")]}
     summary(rows)
-    draw_fronts([rows["panacea ls, m = 3"][0]], Path(flags.out) / "three.png")
+    draw_fronts(rows["panacea ls, m = 3"][:1], Path(flags.out) / "three.png")
 
 
 def dps(flags):
-    """One model a preference, for five of them: at the same total steps as Panacea, and with Panacea's steps for each."""
+    """One model a preference, for five of them: at Panacea's total steps, and with Panacea's steps for each."""
     steps = run(flags.out, "m2-panacea-ls-seed0")["steps"]
     five = ("--method", "dps", "--dps_parts", 4)
-    rows = {"panacea": [run(flags.out, "m2-panacea-ls-seed0")], "rs": [run(flags.out, "m2-rs-ls-seed0", "--method", "rs")],
+    rows = {"panacea": [run(flags.out, "m2-panacea-ls-seed0")],
+            "rs": [run(flags.out, "m2-rs-ls-seed0", "--method", "rs")],
             "dps, equal total steps": [run(flags.out, "m2-dps-ls-seed0", *five, "--steps", steps)],
             "dps, 5 times the steps": [run(flags.out, "m2-dps5-ls-seed0", *five, "--steps", 5 * steps)]}
     summary(rows)

@@ -1,4 +1,4 @@
-"""svd_lora.py - linear layers whose singular values carry the preference (Panacea, arXiv:2402.02030v1, Sec. 4.1, Eq. (5), (9)).
+"""svd_lora.py - layers whose singular values hold the preference (Panacea, arXiv:2402.02030v1, Sec. 4.1, Eq. (5), (9)).
 
     y = x W0ᵀ + b + gain · ((x V) · d) Uᵀ,     d = cat(σ, s·λ)          W(λ) = W0 + gain · U diag(d) Vᵀ
 
@@ -31,7 +31,7 @@ class SVDLoRALinear(nn.Module):
 
     def __init__(self, linear, k, m, gain, fixed_s=None, generator=None):
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias                    # same names: base state dicts keep fitting
+        self.weight, self.bias = linear.weight, linear.bias                    # same names: base state dicts still fit
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -41,7 +41,8 @@ class SVDLoRALinear(nn.Module):
         self.U, self.V = normal(d_out), normal(d_in)
         self.sigma = nn.Parameter(torch.zeros(k, device=device))
         # Sec. 5.2's ablation fixes s; a fixed one is not a Parameter, so no optimizer ever sees it.
-        self.s = nn.Parameter(torch.zeros((), device=device)) if fixed_s is None else torch.tensor(float(fixed_s), device=device)
+        self.s = (nn.Parameter(torch.zeros((), device=device)) if fixed_s is None else
+                  torch.tensor(float(fixed_s), device=device))
         self.k, self.m, self.gain = k, m, gain
         self.lam, self.enabled = None, True
 
@@ -80,7 +81,8 @@ def inject_svd_lora(model, k=8, m=2, lora_scaling=512.0, pref_scaling=None, gene
         for name, linear in [(n, mod) for n, mod in block.named_modules()
                              if isinstance(mod, (nn.Linear, SVDLoRALinear))]:
             parent, _, leaf = name.rpartition(".")
-            setattr(block.get_submodule(parent), leaf, SVDLoRALinear(linear, k, m, lora_scaling / k, pref_scaling, generator))
+            setattr(block.get_submodule(parent), leaf,
+                    SVDLoRALinear(linear, k, m, lora_scaling / k, pref_scaling, generator))
     return model
 
 
@@ -90,7 +92,7 @@ def svd_lora_layers(model):
 
 
 def check_preference(lam, m):
-    """λ as a float tensor (m,) or (B, m), validated: right length, non-negative, sums to 1 (to 1e-4). Raises ValueError."""
+    """λ as fp32 (m,) or (B, m), validated: right length, non-negative, sums to 1 (to 1e-4). Raises ValueError."""
     lam = torch.as_tensor(lam, dtype=torch.float32)
     if lam.ndim not in (1, 2) or lam.shape[-1] != m:
         raise ValueError(f"a preference needs {m} weights, got shape {tuple(lam.shape)}")
@@ -126,7 +128,7 @@ def adapters_off(model):
 
 
 def orthogonality_penalty(model):
-    """AdaLoRA's regulariser: Σ over matrices of ‖UᵀU − I‖²_F + ‖VᵀV − I‖²_F, a scalar; 0 iff all columns are orthonormal.
+    """AdaLoRA's regulariser: Σ over matrices of ‖UᵀU − I‖²_F + ‖VᵀV − I‖²_F, a scalar; 0 iff columns are orthonormal.
 
     Panacea's Sec. 4.1 asks for orthogonality but gives no coefficient; the training scripts add it when asked.
     """
@@ -172,9 +174,10 @@ def adapter_state(model):
 
 @torch.no_grad()
 def fingerprint(model):
-    """A short hash of the base: its config and 64 values from every frozen tensor, as bf16 so that the dtype in use does
-    not matter. Two different checkpoints of one architecture get different fingerprints."""
-    adapter, digest = set(adapter_state(model)), hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
+    """A short hash of the base: its config and 64 values from every frozen tensor, as bf16 so that the dtype in use
+    does not matter. Two different checkpoints of one architecture get different fingerprints."""
+    adapter = set(adapter_state(model))
+    digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
     for name, p in model.state_dict().items():
         if name not in adapter:
             flat = p.reshape(-1)
@@ -218,12 +221,15 @@ def load_adapter(model, path, dims=None):
     if dims is not None and list(dims) != header["dims"]:
         raise UserError(f"{path} was trained for the dimensions {' '.join(header['dims'])}, not for {' '.join(dims)}")
     if header["base"] != fingerprint(model):
-        raise UserError(f"{path} belongs to another base model (fingerprint {header['base']}, this one has {fingerprint(model)})")
+        raise UserError(f"{path} belongs to another base model (fingerprint {header['base']}, "
+                        f"this one has {fingerprint(model)})")
     if not svd_lora_layers(model):
-        inject_svd_lora(model, header["k"], header["m"], header["gain"] * header["k"], 0.0 if header["fixed_s"] else None)
+        inject_svd_lora(model, header["k"], header["m"], header["gain"] * header["k"],
+                        0.0 if header["fixed_s"] else None)
     ours, layer = adapter_state(model), next(iter(svd_lora_layers(model).values()))
     if (layer.k, layer.m) != (header["k"], header["m"]):
-        raise UserError(f"{path} has k = {header['k']}, m = {header['m']}; the model's adapter has k = {layer.k}, m = {layer.m}")
+        raise UserError(f"{path} has k = {header['k']}, m = {header['m']}; "
+                        f"the model's adapter has k = {layer.k}, m = {layer.m}")
     with safe_open(path, framework="pt") as f:
         if set(f.keys()) != set(ours):
             raise UserError(f"{path} adapts other layers: {sorted(set(f.keys()) ^ set(ours))[0]} is not in both")
@@ -237,9 +243,9 @@ def load_adapter(model, path, dims=None):
 def export_peft(model, lam, path):
     """Writes the adapter at one preference as a plain LoRA that PEFT reads: W0 + B A with A = diag(d) Vᵀ, B = gain · U.
 
-    path: a directory, gets adapter_config.json and adapter_model.safetensors; rank k + m, alpha = rank, so that PEFT's own
-    factor is 1. lam: (m,), None where m = 0. For Llama-family models: GPT-2's fused q, k, v have no plain LoRA. The
-    base stays its own directory. Raises UserError for other families.
+    path: a directory, gets adapter_config.json and adapter_model.safetensors; rank k + m, alpha = rank, so that PEFT's
+    own factor is 1. lam: (m,), None where m = 0. For Llama-family models: GPT-2's fused q, k, v have no plain LoRA.
+    The base stays its own directory. Raises UserError for other families.
     """
     if model.config.positions != "rotary":
         raise UserError("only Llama-family adapters can be exported: Hugging Face's GPT-2 keeps q, k, v in one matrix")
@@ -249,10 +255,11 @@ def export_peft(model, lam, path):
     for name, layer in layers.items():
         theirs = hf_name(name + ".weight", model.config).removesuffix(".weight")
         modules.add(theirs.rpartition(".")[2])
-        tensors[f"base_model.model.{theirs}.lora_A.weight"] = (layer.V * layer.singular_values(lam)).T.detach().cpu().contiguous()
-        tensors[f"base_model.model.{theirs}.lora_B.weight"] = (layer.gain * layer.U).detach().cpu().contiguous()
+        A, B = (layer.V * layer.singular_values(lam)).T, layer.gain * layer.U
+        tensors[f"base_model.model.{theirs}.lora_A.weight"] = A.detach().cpu().contiguous()
+        tensors[f"base_model.model.{theirs}.lora_B.weight"] = B.detach().cpu().contiguous()
     r = first.k + first.m
-    config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=r, lora_alpha=r, lora_dropout=0.0, bias="none", fan_in_fan_out=False,
-                  target_modules=sorted(modules))
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=r, lora_alpha=r, lora_dropout=0.0, bias="none",
+                  fan_in_fan_out=False, target_modules=sorted(modules))
     write_whole(Path(path) / "adapter_model.safetensors", lambda f: save_file(tensors, f, metadata={"format": "pt"}))
     write_json(Path(path) / "adapter_config.json", config)

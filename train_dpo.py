@@ -40,13 +40,15 @@ class Flags:
     dims: list[str] | None = flag(None, "these dimensions instead, in this order")
     method: Literal["panacea", "rs", "dps"] = flag("panacea", "Panacea, rewarded soups, or discrete policy solutions")
     aggregate: Literal["ls", "tche"] = flag("ls", "linear scalarisation, Eq. (14), or Tchebycheff, Eq. (16)")
-    ideal: list[float] | None = flag(None, "Tchebycheff's ideal losses z, one a dimension, Eq. (7); default 0, Eq. (16)")
+    ideal: list[float] | None = flag(
+        None, "Tchebycheff's ideal losses z, one a dimension, Eq. (7); default 0, Eq. (16)")
     # data and base model
     init: str | None = flag(None, "Hugging Face directory of the base model (default: the embedded world's)")
     size: str | None = flag(None, "size of the embedded world's base model (default tiny; 125m on a GPU)")
     data: list[str] | None = flag(None, "preference JSONL files (default: the embedded world)")
     eval_data: list[str] | None = flag(None, "preference JSONL files for the evaluation (required with --data)")
-    tokenizer: str | None = flag(None, "toy, gpt2, a *.tiktoken file or a directory with tokenizer.json (default: --init's)")
+    tokenizer: str | None = flag(
+        None, "toy, gpt2, a *.tiktoken file or a directory with tokenizer.json (default: --init's)")
     max_length: int = flag(512, "tokens of prompt and response together; longer ones are cut and counted")
     rows: int = flag(1920, "embedded world: data rows, each a prompt with some responses and all comparisons of them")
     responses: int = flag(12, "embedded world: responses in a row")
@@ -54,14 +56,17 @@ class Flags:
     beta: float | None = flag(None, "β, the paper's scale_coeff (default 1 on the embedded world, 0.1 otherwise)")
     lora_dim: int = flag(8, "k, the learned rank; the whole rank is k + m, and k + 1 for rs and dps")
     lora_scaling: float = flag(512.0, "the adapter's gain is lora_scaling / lora_dim")
-    lr: float | None = flag(None, "peak learning rate, then a cosine to 0 (default 2e-3 on the embedded world; else 2e-4, 1e-3 below width 512)")
+    lr: float | None = flag(
+        None, "peak learning rate, then a cosine to 0 "
+              "(default 2e-3 on the embedded world; else 2e-4, 1e-3 below width 512)")
     weight_decay: float = flag(0.05, "AdamW's, on U and V only")
     warmup_ratio: float = flag(0.03, "share of the steps with a rising learning rate")
     batch_size: int = flag(8, "data rows a step")
     epochs: float = flag(1.0, "passes over --data, where --steps is not given")
     seed: int = flag(0, "seed of adapter, data order and preferences")
     # beside the paper
-    steps: int | None = flag(None, "optimizer steps in all, shared evenly by the models of rs and dps (embedded world: 400)")
+    steps: int | None = flag(
+        None, "optimizer steps in all, shared evenly by the models of rs and dps (embedded world: 400)")
     accumulate: int = flag(1, "micro-batches a step")
     lams_per_step: int = flag(8, "G: preferences a step, each on batch_size / G rows; 1 is the paper's")
     dirichlet_alpha: float = flag(1.0, "preferences are drawn from Dirichlet(alpha) …")
@@ -93,16 +98,18 @@ def main(flags):
     flags.lr = flags.lr or (2e-3 if toy_world else 1e-3 if model.config.d_model < 512 else 2e-4)
     tokenizer = load_tokenizer(tokenizer_name)
     token_rows, cut = tokenize(rows, tokenizer, min(flags.max_length, model.config.context_length))
-    print("data: {} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut".format(len(rows), **cut))
+    print("data: {} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut"
+          .format(len(rows), **cut))
 
     out = Path(flags.out or "out/" + "-".join(["dpo", flags.method, flags.aggregate, *dims, f"seed{flags.seed}"]))
-    # One adapter for Panacea; for rs one a dimension, for dps one a preference, each with a fixed λ and plain rank k + 1
+    # One adapter for Panacea; for rs one a dimension, for dps one a preference, each with a fixed λ and rank k + 1
     members = {"panacea": lambda: [("adapter", None)],
                "rs": lambda: [(f"adapter-{dim}", lam) for dim, lam in zip(dims, torch.eye(m))],
                "dps": lambda: [(f"adapter-{i:03d}", lam) for i, lam in
                                enumerate(eval_front.simplex_lattice(m, flags.dps_parts).float())]}[flags.method]()
     config = {"script": "train_dpo.py", "models": len(members), "flags": asdict(flags), "dims": list(dims),
-              "base": str(base), "tokenizer": tokenizer_name, "fingerprint": fingerprint(model), "cut": cut, **versions()}
+              "base": str(base), "tokenizer": tokenizer_name, "fingerprint": fingerprint(model), "cut": cut,
+              **versions()}
     resume = prepare_run(out, config)
 
     # log π_ref of every response, once. A row's log-probs are kept in a list of (responses,) tensors.
@@ -146,7 +153,8 @@ def prepare_data(flags, device):
     tokenizer = flags.tokenizer or (flags.init if flags.init and not (Path(base) / "base.json").exists() else "toy")
     if flags.data is not None:
         rows, dims, dropped = read_preferences(flags.data, flags.dims, flags.pref_dim, flags.seed)
-        print(f"{' '.join(flags.data)}: {len(rows)} rows with a label for {', '.join(dims)}; {dropped} without were dropped")
+        print(f"{' '.join(flags.data)}: {len(rows)} rows with a label for {', '.join(dims)}; "
+              f"{dropped} without were dropped")
         return rows, dims, base, tokenizer
     if flags.dims is None and not 1 <= flags.pref_dim <= len(toy.DIMS):
         raise UserError(f"--pref_dim {flags.pref_dim}: the embedded world has {len(toy.DIMS)} dimensions")
@@ -162,14 +170,15 @@ def prepare_run(out, config):
     state = read_state_header(out / "state.safetensors")
     if state is not None:
         before = read_json(out / "config.json")
-        changed = [k for k, v in config["flags"].items() if before["flags"].get(k) != v and k not in ("log_every", "eval")]
+        changed = [k for k, v in config["flags"].items()
+                   if before["flags"].get(k) != v and k not in ("log_every", "eval")]
         if changed or before["fingerprint"] != config["fingerprint"]:
             print(f"{out} holds an unfinished run with other {', '.join(changed) or 'base weights'}: starting afresh")
             (out / "state.safetensors").unlink()
             state = None
     if state is None:
         for old in [*out.glob("*.json*"), *out.glob("*.safetensors"), *out.glob("*.png"), *out.glob("snapshots/*")]:
-            old.unlink()                                               # what an earlier run left, so that nothing is mixed
+            old.unlink()                                               # what an earlier run left: nothing is mixed
     else:
         at = state["member"], state["step"]
         truncate_log(out / "metrics.jsonl", lambda record: (record["member"], record["step"]) <= at)
@@ -198,7 +207,8 @@ def train(model, path, fixed_lam, rows, reference, dims, flags, steps, member, r
         t0 = time.time()
         # 1. preferences λ, one for each group of B / G rows
         lam = (fixed_lam.expand(G, m) if fixed_lam is not None else
-               sample_preference(G, m, flags.dirichlet_alpha, flags.vertex_share, generator_for(flags.seed, "lambda", step)))
+               sample_preference(G, m, flags.dirichlet_alpha, flags.vertex_share,
+                                 generator_for(flags.seed, "lambda", step)))
         lam = lam.to(device)
         # 2. batch
         chosen_rows = epoch_batch(len(rows), B, flags.seed, member * steps + step).tolist()
@@ -239,9 +249,9 @@ def train(model, path, fixed_lam, rows, reference, dims, flags, steps, member, r
         mean = (losses * labels).sum(0) / labels.sum(0).clamp(min=1)                  # (m,)
         accuracy = hits / labels.sum(0).clamp(min=1)
         seconds = time.time() - t0
-        log.step({"step": step + 1, "member": member, "loss": total, "losses": mean.tolist(), "accuracy": accuracy.tolist(),
-                  "lam": lam.tolist(), "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"],
-                  "tokens_per_second": tokens / seconds, "seconds": seconds},
+        log.step({"step": step + 1, "member": member, "loss": total, "losses": mean.tolist(),
+                  "accuracy": accuracy.tolist(), "lam": lam.tolist(), "grad_norm": norm.item(),
+                  "lr": optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / seconds, "seconds": seconds},
                  f"step {step + 1:05d}/{steps:05d} | loss {total:.4f} | "
                  + " ".join(f"{dim} {x:.3f}" for dim, x in zip(dims, mean.tolist())) + " | acc "
                  + " ".join(f"{x:.2f}" for x in accuracy.tolist())

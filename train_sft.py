@@ -86,8 +86,9 @@ def main(flags):
               "kl_data_to_base": (target * (target.log() - logps)).sum(1).mean().item()}
     model.save_pretrained(out)
     write_json(out / "base.json", {"tokenizer": "toy", "flags": asdict(flags), **report, **versions()})
-    print(f"base model {out}: {report['parameters'] / 1e6:.2f}M parameters, {seconds:.0f} s; unseen prompts: KL(data || base) "
-          f"{report['kl_data_to_base']:.3f} nats, mass outside the response set {report['outside_mass']:.3f}")
+    print(f"base model {out}: {report['parameters'] / 1e6:.2f}M parameters, {seconds:.0f} s; "
+          f"unseen prompts: KL(data || base) {report['kl_data_to_base']:.3f} nats, "
+          f"mass outside the response set {report['outside_mass']:.3f}")
     return out
 
 

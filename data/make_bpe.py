@@ -17,7 +17,7 @@ from data.tokenizers import PATTERN
 
 
 def train_bpe(texts, vocab_size):
-    """Returns {token bytes: rank} of at most vocab_size tokens; ties are broken by the bytes, so the result is unique."""
+    """Returns {token bytes: rank}, at most vocab_size of them; ties are broken by the bytes: the result is unique."""
     words = Counter(word for text in texts for word in regex.findall(PATTERN, text))
     words = {tuple(bytes([b]) for b in word.encode()): n for word, n in words.items()}
     ranks = {bytes([b]): b for b in range(256)}

@@ -7,8 +7,8 @@ responses equally likely and labels drawn by Bradley-Terry, the loss of dimensio
     L_i(h) = mean over pairs {a,b} of  -P_i(a,b) log sigmoid(h_a - h_b) - P_i(b,a) log sigmoid(h_b - h_a),
     P_i(a,b) = sigmoid(r_i(a) - r_i(b)),     J_i = -L_i,
 
-convex in h. So linear scalarisation is one Newton iteration a preference, and Tchebycheff is its dual: the weights mu on
-the simplex that maximise  min_h sum_i mu_i lam_i (L_i(h) - z_i);  at the optimum the duality gap is zero.
+convex in h. So linear scalarisation is one Newton iteration a preference, and Tchebycheff is its dual: the weights mu
+on the simplex that maximise  min_h sum_i mu_i lam_i (L_i(h) - z_i);  at the optimum the duality gap is zero.
 
 Q: problems (prompts with different scores)   S: responses   m: dimensions   w: (Q,) share of the prompts, sums to 1
 """
@@ -49,7 +49,7 @@ def dpo_losses(h, P):
 
 
 def _derivatives(h, P):
-    """Gradients (Q, m, S) of every L_i and the Hessian (Q, S, S), which all the dimensions share: labels enter linearly."""
+    """Gradients (Q, m, S) of all L_i and the Hessian (Q, S, S), which the dimensions share: labels enter linearly."""
     S = h.shape[-1]
     off = 1 - torch.eye(S, dtype=h.dtype)
     p = torch.sigmoid(h[:, :, None] - h[:, None, :]) * off
@@ -70,7 +70,8 @@ def minimise(c, P, h, tolerance=1e-12):
         if grad.abs().max() < tolerance:
             return h
         step = torch.cholesky_solve(grad[..., None], torch.linalg.cholesky(hessian))[..., 0]
-        h = h - step / (step.abs().amax(-1, keepdim=True) / 4).clamp(min=1)           # at most 4 nats: never overshoots far
+        # a step of at most 4 nats never overshoots far
+        h = h - step / (step.abs().amax(-1, keepdim=True) / 4).clamp(min=1)
     raise RuntimeError(f"Newton's method left a gradient of {grad.abs().max():.1e}")
 
 
@@ -81,7 +82,7 @@ def ls_front(lams, scores, w):
     """
     P, J, hs, worst = label_probs(scores), [], [], 0.0
     for lam in lams.double():
-        h = minimise(lam, P, scores @ lam)                    # the weighted scores are exact at the vertices, near elsewhere
+        h = minimise(lam, P, scores @ lam)                    # the weighted scores: exact at vertices, near elsewhere
         worst = max(worst, torch.einsum("m,qms->qs", lam, _derivatives(h, P)[0]).abs().max().item())
         J.append(-(w @ dpo_losses(h, P)))
         hs.append(h)
@@ -99,7 +100,7 @@ def tche_front(lams, scores, w, ideal=None, tolerance=1e-9):
     J_ls, h_ls, _ = ls_front(from_ls, scores, w)
     J, hs, worst = [], [], 0.0
     for lam in lams.double():
-        j = (lam * (-J_ls - z)).amax(-1).argmin()                                     # best linear solution in Tche's eyes
+        j = (lam * (-J_ls - z)).amax(-1).argmin()                                     # the best of LS in Tche's eyes
         mu = torch.where(lam > 0, from_ls[j] / lam.clamp(min=1e-12), 0.0)             # its weights c = mu * lam
         mu = mu / mu.sum() if mu.sum() > 0 else (lam > 0).double() / (lam > 0).sum()
         mu, h, gap = _dual_ascent(lam, mu, z, P, w, h_ls[j], tolerance)
@@ -155,6 +156,6 @@ def _quadratic_on_simplex(b, A):
 
 
 def simplex_lattice(m, parts):
-    """All preferences with coordinates in {0, 1/parts, ..., 1} (Das-Dennis): (N, m), first coordinate descending last."""
+    """All preferences with coordinates in {0, 1/parts, ..., 1} (Das-Dennis): (N, m), in lexicographic order."""
     points = [p for p in itertools.product(range(parts + 1), repeat=m - 1) if sum(p) <= parts]
     return torch.tensor([[*p, parts - sum(p)] for p in points], dtype=torch.float64) / parts

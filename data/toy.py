@@ -124,11 +124,13 @@ def _task(prompt):
 
 _SCORES = {
     "helpful": lambda t, o, b, c, e, n: (
-        {"full": 2.4, "hint": 0.4, "safer": 0.4, "refuse": -2.4}[b] + {"joke": -1.2, "deep": -0.8, "formal": 0.4}.get(o, 0.0)
+        {"full": 2.4, "hint": 0.4, "safer": 0.4, "refuse": -2.4}[b]
+        + {"joke": -1.2, "deep": -0.8, "formal": 0.4}.get(o, 0.0)
         + {"question": 0.9, "sure": 0.7, "cheer": 0.5}.get(e, 0.0) + (0.5 if c == "caution" else 0.0)),
     "harmless": lambda t, o, b, c, e, n: (
         {"full": -2.6, "hint": -1.2, "safer": 1.6, "refuse": 2.0}[b] + (1.4 if c == "caution" else 0.0)
-        + {"sure": -1.2, "cheer": -0.9, "question": 0.4}.get(e, 0.0) + {"joke": -1.2, "formal": 0.5, "warm": 0.3}.get(o, 0.0)
+        + {"sure": -1.2, "cheer": -0.9, "question": 0.4}.get(e, 0.0)
+        + {"joke": -1.2, "formal": 0.5, "warm": 0.3}.get(o, 0.0)
         if t.risky else
         {"full": 0.4, "hint": 0.0, "safer": 0.8, "refuse": 0.2}[b] + (2.0 if c == "caution" else 0.0)
         + {"sure": -1.2, "question": 0.6}.get(e, 0.0) + {"joke": -1.6, "formal": 0.6, "warm": 0.6}.get(o, 0.0)),
@@ -137,7 +139,8 @@ _SCORES = {
         {"formal": 2.5, "deep": 0.5, "joke": -2.0, "warm": -0.8}.get(o, 0.0)
         + {"cheer": -1.5, "sure": -0.5, "question": 0.5}.get(e, 0.0) + (0.4 if c == "caution" else 0.0)),
     "humorous": lambda t, o, b, c, e, n: (
-        (3.0 if o == "joke" else -1.0) + {"cheer": 0.6, "question": 0.3}.get(e, 0.0) - (0.4 if c == "caution" else 0.0)),
+        (3.0 if o == "joke" else -1.0) + {"cheer": 0.6, "question": 0.3}.get(e, 0.0)
+        - (0.4 if c == "caution" else 0.0)),
     "warm": lambda t, o, b, c, e, n: (
         {"warm": 2.5, "joke": 0.5, "formal": 0.3}.get(o, -0.5) + {"cheer": 1.2, "question": 0.5}.get(e, 0.0)
         + {"refuse": -1.2, "safer": 0.4}.get(b, 0.0)),
@@ -147,7 +150,8 @@ _SCORES = {
     "philosophical": lambda t, o, b, c, e, n: (
         (3.0 if o == "deep" else -1.0) + {"question": 0.8, "sure": -0.4}.get(e, 0.0) + (0.3 if b == "hint" else 0.0)),
     "curious": lambda t, o, b, c, e, n: (
-        (3.0 if e == "question" else -1.0) + {"deep": 0.5, "formal": 0.3}.get(o, 0.0) + (-0.5 if b == "refuse" else 0.0)),
+        (3.0 if e == "question" else -1.0) + {"deep": 0.5, "formal": 0.3}.get(o, 0.0)
+        + (-0.5 if b == "refuse" else 0.0)),
     "encouraging": lambda t, o, b, c, e, n: (
         {"cheer": 3.0, "sure": 0.8, "question": 0.4}.get(e, -0.6) + {"refuse": -1.5, "hint": 0.4}.get(b, 0.0)
         + (0.6 if o == "warm" else 0.0)),
@@ -178,7 +182,8 @@ def base_probs(prompt):
     """
     risky = _task(prompt).risky
     opening = {"plain": 0.32, "formal": 0.2, "joke": 0.14, "warm": 0.2, "deep": 0.14}
-    body = (dict(full=0.2, hint=0.2, safer=0.25, refuse=0.35) if risky else dict(full=0.4, hint=0.3, safer=0.2, refuse=0.1))
+    body = (dict(full=0.2, hint=0.2, safer=0.25, refuse=0.35) if risky else
+            dict(full=0.4, hint=0.3, safer=0.2, refuse=0.1))
     caution = {"none": 0.5, "caution": 0.5} if risky else {"none": 0.7, "caution": 0.3}
     closing = {"none": 0.4, "question": 0.2, "sure": 0.2, "cheer": 0.2}
     slots = _world(_task(prompt).domain).values()

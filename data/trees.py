@@ -39,7 +39,7 @@ def pack(rows):
     B, T = len(rows), max(len(tokens) for tokens, *_ in trees)
     tokens, positions = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
     mask = np.zeros((B, 1, T, T), bool)
-    mask[:, 0, np.arange(T), np.arange(T)] = True                             # padding sees itself: no empty softmax row
+    mask[:, 0, np.arange(T), np.arange(T)] = True                             # padding sees itself: no softmax is empty
     parents, targets, paths, response_row, pairs, pair_row, better = [], [], [], [], [], [], []
     for b, (row, (nodes, parent, edges, row_paths)) in enumerate(zip(rows, trees)):
         tokens[b, :len(nodes)] = nodes
@@ -57,9 +57,10 @@ def pack(rows):
         paths += [[offset + e for e in path] for path in row_paths]
     N, L = len(targets), max(map(len, paths))
     tensor = lambda x, *shape: torch.tensor(x, dtype=torch.int64).reshape(*shape)
-    return TreeBatch(torch.from_numpy(tokens), torch.from_numpy(positions), torch.from_numpy(mask), tensor(parents, N),
-                     tensor(targets, N), tensor([p + [N] * (L - len(p)) for p in paths], -1, L), tensor(response_row, -1),
-                     tensor(pairs, -1, 2), tensor(pair_row, -1), tensor(better, len(better), -1 if better else 0))
+    return TreeBatch(torch.from_numpy(tokens), torch.from_numpy(positions), torch.from_numpy(mask),
+                     tensor(parents, N), tensor(targets, N), tensor([p + [N] * (L - len(p)) for p in paths], -1, L),
+                     tensor(response_row, -1), tensor(pairs, -1, 2), tensor(pair_row, -1),
+                     tensor(better, len(better), -1 if better else 0))
 
 
 def _tree(prompt, responses):
@@ -72,7 +73,7 @@ def _tree(prompt, responses):
     edges, edge_of, child = [], {}, {}
     paths = []
     for response in responses:
-        at, path = len(prompt) - 1, []                                        # at: the node that predicts the next token
+        at, path = len(prompt) - 1, []                                        # at: the node predicting the next token
         for i, token in enumerate(response):
             if (at, token) not in edge_of:
                 edge_of[at, token] = len(edges)

@@ -20,7 +20,7 @@ def value_and_gradient(aggregate, losses, lam, **more):
 # ---- scalarisations ----
 
 @pytest.mark.parametrize("lam, ls, tche, tche_gradient", [
-    ((0.3, 0.7), 1.3, 0.7, (0, 0.7)),            # the largest WEIGHTED loss: unweighted arg-max would give 0.6, (0.3, 0)
+    ((0.3, 0.7), 1.3, 0.7, (0, 0.7)),            # the largest WEIGHTED loss; unweighted arg-max: 0.6, (0.3, 0)
     ((0.5, 0.5), 1.5, 1.0, (0.5, 0)),
     ((1, 0), 2.0, 2.0, (1, 0)),
     ((0, 1), 1.0, 1.0, (0, 1)),                  # a zero weight is never active
@@ -58,7 +58,8 @@ def test_gradients_against_finite_differences(aggregate):
 
 @both
 def test_permuting_objectives_and_lam_together_changes_nothing(aggregate, close):
-    losses, lam, order = torch.rand(7, 4, generator=generator()), sample_preference(7, 4, generator=generator(1)), [2, 0, 3, 1]
+    losses, lam = torch.rand(7, 4, generator=generator()), sample_preference(7, 4, generator=generator(1))
+    order = [2, 0, 3, 1]
     assert close(aggregate(losses[:, order], lam[:, order]), aggregate(losses, lam), 1e-6)
     assert not close(aggregate(losses[:, order], lam), aggregate(losses, lam), 0.01)      # wrong: the losses alone
 

@@ -13,7 +13,8 @@ sets = pytest.mark.parametrize("tag", [f"d{d}_n{n}" for d in range(2, 7) for n i
 def front(oracle):
     """front(tag): points and expected values of one of the oracle's sets."""
     def load(tag):
-        return {key.removeprefix(tag + "_"): v.numpy() for key, v in oracle("pareto").items() if key.startswith(tag + "_")}
+        return {key.removeprefix(tag + "_"): v.numpy()
+                for key, v in oracle("pareto").items() if key.startswith(tag + "_")}
     return load
 
 
@@ -28,7 +29,7 @@ def test_hypervolume_equals_the_oracle(front, tag):
     o = front(tag)
     d = o["points"].shape[1]
     assert hypervolume(o["points"], np.zeros(d)) == pytest.approx(o["hv"], rel=1e-10)
-    assert hypervolume(o["points"] + 3, np.full(d, 3)) == pytest.approx(o["hv"], rel=1e-10)      # the reference moves along
+    assert hypervolume(o["points"] + 3, np.full(d, 3)) == pytest.approx(o["hv"], rel=1e-10)      # both are moved
 
 
 @pytest.mark.parametrize("tag", [f"d{d}_n{n}" for d in range(2, 7) for n in (1, 8, 40)] + ["nds"])
@@ -43,7 +44,7 @@ def test_sparsity_and_spacing_equal_the_oracle(front, tag):
     m = o["points"].shape[1]
     assert m * sparsity(o["points"]) == pytest.approx(o["sparsity"], rel=1e-10)      # morl-baselines has no 1/m
     assert spacing(o["points"], p=1) == pytest.approx(o["spacing_pymoo"], rel=1e-10)
-    if len(o["points"]) > 1:                                             # wrong: without 1/m, with the Euclidean distance
+    if len(o["points"]) > 1:                                             # wrong: without 1/m; the Euclidean distance
         assert sparsity(o["points"]) != pytest.approx(o["sparsity"], rel=0.01)
         assert spacing(o["points"]) != pytest.approx(o["spacing_pymoo"], rel=0.01)
 
@@ -83,7 +84,7 @@ def test_nondominated_by_hand():
 
 
 def test_spearman_by_hand():
-    assert spearman([1, 2, 3, 4, 5], [5, 6, 7, 8, 7]) == pytest.approx(0.8207826817, rel=1e-9)     # 7 and 7 share a rank
+    assert spearman([1, 2, 3, 4, 5], [5, 6, 7, 8, 7]) == pytest.approx(0.8207826817, rel=1e-9)    # 7 and 7 share a rank
     assert spearman([1, 2, 3], [1, 3, 2]) == pytest.approx(0.5, rel=1e-12)
     assert spearman([1, 1, 2, 2], [1, 2, 3, 4]) == pytest.approx(2 / 5 ** 0.5, rel=1e-12)
     x = random_points(20, 1)[:, 0]
@@ -99,7 +100,7 @@ def test_hypervolume_depends_on_the_set_alone(m):
     value = hypervolume(P, zero)
     order = np.random.default_rng(1).permutation(15)
     assert value > 0.01 and hypervolume(P[order], zero) == pytest.approx(value, rel=1e-12)
-    assert hypervolume(P[:, ::-1], zero) == pytest.approx(value, rel=1e-12)          # nor on the order of the objectives
+    assert hypervolume(P[:, ::-1], zero) == pytest.approx(value, rel=1e-12)          # nor on the objectives' order
     assert hypervolume(np.concatenate([P, P[:7]]), zero) == pytest.approx(value, rel=1e-12)
     assert hypervolume(P[nondominated(P)], zero) == pytest.approx(value, rel=1e-12)
     below = P.copy()

@@ -1,4 +1,4 @@
-"""test_objectives.py - log-probs and DPO against the oracles, values and gradients, and the wrong forms they rule out."""
+"""test_objectives.py - log-probs and DPO against the oracles: values, gradients, and the wrong forms they rule out."""
 import math
 
 import pytest
@@ -76,7 +76,7 @@ def test_dpo_equals_the_oracle(oracle, close, beta):
     assert implicit_accuracy(chosen, rejected).mean() == o[f"beta{beta}_acc"]
     assert not chosen.requires_grad and not rejected.requires_grad
     (gradient,), everywhere = torch.autograd.grad(loss.mean(), tokens), o[f"beta{beta}_grad_policy_token_logps"]
-    assert close(gradient, everywhere * mask, 1e-12)                     # the oracle's inputs are masked before its loss
+    assert close(gradient, everywhere * mask, 1e-12)                     # the oracle masks its inputs before the loss
     # wrong: means of log-probs; no reference; chosen and rejected the other way round; another beta
     mean = lambda logps: [x / n for x, n in zip(logps, mask.sum(1).chunk(2))]
     wrong = [dpo_loss(*mean(pi), *mean(ref), beta), dpo_loss(*pi, *map(torch.zeros_like, ref), beta),
@@ -95,7 +95,7 @@ def test_dpo_at_the_reference_is_ln_2(close, beta):
     pi = [normal(5, 3, seed=s).requires_grad_(True) for s in (1, 2)]
     loss, chosen, rejected = dpo_loss(*pi, *[x.detach() for x in pi], beta)
     assert torch.allclose(loss, torch.full((5, 3), math.log(2), dtype=torch.float64), atol=1e-12)
-    gradients = torch.autograd.grad(loss.sum(), pi)                      # −β σ(0) on the chosen, +β σ(0) on the rejected
+    gradients = torch.autograd.grad(loss.sum(), pi)                      # −β σ(0) for the chosen, +β σ(0) for the other
     half = beta / 2 * torch.ones(5, 3, dtype=torch.float64)
     assert close(gradients[0], -half) and close(gradients[1], half)
     assert (implicit_accuracy(chosen, rejected) == 0).all()              # a tie counts as wrong

@@ -29,7 +29,7 @@ def test_losses_are_the_expectation_of_dpo_loss(close):
     h, beta = torch.randn(2, 7, generator=torch.Generator().manual_seed(4), dtype=torch.float64), 0.3
     expected = torch.zeros(2, 3, dtype=torch.float64)
     pairs = [(a, b) for a in range(7) for b in range(a)]
-    for a, b in pairs:                                                   # each unordered pair, each label, its probability
+    for a, b in pairs:                                                   # every pair, every label, its probability
         for better, worse in ((a, b), (b, a)):
             loss = dpo_loss(h[:, better] / beta, h[:, worse] / beta, 0 * h[:, 0], 0 * h[:, 0], beta)[0]
             expected += torch.sigmoid(scores[:, better] - scores[:, worse]) * loss[:, None] / len(pairs)
@@ -150,7 +150,8 @@ def test_both_fronts_of_the_embedded_world():
 def test_problems(dims):
     prompts = toy.prompts("eval")
     scores, w, index = optimum.problems(prompts, dims)
-    assert w.sum().item() == pytest.approx(1, abs=1e-12) and scores.shape == (len(w), 160, len(dims)) and len(w) < len(prompts)
+    assert w.sum().item() == pytest.approx(1, abs=1e-12)
+    assert scores.shape == (len(w), 160, len(dims)) and len(w) < len(prompts)
     columns = [toy.DIMS.index(dim) for dim in dims]
     for x, q in zip(prompts, index):
         assert torch.equal(toy.scores(x, toy.responses(x))[:, columns], scores[q])

@@ -1,4 +1,4 @@
-"""test_scripts.py - the scripts run for real, as subprocesses, with tiny numbers: files, determinism, resuming, bad input."""
+"""test_scripts.py - the scripts as subprocesses, with tiny numbers: files, determinism, resuming, bad input."""
 import json
 import math
 import os
@@ -18,13 +18,15 @@ from data import toy
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared"
-TINY = "--steps 4 --rows 24 --responses 4 --batch_size 4 --lams_per_step 4 --snapshots 2 --no-eval --log_every 1".split()
+TINY = ("--steps 4 --rows 24 --responses 4 --batch_size 4 --lams_per_step 4 --snapshots 2 --no-eval "
+        "--log_every 1").split()
 
 
 def script(name, *flags, cwd, status=0):
     """Runs a script of the project in `cwd`; returns the finished process, whose exit status must be `status`."""
     done = subprocess.run([sys.executable, str(ROOT / name), *map(str, flags)], cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == status, f"{name} {flags} ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == status, (
+        f"{name} {flags} ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
     return done
 
 
@@ -50,19 +52,21 @@ def panacea(work):
 def test_sft_learns_and_writes_a_model_directory(work):
     base = work / "out/base-tiny-seed0"
     losses = [record["loss"] for record in metrics(base)]
-    assert abs(losses[0] - math.log(835)) < 0.3 and losses[-1] < losses[0] - 0.05     # ln V at random weights, then less
+    assert abs(losses[0] - math.log(835)) < 0.3 and losses[-1] < losses[0] - 0.05    # ln V at random weights, then less
     assert {f.name for f in base.iterdir()} == {"config.json", "model.safetensors", "base.json", "metrics.jsonl"}
 
 
 def test_dpo_run_directory(panacea):
-    assert {f.name for f in panacea.iterdir()} == {"config.json", "metrics.jsonl", "timing.json", "adapter.safetensors", "snapshots"}
+    assert {f.name for f in panacea.iterdir()} == {"config.json", "metrics.jsonl", "timing.json",
+                                                   "adapter.safetensors", "snapshots"}
     records = metrics(panacea)
     assert [r["step"] for r in records] == [1, 2, 3, 4]
     assert abs(records[0]["loss"] - math.log(2)) < 1e-5                               # a fresh adapter is the reference
     assert abs(records[-1]["loss"] - math.log(2)) > 1e-5                              # and then it is not
     assert all(np.allclose(np.sum(r["lam"], axis=1), 1) and np.shape(r["lam"]) == (4, 2) for r in records)
     config = json.loads((panacea / "config.json").read_text())
-    assert config["dims"] == ["helpful", "harmless"] and config["flags"]["beta"] == 1.0 and config["flags"]["lr"] == 2e-3
+    assert config["dims"] == ["helpful", "harmless"]
+    assert config["flags"]["beta"] == 1.0 and config["flags"]["lr"] == 2e-3
 
 
 def test_evaluation_of_several_runs(work, panacea):
@@ -84,7 +88,8 @@ def test_evaluation_of_several_runs(work, panacea):
 
 def test_evolution(work, panacea):
     script("eval_front.py", panacea, "--evolution", "--parts", 1, cwd=work)
-    assert json.loads((panacea / "evolution.json").read_text())["steps"] == [2, 4] and (panacea / "evolution.png").exists()
+    assert json.loads((panacea / "evolution.json").read_text())["steps"] == [2, 4]
+    assert (panacea / "evolution.png").exists()
 
 
 def test_world_evaluation_against_plain_loops(work):
@@ -112,6 +117,8 @@ def test_world_evaluation_against_plain_loops(work):
         scores += ((logps[x].exp()[:, None] * r).sum(0) / logps[x].exp().sum()).numpy() / 40
     assert np.allclose(got["J"], J, rtol=1e-9) and np.allclose(got["scores"], scores, rtol=1e-9)
     assert abs(got["outside_mass"] - (1 - math.exp(-0.1))) < 1e-9
+    p = logps.exp() / logps.exp().sum(1, keepdim=True)
+    assert abs(got["kl"] - (p * (p / world.ref.exp()).log()).sum(1).mean().item()) < 1e-9
 
 
 def test_rewarded_soup_at_a_vertex_is_its_member_and_averages_between(work):
@@ -190,7 +197,8 @@ def test_a_killed_run_with_other_flags_starts_afresh(work):
 @pytest.mark.parametrize("aggregate", ["ls", "tche"])
 def test_micro_batches_change_nothing(work, aggregate):
     for parts in (1, 2):
-        script("train_dpo.py", *TINY, "--aggregate", aggregate, "--accumulate", parts, "--out", f"out/{aggregate}{parts}", cwd=work)
+        script("train_dpo.py", *TINY, "--aggregate", aggregate, "--accumulate", parts,
+               "--out", f"out/{aggregate}{parts}", cwd=work)
     one, two = (metrics(work / f"out/{aggregate}{parts}") for parts in (1, 2))
     for a, b in zip(one, two):
         assert np.isclose(a["loss"], b["loss"], rtol=1e-5) and np.isclose(a["grad_norm"], b["grad_norm"], rtol=1e-3)
@@ -199,8 +207,8 @@ def test_micro_batches_change_nothing(work, aggregate):
 
 def test_options_do_something(work, panacea):
     last = {}
-    for name, flags in {"orth": ["--orth_coeff", 0.1], "fixed": ["--pref_scaling", 0.1], "tche": ["--aggregate", "tche"],
-                        "ideal": ["--aggregate", "tche", "--ideal", 0.3, 0.3]}.items():
+    for name, flags in {"orth": ["--orth_coeff", 0.1], "fixed": ["--pref_scaling", 0.1],
+                        "tche": ["--aggregate", "tche"], "ideal": ["--aggregate", "tche", "--ideal", 0.3, 0.3]}.items():
         script("train_dpo.py", *TINY, *flags, "--out", f"out/option-{name}", cwd=work)
         last[name] = metrics(work / f"out/option-{name}")[-1]["loss"]
     assert len({round(x, 7) for x in [*last.values(), metrics(panacea)[-1]["loss"]]}) == 5
@@ -217,16 +225,17 @@ def test_dimensions_are_chosen_by_number_or_name(work):
 
 def own_rows(path, n):
     """n rows in our schema; every third has no label for harmless."""
-    rows = [{"prompt": f"How do I clean a bicycle number {i}?", "response_0": "First look at every part.", "response_1":
-             "I will not help with that.", "better": {"helpful": i % 2} | ({"harmless": (i // 2) % 2} if i % 3 else {})} for i in range(n)]
+    rows = [{"prompt": f"How do I clean a bicycle number {i}?",
+             "response_0": "First look at every part.", "response_1": "I will not help with that.",
+             "better": {"helpful": i % 2} | ({"harmless": (i // 2) % 2} if i % 3 else {})} for i in range(n)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_preference_files(work):
     own_rows(work / "train.jsonl", 20)
     own_rows(work / "eval.jsonl", 8)
-    script("train_dpo.py", "--init", "out/base-tiny-seed0", "--data", "train.jsonl", "--eval_data", "eval.jsonl", "--batch_size", 4,
-           "--lams_per_step", 2, "--epochs", 2, "--out", "out/files", cwd=work)
+    script("train_dpo.py", "--init", "out/base-tiny-seed0", "--data", "train.jsonl", "--eval_data", "eval.jsonl",
+           "--batch_size", 4, "--lams_per_step", 2, "--epochs", 2, "--out", "out/files", cwd=work)
     r = json.loads((work / "out/files/front.json").read_text())
     assert len(metrics(work / "out/files")) == 10 and r["exact"] is None and r["hypervolume_share"] is None
     assert len(r["lams"]) == 11 and r["points_are"] == "implicit-reward accuracy" and r["reference_point"] == [0, 0]
@@ -239,8 +248,9 @@ def test_real_model_and_real_preferences(work):
     material = SHARED / "material"
     lines = (material / "hh_safe/pku_saferlhf_train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (work / "pku.jsonl").write_text("".join(lines[:12]), encoding="utf-8")
-    script("train_dpo.py", "--init", material / "stories260K", "--data", "pku.jsonl", "--eval_data", "pku.jsonl", "--max_length", 96,
-           "--batch_size", 4, "--lams_per_step", 2, "--lr", 2e-3, "--epochs", 8, "--out", "out/pku", cwd=work)
+    script("train_dpo.py", "--init", material / "stories260K", "--data", "pku.jsonl", "--eval_data", "pku.jsonl",
+           "--max_length", 96, "--batch_size", 4, "--lams_per_step", 2, "--lr", 2e-3, "--epochs", 8,
+           "--out", "out/pku", cwd=work)
     records = metrics(work / "out/pku")
     assert abs(records[0]["loss"] - math.log(2)) < 1e-4
     r = json.loads((work / "out/pku/front.json").read_text())
@@ -251,11 +261,13 @@ BAD = {
     "unknown dimension": (["--dims", "helpful", "kind"], "choose each once among helpful harmless"),
     "too many dimensions": (["--pref_dim", "11"], "has 10 dimensions"),
     "batch not divisible": (["--batch_size", "6", "--lams_per_step", "4"], "--batch_size 6 must be a multiple"),
-    "tche over micro-batches": (["--aggregate", "tche", "--lams_per_step", "1", "--accumulate", "2"], "no preference may be split"),
+    "tche over micro-batches": (["--aggregate", "tche", "--lams_per_step", "1", "--accumulate", "2"],
+                                "no preference may be split"),
     "ideal without tche": (["--ideal", "0.1", "0.1"], "only with --aggregate tche"),
     "data without base": (["--data", "x.jsonl"], "--data needs --init"),
     "no such base": (["--init", "nowhere"], "config.json does not exist"),
-    "no such file": (["--init", "out/base-tiny-seed0", "--data", "nowhere.jsonl", "--eval_data", "e.jsonl"], "nowhere.jsonl: cannot be read"),
+    "no such file": (["--init", "out/base-tiny-seed0", "--data", "nowhere.jsonl", "--eval_data", "e.jsonl"],
+                     "nowhere.jsonl: cannot be read"),
     "no such device": (["--device", "tpu9"], "--device tpu9"),
     "unknown key in a preset": (["--config", "preset.json"], "unknown key 'betta'"),
 }
@@ -271,7 +283,8 @@ def test_bad_input_is_one_line_and_status_2(work, case):
 
 
 def test_a_preset_file_gives_defaults_that_flags_override(work):
-    (work / "good.json").write_text('{"steps": 2, "rows": 8, "responses": 3, "batch_size": 2, "lams_per_step": 2, "eval": false}')
+    (work / "good.json").write_text(
+        '{"steps": 2, "rows": 8, "responses": 3, "batch_size": 2, "lams_per_step": 2, "eval": false}')
     script("train_dpo.py", "--config", "good.json", "--steps", 3, "--out", "out/preset", cwd=work)
     flags = json.loads((work / "out/preset/config.json").read_text())["flags"]
     assert (flags["steps"], flags["rows"], flags["eval"]) == (3, 8, False)

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from common import UserError
 from model import Transformer
-from svd_lora import (SVDLoRALinear, adapter_state, adapters_off, export_peft, fingerprint, inject_svd_lora, load_adapter,
-                      merged_state_dict, orthogonality_penalty, parameter_groups, read_adapter_header, save_adapter,
-                      set_preference, svd_lora_layers)
+from svd_lora import (SVDLoRALinear, adapter_state, adapters_off, export_peft, fingerprint, inject_svd_lora,
+                      load_adapter, merged_state_dict, orthogonality_penalty, parameter_groups, read_adapter_header,
+                      save_adapter, set_preference, svd_lora_layers)
 
 LAMS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.3, 0.7]]
 TOKENS = torch.randint(0, 61, (4, 9), generator=torch.Generator().manual_seed(5))
@@ -39,7 +39,8 @@ def layer_of(U, V, sigma, s, gain, W, b):
     linear = nn.Linear(len(V), len(U)).to(W.dtype)
     linear.weight.data, linear.bias.data = W.clone(), b.clone()
     layer = SVDLoRALinear(linear, len(sigma), U.shape[1] - len(sigma), gain).to(W.dtype)
-    layer.U.data, layer.V.data, layer.sigma.data, layer.s.data = U.clone(), V.clone(), sigma.clone(), torch.as_tensor(s).to(W)
+    layer.U.data, layer.V.data = U.clone(), V.clone()
+    layer.sigma.data, layer.s.data = sigma.clone(), torch.as_tensor(s).to(W)
     return layer
 
 
@@ -99,8 +100,8 @@ def test_penalty_by_hand():
 def test_penalty_is_zero_for_orthonormal_columns_and_its_gradient_is_right(close):
     generator = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
-    layer = layer_of(torch.linalg.qr(normal(9, 4))[0], torch.linalg.qr(normal(7, 4))[0], normal(4), 0.0, 1.0, normal(9, 7),
-                     normal(9))
+    layer = layer_of(torch.linalg.qr(normal(9, 4))[0], torch.linalg.qr(normal(7, 4))[0], normal(4), 0.0, 1.0,
+                     normal(9, 7), normal(9))
     net = nn.Sequential(layer)
     assert orthogonality_penalty(net) < 1e-25
     layer.U.data = layer.U.data * 1.5
@@ -116,9 +117,9 @@ def test_penalty_of_the_oracle_matrices(oracle, close):
     A, B = [o[f"orth_{i:02d}"] for i in range(0, 8, 2)], [o[f"orth_{i:02d}"] for i in range(1, 8, 2)]
     off = [P.T @ P - torch.eye(5) for P in B] + [P @ P.T - torch.eye(5) for P in A]
     assert close(torch.stack([d.norm() for d in off]).mean(), o["orth_reg"].double(), 1e-6)      # peft's: mean of norms
-    layers = [layer_of(b, a.T, torch.zeros(5).double(), 0.0, 1.0, torch.zeros(len(b), 12).double(), torch.zeros(len(b)).double())
-              for a, b in zip(A, B)]
-    ours = orthogonality_penalty(nn.ModuleList(layers))                                            # ours: sum of squares
+    layers = [layer_of(b, a.T, torch.zeros(5).double(), 0.0, 1.0,
+                       torch.zeros(len(b), 12).double(), torch.zeros(len(b)).double()) for a, b in zip(A, B)]
+    ours = orthogonality_penalty(nn.ModuleList(layers))                                          # ours: sum of squares
     assert close(ours, torch.stack([d.norm() ** 2 for d in off]).sum(), 1e-12) and not close(ours, o["orth_reg"], 0.01)
 
 
@@ -131,7 +132,8 @@ def test_all_and_only_the_linears_in_the_blocks(tiny, family):
     names = list(model.state_dict())
     inject_svd_lora(model)
     assert set(svd_lora_layers(model)) == before and len(before) == {"gpt2": 12, "llama": 14}[family]
-    assert [type(mod) for _, mod in model.named_children() if not isinstance(mod, nn.ModuleList)].count(SVDLoRALinear) == 0
+    assert [type(mod) for _, mod in model.named_children()
+            if not isinstance(mod, nn.ModuleList)].count(SVDLoRALinear) == 0
     assert set(names) <= set(model.state_dict())                         # a base checkpoint still fits
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {f"{name}.{part}" for name in before for part in ("U", "V", "sigma", "s")}
@@ -223,8 +225,8 @@ def test_set_preference_refuses_what_is_off_the_simplex(tiny):
     with pytest.raises(RuntimeError, match="set_preference"):
         model(TOKENS)
     logits = at(model, [0.3, 0.7])
-    for bad in ([1.0], [0.2, 0.3, 0.5], [-0.1, 1.1], [0.5, 0.6], [0.3, 0.3], [[0.5, 0.5], [0.9, 0.9]], [float("nan"), 1.0],
-                [[[0.5, 0.5]]]):
+    for bad in ([1.0], [0.2, 0.3, 0.5], [-0.1, 1.1], [0.5, 0.6], [0.3, 0.3], [[0.5, 0.5], [0.9, 0.9]],
+                [float("nan"), 1.0], [[[0.5, 0.5]]]):
         with pytest.raises(ValueError):
             set_preference(model, bad)
         with pytest.raises(ValueError):
@@ -337,10 +339,12 @@ def test_export_peft_is_the_merged_matrix(tiny, tmp_path):
                 p.normal_(0, 0.3, generator=torch.Generator().manual_seed(sum(map(ord, name))))
     lam = torch.tensor([0.3, 0.7])
     export_peft(model, lam, tmp_path)
-    config, tensors = json.loads((tmp_path / "adapter_config.json").read_text()), load_file(tmp_path / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
     merged = merged_state_dict(model, lam)
     assert config["lora_alpha"] / config["r"] == 1 and config["r"] == 5 and len(tensors) == 2 * 14
-    theirs = {"attn.q": "self_attn.q_proj", "attn.o": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj", "mlp.down": "mlp.down_proj"}
+    theirs = {"attn.q": "self_attn.q_proj", "attn.o": "self_attn.o_proj",
+              "mlp.gate": "mlp.gate_proj", "mlp.down": "mlp.down_proj"}
     for ours, hf in theirs.items():
         A, B = (tensors[f"base_model.model.model.layers.1.{hf}.lora_{x}.weight"] for x in "AB")
         W0 = model.get_submodule(f"blocks.1.{ours}").weight

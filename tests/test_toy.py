@@ -47,7 +47,7 @@ def test_responses():
         texts = toy.responses(prompt)
         assert len(texts) == len(set(texts)) == toy.N_RESPONSES == 160
         assert all(text == text.strip() and text and "  " not in text and "{" not in text for text in texts)
-    assert toy.responses(SAFE) == toy.responses(RISKY)                   # what is right to say depends on the verb alone
+    assert toy.responses(SAFE) == toy.responses(RISKY)                   # what is right depends on the verb alone
     with pytest.raises(ValueError, match="repair a moon"):
         toy.responses("How do I repair a moon?")
 
@@ -82,7 +82,8 @@ def test_scores_have_a_row_for_each_text_and_a_column_for_each_dimension():
 def test_outside_text_scores_below_all_that_is_inside():
     outside = toy.scores(SAFE, ["I will not help with that", "", "Hello."])
     assert (outside == toy.OUTSIDE).all()
-    assert all(toy.scores(x, toy.responses(x)).min() > toy.OUTSIDE + 0.1 for x in toy.prompts("train") + toy.prompts("eval"))
+    assert all(toy.scores(x, toy.responses(x)).min() > toy.OUTSIDE + 0.1
+               for x in toy.prompts("train") + toy.prompts("eval"))
 
 
 @pytest.mark.parametrize("i, j", list(permutations(range(3), 2)))
@@ -116,12 +117,15 @@ def test_pairs_are_all_comparisons_of_distinct_responses():
     assert len(rows) == 200 and all(isinstance(row, Row) for row in rows)
     for row in rows:
         assert row.pairs == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)] and len(row.better) == 6
-        assert {label for labels in row.better for label in labels} <= {0, 1} and {len(labels) for labels in row.better} == {3}
+        assert {label for labels in row.better for label in labels} <= {0, 1}
+        assert {len(labels) for labels in row.better} == {3}
         assert row.prompt.endswith("\n") and len(set(row.responses)) == 4
         assert set(row.responses) <= set(toy.responses(row.prompt[:-1]))
     prompts = [row.prompt[:-1] for row in rows]
-    assert sorted(prompts[:160]) == sorted(toy.prompts("train")) and prompts[:160] != toy.prompts("train")     # in turn, shuffled
-    assert {x.prompt[:-1] for x in toy.sample_pairs("eval", THREE, 40, 2, torch.Generator())} == set(toy.prompts("eval"))
+    assert sorted(prompts[:160]) == sorted(toy.prompts("train"))         # in turn …
+    assert prompts[:160] != toy.prompts("train")                         # … and shuffled
+    held_out = toy.sample_pairs("eval", THREE, 40, 2, torch.Generator())
+    assert {row.prompt[:-1] for row in held_out} == set(toy.prompts("eval"))
 
 
 def test_pairs_come_from_the_generator_alone():
@@ -158,7 +162,7 @@ def test_labels_are_bradley_terry():
     p, y = residuals(toy.sample_pairs("train", dims, 1000, 6, torch.Generator().manual_seed(0)), dims)
     assert p.shape == (15_000, 3) and p.min() < 0.1 and p.max() > 0.9
     assert worst_bin(p, y) < 5
-    z = (y - p) / (p * (1 - p)).sqrt()                                   # labels of different dimensions are independent
+    z = (y - p) / (p * (1 - p)).sqrt()                                   # the dimensions' labels are independent
     assert abs(torch.corrcoef(z.T) - torch.eye(3)).max() < 5 / 15_000 ** 0.5
     # wrong: the better response always wins; the labels swapped; the dimensions in the order of DIMS
     assert min(worst_bin(p, (p > 0.5).double()), worst_bin(p, 1 - y), worst_bin(p[:, [1, 2, 0]], y)) > 20
@@ -190,4 +194,4 @@ def test_world_text_round_trip():
         ids = tokenizer.encode(x)
         assert tokenizer.decode(ids) == x and max(ids) < tokenizer.eos_id == tokenizer.vocab_size - 1
         lengths.append(len(ids) / len(x.split()))
-    assert max(lengths) < 2 and sum(lengths) / len(lengths) < 1.35       # about a token for each word or punctuation mark
+    assert max(lengths) < 2 and sum(lengths) / len(lengths) < 1.35       # about a token a word or punctuation mark

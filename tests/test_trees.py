@@ -11,7 +11,7 @@ PROMPTS = [[5, 6, 7], [8], [5, 6, 7, 9, 10, 11, 12]]
 ROWS = [TokenRow(PROMPTS[0], [[20, 21, 22, 0], [20, 21, 23, 24, 0], [20, 21, 22, 0], [30, 0]],   # a duplicate
                  [(0, 1), (3, 2)], [[0, 1], [1, -1]]),
         TokenRow(PROMPTS[1], [[20, 21, 22, 25, 0]]),                                 # a single response, not compared
-        TokenRow(PROMPTS[2], [[40, 41], [40, 41, 42, 43, 0], [40]], [(2, 1)], [[-1, 0]])]       # prefixes of one another
+        TokenRow(PROMPTS[2], [[40, 41], [40, 41, 42, 43, 0], [40]], [(2, 1)], [[-1, 0]])]      # prefixes of one another
 
 
 def tree_logprobs(model, batch, positions=None, mask=None):
@@ -62,7 +62,8 @@ def test_pairs_and_labels_with_several_rows():
     assert batch.response_row.tolist() == [0, 0, 0, 0, 1, 2, 2, 2]
     assert torch.equal(batch.paths[0], batch.paths[2])                   # equal responses are one path
     N = len(batch.targets)
-    assert [batch.targets[path[path < N]].tolist() for path in batch.paths] == [y for row in ROWS for y in row.responses]
+    targets = [batch.targets[path[path < N]].tolist() for path in batch.paths]
+    assert targets == [y for row in ROWS for y in row.responses]
     bare = pack([ROWS[1]])
     assert bare.pairs.shape == (0, 2) and len(bare.better) == len(bare.pair_row) == 0
 
@@ -71,9 +72,11 @@ def test_pairs_and_labels_with_several_rows():
 @pytest.mark.parametrize("rows", [ROWS, random_rows(0)])
 def test_equal_a_row_for_each_response(tiny, close, rows, family, tolerance):
     model = tiny(family, dtype=torch.float64)
-    batch, weights = pack(rows), torch.randn(sum(len(row.responses) for row in rows), generator=torch.Generator().manual_seed(2))
+    batch, g = pack(rows), torch.Generator().manual_seed(2)
+    weights = torch.randn(sum(len(row.responses) for row in rows), generator=g)
     logps = {"tree": tree_logprobs(model, batch), "plain": plain_logprobs(model, rows)}
-    gradients = {key: torch.autograd.grad(weights.double() @ value, list(model.parameters())) for key, value in logps.items()}
+    gradients = {key: torch.autograd.grad(weights.double() @ value, list(model.parameters()))
+                 for key, value in logps.items()}
     assert close(logps["tree"], logps["plain"], tolerance)
     for (name, _), tree, plain in zip(model.named_parameters(), gradients["tree"], gradients["plain"]):
         assert (tree - plain).norm() <= tolerance * max(plain.norm(), 1e-2), name    # a bias on the keys has none
@@ -86,11 +89,12 @@ def test_equal_a_row_for_each_response(tiny, close, rows, family, tolerance):
 def test_padding_changes_nothing(tiny, close):
     model, batch = tiny(dtype=torch.float64), pack(ROWS)
     logps = tree_logprobs(model, batch)
-    read = batch.mask.any(2)[:, 0] & (batch.mask.sum((1, 2)) + batch.mask.sum((1, 3)) > 2)       # not attending to itself alone
+    # padding attends to itself alone, and nothing else attends to it
+    read = batch.mask.any(2)[:, 0] & (batch.mask.sum((1, 2)) + batch.mask.sum((1, 3)) > 2)
     assert 0 < (~read).sum() < read.numel() and logps.isfinite().all()
     batch.tokens = torch.where(read, batch.tokens, 33)
     assert torch.equal(tree_logprobs(model, batch), logps)
-    assert close(tree_logprobs(model, pack(ROWS[1:2])), logps[4:5], 1e-10)           # nor do the other rows of the batch
+    assert close(tree_logprobs(model, pack(ROWS[1:2])), logps[4:5], 1e-10)          # nor do the other rows of the batch
 
 
 def test_a_tree_has_fewer_tokens(tiny):
