@@ -73,6 +73,10 @@ def cli(cls, doc, argv=None):
         unknown = sorted(set(preset) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
             raise UserError(f"{known.config}: unknown key {unknown[0]!r}; see --help for the flags")
+        for action in parser._actions:
+            if action.choices and action.dest in preset and preset[action.dest] not in action.choices:
+                raise UserError(f"{known.config}: {action.dest} is {preset[action.dest]!r}; choose among "
+                                f"{', '.join(map(str, action.choices))}")
         parser.set_defaults(**preset)
     args = vars(parser.parse_args(argv))
     args.pop("config")
@@ -87,7 +91,7 @@ def run_main(main, cls, doc):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; the same command resumes from the last checkpoint", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         sys.exit(130)
 
 

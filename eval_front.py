@@ -21,9 +21,9 @@ from data import optimum, toy
 from data.optimum import simplex_lattice
 from data.preferences import read_preferences
 from data.tokenizers import load_tokenizer, tokenize
-from data.trees import pack
+from data.trees import batch_logprobs, pack
 from model import Transformer
-from objectives import dpo_loss, implicit_accuracy, response_logprobs, token_logprobs
+from objectives import dpo_on_pairs
 from plots import draw_evolution, draw_fronts
 from svd_lora import adapters_off, load_adapter, merged_state_dict, read_adapter_header, set_preference
 
@@ -109,13 +109,6 @@ def spearman(x, y):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Log-probs of responses under a model.
-
-def batch_logprobs(model, batch):
-    """log π(y|x) of every response of a TreeBatch: (R,) fp32."""
-    hidden = model(batch.tokens, batch.positions, batch.mask, return_hidden=True)     # (B, T, D)
-    hidden = hidden.flatten(0, 1)[batch.parents]                                      # (B·T, D) -> (N, D)
-    return response_logprobs(token_logprobs(hidden, model.head_weight, batch.targets), batch.paths)
-
 
 def world_batches(prompts, tokenizer, device, responses=32, rows=40):
     """All responses to `prompts`, packed for world_logprobs: `responses` neighbours a tree, `rows` trees a batch."""
@@ -221,24 +214,10 @@ class PreferenceFiles:
         """J = −L_DPO (m,) and scores: the implicit-reward accuracy (m,) on the rows that have the label."""
         loss = correct = count = 0.0
         for batch, ref in zip(self.batches, self.ref):
-            l, c, known = dpo_on_pairs(batch_logprobs(model, batch), ref, batch, beta)
+            l, c, known = dpo_on_pairs(batch_logprobs(model, batch), ref, batch.pairs, batch.better, beta)
             loss, correct, count = loss + (l * known).sum(0), correct + (c * known).sum(0), count + known.sum(0)
         self.labels = count.int().tolist()
         return {"J": (-loss / count).tolist(), "scores": (correct / count).tolist(), "kl": None, "outside_mass": None}
-
-
-def dpo_on_pairs(pi, ref, batch, beta):
-    """DPO on every pair and dimension of a TreeBatch, Eq. (2).
-
-    pi, ref: (R,) log-probs of its responses. Returns loss (P, m); correct (P, m), whether the implicit reward agrees
-    with the label; known (P, m), 0 where there is no label.
-    """
-    first, second = batch.pairs.T                                                     # (P,)
-    flip = batch.better == 1                                                          # (P, m): the second is better
-    chosen = torch.where(flip, second[:, None], first[:, None])                       # (P, m): the preferred response
-    rejected = torch.where(flip, first[:, None], second[:, None])
-    loss, good, bad = dpo_loss(pi[chosen], pi[rejected], ref[chosen], ref[rejected], beta)
-    return loss, implicit_accuracy(good, bad), (batch.better >= 0).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,7 +275,7 @@ def evaluate(run, device, parts=None, adapters=None, exact=None):
     toy_world = flags["data"] is None
     data = World(dims, tokenizer, device) if toy_world else PreferenceFiles(config, model, tokenizer, device)
     data.reference(model)
-    base = data.measure(model, flags["beta"])                                         # λ-free: π = π_ref
+    base = data.measure(model, flags["beta"])                                         # no adapter yet: π = π_ref
     lams, results = [], []
     grid = simplex_lattice(m, parts or parts_for(m)).float()
     for lam, policy in tqdm(policies(run, config, model, grid, adapters), desc="front", disable=None):
@@ -346,7 +325,7 @@ def table(results):
         outside = f"{max(r['outside_mass']):7.3f}" if r["outside_mass"][0] is not None else f"{'-':>7}"
         lines.append(f"{Path(r['run']).name:46} {share} {r['hypervolume']:7.4f} {r['inner_product']:7.4f} "
                      f"{r['sparsity']:8.4f} {r['spacing']:7.4f} {min(r['spearman']):8.3f} {outside} "
-                     f"{r['models'] or 1:6d} {r['steps']:6d} "
+                     f"{r['models']:6d} {r['steps']:6d} "
                      f"{read_json(Path(r['run']) / 'timing.json')['train_seconds']:7.0f}")
     return "\n".join(lines)
 
@@ -381,6 +360,10 @@ def main(flags):
     """Evaluates the runs, prints the tables, writes the JSON files and pictures. Returns the results."""
     device, _ = pick_device(flags.device)
     runs = [Path(run) for run in flags.runs]
+    if flags.evolution and len(runs) > 1:
+        raise UserError("--evolution takes one run")
+    if flags.parts is not None and flags.parts < 1:
+        raise UserError(f"--parts {flags.parts}: must be at least 1")
     if flags.evolution:
         return evolution(runs[0], device, flags.parts)
     results, fronts = [], {}
@@ -414,8 +397,11 @@ def main(flags):
 
 def evolution(run, device, parts):
     """Evaluates every snapshot of one Panacea run: evolution.json and evolution.png in its directory."""
+    config = read_json(run / "config.json")
+    if config["flags"]["method"] != "panacea" or not (run / "timing.json").exists():
+        raise UserError(f"{run}: --evolution takes a finished run of method panacea")
     files = sorted((run / "snapshots").glob("adapter-*.safetensors"))
-    steps = [read_adapter_header(f)["step"] for f in files] + [read_json(run / "config.json")["flags"]["steps"]]
+    steps = [read_adapter_header(f)["step"] for f in files] + [config["flags"]["steps"]]
     results, exact = [], None
     for step, file in zip(steps, files + [run / "adapter.safetensors"]):
         results.append(evaluate(run, device, parts, file, exact))

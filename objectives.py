@@ -44,3 +44,18 @@ def dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta):
 def implicit_accuracy(chosen_reward, rejected_reward):
     """Whether the implicit reward orders the pair as its label does; a tie counts as wrong. -> float, same shape"""
     return (chosen_reward > rejected_reward).float()
+
+
+def dpo_on_pairs(pi, ref, pairs, better, beta):
+    """DPO on compared responses, for every dimension at once: they share the log-probs and differ in their labels.
+
+    pi, ref: (R,) log-probs of responses; pairs: (P, 2) indices into them; better: (P, m), 0 where the first of the pair
+    is better, 1 the second, -1 no label. Returns loss (P, m); correct (P, m), whether the implicit reward agrees with
+    the label; known (P, m), 0 where there is no label (there the other two mean nothing).
+    """
+    first, second = pairs.T                                                               # (P,)
+    flip = better == 1                                                                    # (P, m)
+    chosen = torch.where(flip, second[:, None], first[:, None])                           # (P, m): the preferred one
+    rejected = torch.where(flip, first[:, None], second[:, None])
+    loss, good, bad = dpo_loss(pi[chosen], pi[rejected], ref[chosen], ref[rejected], beta)
+    return loss, implicit_accuracy(good, bad), (better >= 0).float()

@@ -36,12 +36,12 @@ def _label(r, results):
 def _picture_2d(results, dims):
     world = results[0]["exact"] is not None
     fig, axes = plt.subplots(1, 2, figsize=(13, 5.8), layout="constrained")
-    panels = [(axes[0], "points", "objective",
+    panels = [(axes[0], "points",
                "Objectives: 1 is the best that any policy can do, 0 the worst on the exact front" if world else
                "Held-out accuracy of the implicit reward"),
-              (axes[1], "scores" if world else "J", "score",
+              (axes[1], "scores" if world else "J",
                "What the model says: mean score of its responses" if world else "Held-out objective, −DPO loss")]
-    for ax, key, kind, title in panels:
+    for ax, key, title in panels:
         if world and key == "points":
             exact = np.array(results[0]["exact"]["points"])
             ax.plot(exact[:, 0], exact[:, 1], color="0.25", lw=1.5,
@@ -66,7 +66,8 @@ def _picture_2d(results, dims):
         ax.set_title(title, fontsize=11)
         ax.grid(alpha=0.25)
     axes[0].legend(fontsize=8.5, loc="lower left")
-    axes[1].legend(fontsize=8.5, loc="lower left") if not world else None
+    if not world:
+        axes[1].legend(fontsize=8.5, loc="lower left")
     fig.suptitle(f"One preference λ = (weight of {dims[0]}, weight of {dims[1]}) a point; "
                  f"small numbers: weight of {dims[0]}", fontsize=11)
     return fig

@@ -1,7 +1,7 @@
 """reproduce.py - every figure and table of the README, each one command. Runs that are finished are used again.
 
     python reproduce.py results              # Panacea (LS, Tche), rewarded soups: 3 seeds, mean and standard deviation
-    python reproduce.py three                # m = 3: Panacea and rewarded soups, 3 seeds
+    python reproduce.py three                # m = 3: Panacea (LS, 3 seeds; Tche), rewarded soups
     python reproduce.py dps                  # discrete policy solutions: 5 models, at 1 and at 5 times the steps
     python reproduce.py scaling              # Fig. 7: learned s against fixed ones
     python reproduce.py evolution            # Fig. 4: the front over the training steps
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import eval_front
-from common import UserError, flag, read_json, run_main
+from common import ROOT, UserError, flag, read_json, run_main
 from plots import draw_fronts
 
 
@@ -30,7 +30,7 @@ def run(out, name, *flags):
     """Runs train_dpo.py with these flags unless out/name is finished. Returns its front.json."""
     path = Path(out) / name
     if not (path / "front.json").exists():
-        command = [sys.executable, "train_dpo.py", "--out", str(path), "--log_every", "100", *map(str, flags)]
+        command = [sys.executable, str(ROOT / "train_dpo.py"), "--out", str(path), "--log_every", "100", *map(str, flags)]
         print("$ python " + " ".join(command[1:]), flush=True)
         if (code := subprocess.run(command).returncode) != 0:
             raise UserError(f"{name}: train_dpo.py ended with status {code}")
@@ -85,7 +85,7 @@ def dps(flags):
 
 
 def scaling(flags):
-    """Fig. 7: the scale s of λ learned for each matrix, against one fixed value for all of them."""
+    """Fig. 7: the scale s of λ learned for each matrix, against one fixed value for all (the paper: 1 to 1e-5)."""
     rows = {"s learned": [run(flags.out, "m2-panacea-ls-seed0", "--seed", 0)]}
     for s in (1.0, 0.1, 0.01, 0.001):
         rows[f"s = {s:g} fixed"] = [run(flags.out, f"m2-panacea-s{s:g}-seed0", "--pref_scaling", s)]

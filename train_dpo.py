@@ -25,9 +25,10 @@ from common import (Log, UserError, epoch_batch, flag, generator_for, learning_r
 from data import toy
 from data.preferences import read_preferences
 from data.tokenizers import load_tokenizer, tokenize
-from data.trees import pack
-from eval_front import batch_logprobs, dpo_on_pairs
+from data.optimum import simplex_lattice
+from data.trees import batch_logprobs, pack
 from model import Transformer
+from objectives import dpo_on_pairs
 from svd_lora import (adapters_off, fingerprint, inject_svd_lora, orthogonality_penalty, parameter_groups, save_adapter,
                       set_preference)
 from train_sft import base_model
@@ -41,7 +42,7 @@ class Flags:
     method: Literal["panacea", "rs", "dps"] = flag("panacea", "Panacea, rewarded soups, or discrete policy solutions")
     aggregate: Literal["ls", "tche"] = flag("ls", "linear scalarisation, Eq. (14), or Tchebycheff, Eq. (16)")
     ideal: list[float] | None = flag(
-        None, "Tchebycheff's ideal losses z, one a dimension, Eq. (7); default 0, Eq. (16)")
+        None, "Tchebycheff's best reachable losses, −z of Eq. (7), one a dimension; default 0, Eq. (16)")
     # data and base model
     init: str | None = flag(None, "Hugging Face directory of the base model (default: the embedded world's)")
     size: str | None = flag(None, "size of the embedded world's base model (default tiny; 125m on a GPU)")
@@ -90,12 +91,15 @@ def main(flags):
     check(flags)
     rows, dims, base, tokenizer_name = prepare_data(flags, device)
     m, toy_world = len(dims), flags.data is None
-    flags.beta = flags.beta or (1.0 if toy_world else 0.1)
-    flags.steps = flags.steps or (400 if toy_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
+    if flags.beta is None:
+        flags.beta = 1.0 if toy_world else 0.1
+    if flags.steps is None:
+        flags.steps = 400 if toy_world else max(1, round(flags.epochs * len(rows) / flags.batch_size))
 
     model = Transformer.from_pretrained(base, dtype=dtype, device=device)
     model.requires_grad_(False)
-    flags.lr = flags.lr or (2e-3 if toy_world else 1e-3 if model.config.d_model < 512 else 2e-4)
+    if flags.lr is None:
+        flags.lr = 2e-3 if toy_world else 1e-3 if model.config.d_model < 512 else 2e-4
     tokenizer = load_tokenizer(tokenizer_name)
     token_rows, cut = tokenize(rows, tokenizer, min(flags.max_length, model.config.context_length))
     print("data: {} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut"
@@ -106,7 +110,9 @@ def main(flags):
     members = {"panacea": lambda: [("adapter", None)],
                "rs": lambda: [(f"adapter-{dim}", lam) for dim, lam in zip(dims, torch.eye(m))],
                "dps": lambda: [(f"adapter-{i:03d}", lam) for i, lam in
-                               enumerate(eval_front.simplex_lattice(m, flags.dps_parts).float())]}[flags.method]()
+                               enumerate(simplex_lattice(m, flags.dps_parts).float())]}[flags.method]()
+    if flags.steps < len(members):
+        raise UserError(f"--steps {flags.steps} are shared by {len(members)} models of method {flags.method}: give more")
     config = {"script": "train_dpo.py", "models": len(members), "flags": asdict(flags), "dims": list(dims),
               "base": str(base), "tokenizer": tokenizer_name, "fingerprint": fingerprint(model), "cut": cut,
               **versions()}
@@ -123,10 +129,10 @@ def main(flags):
     seconds = sum(json.loads(line)["seconds"] for line in (out / "metrics.jsonl").read_text().splitlines())
     # seconds lie apart from all else, so that the same seed on the same machine gives the same files
     write_json(out / "timing.json", {"train_seconds": seconds})
-    (out / "state.safetensors").unlink(missing_ok=True)                # the run is whole: nothing is left to resume
     print(f"trained {len(members)} adapter(s) of {steps} steps in {seconds:.0f} s: {out}")
     if flags.eval:
         eval_front.main(eval_front.Flags(runs=[str(out)], device=flags.device))
+    (out / "state.safetensors").unlink(missing_ok=True)                # the run is whole: nothing is left to resume
     return out
 
 
@@ -134,6 +140,20 @@ def check(flags):
     """Raises UserError for flags that do not fit together."""
     G, B, A = flags.lams_per_step, flags.batch_size, flags.accumulate
     m = len(flags.dims) if flags.dims else flags.pref_dim
+    if m < 2:
+        raise UserError("a front needs at least 2 dimensions: --pref_dim 2, or two names after --dims")
+    for name, low in dict(batch_size=1, lams_per_step=1, accumulate=1, steps=1, rows=1, responses=2, lora_dim=1,
+                          dps_parts=1, snapshots=0, save_every=1, log_every=1, max_length=2).items():
+        if (value := getattr(flags, name)) is not None and value < low:
+            raise UserError(f"--{name} {value}: must be at least {low}")
+    for name in ("beta", "lr", "epochs", "lora_scaling", "max_grad_norm", "dirichlet_alpha"):
+        if (value := getattr(flags, name)) is not None and not 0 < value < float("inf"):
+            raise UserError(f"--{name} {value}: must be positive")
+    for name in ("vertex_share", "warmup_ratio"):
+        if not 0 <= getattr(flags, name) <= 1:
+            raise UserError(f"--{name} {getattr(flags, name)}: must be between 0 and 1")
+    if flags.responses > toy.N_RESPONSES:
+        raise UserError(f"--responses {flags.responses}: the embedded world has {toy.N_RESPONSES} to a prompt")
     if B % G or B % A:
         raise UserError(f"--batch_size {B} must be a multiple of --lams_per_step {G} and of --accumulate {A}")
     if flags.aggregate == "tche" and G % A:
@@ -166,7 +186,13 @@ def prepare_data(flags, device):
 
 
 def prepare_run(out, config):
-    """Makes the run directory. Returns the header of the state to resume from, or None for a fresh start."""
+    """Makes the run directory. Returns the header of the state to resume from, or None for a fresh start.
+
+    Raises UserError for a directory that holds something else than a run of this script.
+    """
+    if out.exists() and any(out.iterdir()) and not ((out / "config.json").exists() and
+                                                    read_json(out / "config.json").get("script") == config["script"]):
+        raise UserError(f"{out} exists and holds no run of {config['script']}: choose another --out, or empty it")
     state = read_state_header(out / "state.safetensors")
     if state is not None:
         before = read_json(out / "config.json")
@@ -191,6 +217,7 @@ def train(model, path, fixed_lam, rows, reference, dims, flags, steps, member, r
     """Algorithm 1 for one adapter, written to `path`.safetensors. fixed_lam: None for Panacea, else this member's λ."""
     m, G, B, out = len(dims), flags.lams_per_step, flags.batch_size, path.parent
     k, pref_m = (flags.lora_dim, m) if fixed_lam is None else (flags.lora_dim + 1, 0)
+    # inject divides by its rank: scaled so that the gain is lora_scaling / lora_dim for every method
     inject_svd_lora(model, k, pref_m, flags.lora_scaling / flags.lora_dim * k, flags.pref_scaling,
                     generator_for(flags.seed, "adapter", member))
     parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -225,7 +252,7 @@ def train(model, path, fixed_lam, rows, reference, dims, flags, steps, member, r
             # 3. losses (G, m)
             pi = batch_logprobs(model, batch)                                         # (R,) log π(y|x)
             ref = torch.cat([reference[chosen_rows[b]] for b in micro]).to(device)    # (R,) log π_ref(y|x)
-            loss, correct, known = dpo_on_pairs(pi, ref, batch, flags.beta)            # (P, m) each
+            loss, correct, known = dpo_on_pairs(pi, ref, batch.pairs, batch.better, flags.beta)            # (P, m) each
             pair_group = group[micro.to(device)][batch.pair_row]                      # (P,)
             micro_losses = torch.zeros(G, m, device=device).index_add(0, pair_group, loss * known) / labels.clamp(min=1)
             # 4. aggregate: (G, m) -> (G,) -> mean over preferences. What other micro-batches hold is 0 here: linear
@@ -259,7 +286,7 @@ def train(model, path, fixed_lam, rows, reference, dims, flags, steps, member, r
         # 8. save
         if step + 1 in snapshot_steps and step + 1 < steps:
             save_adapter(model, out / "snapshots" / f"{path.name}-{step + 1:06d}.safetensors", dims, step=step + 1)
-        if (step + 1) % flags.save_every == 0:
+        if (step + 1) % flags.save_every == 0 or step + 1 == steps:
             save_state(out / "state.safetensors", parameters, optimizer, step=step + 1, member=member)
     log.close()
     save_adapter(model, path.with_suffix(".safetensors"), dims, method=flags.method, beta=flags.beta,

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from common import (UserError, Log, epoch_batch, flag, generator_for, learning_rate, pick_device, read_json, run_main,
+from common import (UserError, Log, epoch_batch, flag, generator_for, learning_rate, pick_device, run_main,
                     versions, write_json)
 from data import toy
 from data.tokenizers import load_tokenizer, tokenize
-from data.trees import pack
-from eval_front import batch_logprobs, world_batches, world_logprobs
+from data.trees import batch_logprobs, pack
+from eval_front import world_batches, world_logprobs
 from model import SIZES, Transformer
 from objectives import sft_loss
 
@@ -46,15 +46,15 @@ def main(flags):
     model = Transformer(config).init_weights(generator_for(flags.seed, "init")).to(device)
     decayed = [p for p in model.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
-    peak = flags.lr or (3e-3 if flags.size == "tiny" else 6e-4)
+    peak = (3e-3 if flags.size == "tiny" else 6e-4) if flags.lr is None else flags.lr
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": flags.weight_decay},
                                    {"params": rest, "weight_decay": 0.0}], lr=peak, betas=(0.9, 0.95))
     prompts = toy.prompts("train")
     world = tokenize([toy.as_row(x, toy.responses(x)) for x in prompts], tokenizer, config.context_length)[0]
     probs = [toy.base_probs(x) for x in prompts]
 
-    log = Log(out / "metrics.jsonl", flags.steps, every=flags.log_every, desc="sft")
     (out / "metrics.jsonl").unlink(missing_ok=True)
+    log = Log(out / "metrics.jsonl", flags.steps, every=flags.log_every, desc="sft")
     for step in range(flags.steps):
         # 1. batch: prompts in turn, responses drawn from the base distribution
         g, rows = generator_for(flags.seed, "sft", step), []
@@ -98,7 +98,6 @@ def base_model(size, seed, device):
     if not (out / "base.json").exists():
         print(f"no base model in {out} yet: training it (once)")
         return main(Flags(size=size, seed=seed, device=device))
-    read_json(out / "base.json")
     return out
 
 

@@ -38,7 +38,7 @@ def problems(prompts, dims):
 
 
 def dpo_losses(h, P):
-    """The DPO loss of every dimension, Eq. (14), as an exact expectation over all pairs and labels.
+    """The DPO loss of every dimension, Eq. (2) and (14), as an exact expectation over all pairs and labels.
 
     h: (..., Q, S) beta * log-ratios   P: (Q, m, S, S)  ->  (..., Q, m)
     """
@@ -54,7 +54,7 @@ def _derivatives(h, P):
     off = 1 - torch.eye(S, dtype=h.dtype)
     p = torch.sigmoid(h[:, :, None] - h[:, None, :]) * off
     grad = (p[:, None] - P).sum(-1) / (S * (S - 1) / 2)                               # sum_b sigma(h_a - h_b) - P(a,b)
-    curve = p * (1 - p) * off / (S * (S - 1) / 2)
+    curve = p * (1 - p) / (S * (S - 1) / 2)
     hessian = torch.diag_embed(curve.sum(-1)) - curve
     return grad, hessian + curve.mean() * torch.ones(S, S, dtype=h.dtype)             # + ones: fixes the free constant
 
@@ -127,14 +127,16 @@ def _dual_ascent(lam, mu, z, P, w, h, tolerance):
         inner = torch.cholesky_solve(grads.transpose(1, 2), torch.linalg.cholesky(hessian))   # (Q, S, m)
         D2 = -torch.einsum("q,qis,qsj->ij", w, grads, inner) * torch.outer(lam, lam) / (mu @ lam)
         target = _quadratic_on_simplex(g - D2 @ mu, D2)
-        for t in (1.0, 0.5, 0.25, 0.1, 0.02):                                         # only steps that raise D
+        for t in (1.0, 0.5, 0.25, 0.1, 0.02):                                         # the first step that raises D
             mu_new = (1 - t) * mu + t * target
             if mu_new @ lam <= 0:
                 continue
             h_new, g_new = solve(mu_new, h)
             if mu_new @ g_new >= mu @ g - 1e-15:
+                mu, h, g = mu_new, h_new, g_new
                 break
-        mu, h, g = mu_new, h_new, g_new
+        else:
+            break                                             # no step does: the caller checks the gap that is left
     return mu, h, (g.max() - mu @ g).item()
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from objectives import response_logprobs, token_logprobs
+
 
 @dataclass
 class TreeBatch:
@@ -23,7 +25,6 @@ class TreeBatch:
     parents: torch.Tensor       # (N,)            b·T + t of the node whose hidden state predicts the token
     targets: torch.Tensor       # (N,)            the predicted token
     paths: torch.Tensor         # (R, L)          each response's tokens as indices into the N; N pads
-    response_row: torch.Tensor  # (R,)            the row of each response
     pairs: torch.Tensor         # (P, 2)          the compared responses, as indices into the R
     pair_row: torch.Tensor      # (P,)            the row of each pair
     better: torch.Tensor        # (P, m)          0: the first is better, 1: the second, -1: no label
@@ -40,7 +41,7 @@ def pack(rows):
     tokens, positions = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
     mask = np.zeros((B, 1, T, T), bool)
     mask[:, 0, np.arange(T), np.arange(T)] = True                             # padding sees itself: no softmax is empty
-    parents, targets, paths, response_row, pairs, pair_row, better = [], [], [], [], [], [], []
+    parents, targets, paths, pairs, pair_row, better = [], [], [], [], [], []
     for b, (row, (nodes, parent, edges, row_paths)) in enumerate(zip(rows, trees)):
         tokens[b, :len(nodes)] = nodes
         for t, p in enumerate(parent):                                        # a parent stands before its children
@@ -53,13 +54,12 @@ def pack(rows):
         pairs += [(len(paths) + first, len(paths) + second) for first, second in row.pairs]
         pair_row += [b] * len(row.pairs)
         better += row.better
-        response_row += [b] * len(row_paths)
         paths += [[offset + e for e in path] for path in row_paths]
     N, L = len(targets), max(map(len, paths))
     tensor = lambda x, *shape: torch.tensor(x, dtype=torch.int64).reshape(*shape)
     return TreeBatch(torch.from_numpy(tokens), torch.from_numpy(positions), torch.from_numpy(mask),
                      tensor(parents, N), tensor(targets, N), tensor([p + [N] * (L - len(p)) for p in paths], -1, L),
-                     tensor(response_row, -1), tensor(pairs, -1, 2), tensor(pair_row, -1),
+                     tensor(pairs, -1, 2), tensor(pair_row, -1),
                      tensor(better, len(better), -1 if better else 0))
 
 
@@ -87,3 +87,10 @@ def _tree(prompt, responses):
                 at = child[at, token]
         paths.append(path)
     return nodes, parent, edges, paths
+
+
+def batch_logprobs(model, batch):
+    """log π(y|x) of every response of a TreeBatch: (R,) fp32."""
+    hidden = model(batch.tokens, batch.positions, batch.mask, return_hidden=True)     # (B, T, D)
+    hidden = hidden.flatten(0, 1)[batch.parents]                                      # (B·T, D) -> (N, D)
+    return response_logprobs(token_logprobs(hidden, model.head_weight, batch.targets), batch.paths)

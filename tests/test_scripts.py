@@ -269,6 +269,14 @@ BAD = {
     "no such file": (["--init", "out/base-tiny-seed0", "--data", "nowhere.jsonl", "--eval_data", "e.jsonl"],
                      "nowhere.jsonl: cannot be read"),
     "no such device": (["--device", "tpu9"], "--device tpu9"),
+    "one dimension": (["--pref_dim", "1"], "at least 2 dimensions"),
+    "no steps": (["--steps", "0"], "--steps 0: must be at least 1"),
+    "too few steps": (["--method", "dps", "--steps", "5"], "shared by 11 models"),
+    "beta not positive": (["--beta", "0"], "--beta 0.0: must be positive"),
+    "learning rate not a number": (["--lr", "nan"], "--lr nan: must be positive"),
+    "too many responses": (["--responses", "161"], "has 160 to a prompt"),
+    "a choice in a preset": (["--config", "choice.json"], "method is 'foo'; choose among panacea, rs, dps"),
+    "a directory of something else": (["--out", "out/base-tiny-seed0"], "holds no run of train_dpo.py"),
     "unknown key in a preset": (["--config", "preset.json"], "unknown key 'betta'"),
 }
 
@@ -276,8 +284,9 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_status_2(work, case):
     (work / "preset.json").write_text('{"betta": 1}')
+    (work / "choice.json").write_text('{"method": "foo"}')
     flags, text = BAD[case]
-    done = script("train_dpo.py", *flags, "--out", "out/bad", cwd=work, status=2)
+    done = script("train_dpo.py", "--out", "out/bad", *flags, cwd=work, status=2)
     assert text in done.stderr and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
     assert not (work / "out/bad").exists()
 

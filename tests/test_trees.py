@@ -59,7 +59,6 @@ def test_pairs_and_labels_with_several_rows():
     batch = pack(ROWS)
     assert batch.pairs.tolist() == [[0, 1], [3, 2], [7, 6]] and batch.pair_row.tolist() == [0, 0, 2]
     assert batch.better.tolist() == [[0, 1], [1, -1], [-1, 0]]
-    assert batch.response_row.tolist() == [0, 0, 0, 0, 1, 2, 2, 2]
     assert torch.equal(batch.paths[0], batch.paths[2])                   # equal responses are one path
     N = len(batch.targets)
     targets = [batch.targets[path[path < N]].tolist() for path in batch.paths]
