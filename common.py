@@ -105,6 +105,7 @@ def write_whole(path, write):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
         write(temporary)
+        os.chmod(temporary, 0o644)                          # safetensors writes 0600
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -112,7 +113,7 @@ def write_whole(path, write):
 
 def write_json(path, value):
     """Writes `value` as JSON, whole or not at all."""
-    text = json.dumps(value, indent=1)
+    text = json.dumps(value, indent=1, allow_nan=False)
     write_whole(path, lambda f: Path(f).write_text(text + "\n"))
 
 
@@ -122,6 +123,8 @@ def read_json(path):
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path} is not JSON: {e}") from None
 
@@ -226,10 +229,15 @@ class Log:
 
 
 def truncate_log(path, keep):
-    """Drops the records of metrics.jsonl for which keep(record) is false: those a resumed run will write again."""
-    if Path(path).exists():
-        lines = [line for line in Path(path).read_text().splitlines() if keep(json.loads(line))]
-        write_whole(path, lambda f: Path(f).write_text("".join(line + "\n" for line in lines)))
+    """Drops the records of metrics.jsonl for which keep(record) is false, and a last line that was cut short."""
+    lines = []
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+        try:
+            if keep(json.loads(line)):
+                lines.append(line)
+        except json.JSONDecodeError:
+            break                                           # the line that was being written when the run was killed
+    write_whole(path, lambda f: Path(f).write_text("".join(line + "\n" for line in lines)))
 
 
 def versions():

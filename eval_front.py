@@ -25,7 +25,7 @@ from data.trees import batch_logprobs, pack
 from model import Transformer
 from objectives import dpo_on_pairs
 from plots import draw_evolution, draw_fronts
-from svd_lora import adapters_off, load_adapter, merged_state_dict, read_adapter_header, set_preference
+from svd_lora import adapters_off, fingerprint, load_adapter, merged_state_dict, read_adapter_header, set_preference
 
 REFERENCE = -0.1            # of the hypervolume, in normalised J
 
@@ -199,7 +199,8 @@ class PreferenceFiles:
     def __init__(self, config, model, tokenizer, device):
         flags = config["flags"]
         rows, *_ = read_preferences(flags["eval_data"], dims=config["dims"], seed=flags["seed"])
-        rows = tokenize(rows, tokenizer, min(flags["max_length"], model.config.context_length))[0]
+        rows, cut = tokenize(rows, tokenizer, min(flags["max_length"], model.config.context_length))
+        print("evaluation: {prompts} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut".format(**cut))
         B = flags["batch_size"]
         self.batches = [pack(rows[i:i + B]).to(device) for i in range(0, len(rows), B)]
 
@@ -271,6 +272,8 @@ def evaluate(run, device, parts=None, adapters=None, exact=None):
     flags, dims = config["flags"], config["dims"]
     m = len(dims)
     model = Transformer.from_pretrained(config["base"], device=device)
+    if fingerprint(model) != config["fingerprint"]:
+        raise UserError(f"{config['base']} is not the base model that {run} was trained on")
     tokenizer = load_tokenizer(config["tokenizer"])
     toy_world = flags["data"] is None
     data = World(dims, tokenizer, device) if toy_world else PreferenceFiles(config, model, tokenizer, device)
@@ -374,6 +377,8 @@ def main(flags):
         key = (*config["dims"], config["flags"]["aggregate"], str(config["flags"]["ideal"]))
         r = evaluate(run, device, flags.parts, exact=fronts.get(key))
         fronts[key] = r["exact"]
+        if results and (r["points_are"], r["beta"]) != (results[0]["points_are"], results[0]["beta"]):
+            raise UserError(f"{run} and {runs[0]} were measured on other data or with another beta: not comparable")
         if results and r["dims"] != results[0]["dims"]:
             raise UserError(f"{run} has the dimensions {' '.join(r['dims'])}, {runs[0]} has "
                             f"{' '.join(results[0]['dims'])}: their fronts lie in different spaces")

@@ -11,8 +11,9 @@ One forward serves all m dimensions: they differ in their labels alone. The refe
 off; its log-probs are computed once. A killed run continues from its last checkpoint, bit for bit.
 """
 import json
+import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -69,7 +70,8 @@ class Flags:
     steps: int | None = flag(
         None, "optimizer steps in all, shared evenly by the models of rs and dps (embedded world: 400)")
     accumulate: int = flag(1, "micro-batches a step")
-    lams_per_step: int = flag(8, "G: preferences a step, each on batch_size / G rows; 1 is the paper's")
+    lams_per_step: int | None = flag(None, "G: preferences a step, each on batch_size / G rows; 1 is the paper's "
+                                           "(default 8 for ls; 1 for tche, whose maximum is of batch means)")
     dirichlet_alpha: float = flag(1.0, "preferences are drawn from Dirichlet(alpha) …")
     vertex_share: float = flag(0.25, "… or, this share of them, from the vertices of the simplex")
     dps_parts: int = flag(10, "dps: the simplex is cut in so many parts; m = 2: parts + 1 models")
@@ -88,6 +90,9 @@ class Flags:
 def main(flags):
     """Trains one run (one adapter, or the several of rs and dps) and evaluates its front. Returns the run directory."""
     device, dtype = pick_device(flags.device)
+    given = replace(flags)
+    if flags.lams_per_step is None:
+        flags.lams_per_step = 8 if flags.aggregate == "ls" else 1
     check(flags)
     rows, dims, base, tokenizer_name = prepare_data(flags, device)
     m, toy_world = len(dims), flags.data is None
@@ -101,11 +106,14 @@ def main(flags):
     if flags.lr is None:
         flags.lr = 2e-3 if toy_world else 1e-3 if model.config.d_model < 512 else 2e-4
     tokenizer = load_tokenizer(tokenizer_name)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the base model {base} only "
+                        f"{model.config.vocab_size}: name the model's own with --tokenizer")
     token_rows, cut = tokenize(rows, tokenizer, min(flags.max_length, model.config.context_length))
     print("data: {} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut"
           .format(len(rows), **cut))
 
-    out = Path(flags.out or "out/" + "-".join(["dpo", flags.method, flags.aggregate, *dims, f"seed{flags.seed}"]))
+    out = Path(flags.out or run_name(given, dims))
     # One adapter for Panacea; for rs one a dimension, for dps one a preference, each with a fixed λ and rank k + 1
     members = {"panacea": lambda: [("adapter", None)],
                "rs": lambda: [(f"adapter-{dim}", lam) for dim, lam in zip(dims, torch.eye(m))],
@@ -159,6 +167,8 @@ def check(flags):
     if flags.aggregate == "tche" and G % A:
         raise UserError(f"Tchebycheff takes the maximum of means, so no preference may be split between micro-batches: "
                         f"--lams_per_step {G} must be a multiple of --accumulate {A}")
+    if flags.ideal is not None and not all(0 <= z < 0.69 for z in flags.ideal):
+        raise UserError("--ideal takes losses from 0 to 0.69: ln 2 is the loss of the base model itself")
     if flags.ideal is not None and (flags.aggregate != "tche" or len(flags.ideal) != m):
         raise UserError(f"--ideal takes one loss for each of the {m} dimensions, and only with --aggregate tche")
     if flags.data is not None and flags.init is None:
@@ -167,12 +177,26 @@ def check(flags):
         raise UserError("--data needs --eval_data (or --no-eval)")
 
 
+def run_name(flags, dims):
+    """out/dpo-<data>-<method>-<aggregate>-<dims>-seed<n>, and every other flag that is not at its default."""
+    named = {"method", "aggregate", "dims", "pref_dim", "seed", "data", "eval_data", "out", "device", "log_every",
+             "save_every", "snapshots", "eval"}
+    parts = ["dpo", *(Path(f).stem for f in flags.data or []), flags.method, flags.aggregate, *dims, f"seed{flags.seed}"]
+    for f in fields(flags):
+        value, default = getattr(flags, f.name), f.default
+        if f.name not in named and value != default:
+            parts.append(f"{f.name}{Path(value).name if isinstance(value, str) else value}")
+    return "out/" + "-".join(parts).replace(" ", "")
+
+
 def prepare_data(flags, device):
     """The data rows, the dimensions, the base model's directory and its tokenizer's name."""
     base = flags.init or str(base_model(flags.size or ("125m" if device.type == "cuda" else "tiny"), 0, flags.device))
     tokenizer = flags.tokenizer or (flags.init if flags.init and not (Path(base) / "base.json").exists() else "toy")
     if flags.data is not None:
         rows, dims, dropped = read_preferences(flags.data, flags.dims, flags.pref_dim, flags.seed)
+        if flags.eval:
+            read_preferences(flags.eval_data, dims)            # now, so that a bad file is not found after the training
         print(f"{' '.join(flags.data)}: {len(rows)} rows with a label for {', '.join(dims)}; "
               f"{dropped} without were dropped")
         return rows, dims, base, tokenizer
@@ -197,7 +221,7 @@ def prepare_run(out, config):
     if state is not None:
         before = read_json(out / "config.json")
         changed = [k for k, v in config["flags"].items()
-                   if before["flags"].get(k) != v and k not in ("log_every", "eval")]
+                   if before["flags"].get(k) != v and k not in ("log_every", "eval", "out", "device")]
         if changed or before["fingerprint"] != config["fingerprint"]:
             print(f"{out} holds an unfinished run with other {', '.join(changed) or 'base weights'}: starting afresh")
             (out / "state.safetensors").unlink()
@@ -215,7 +239,8 @@ def prepare_run(out, config):
 
 def train(model, path, fixed_lam, rows, reference, dims, flags, steps, member, resume, device):
     """Algorithm 1 for one adapter, written to `path`.safetensors. fixed_lam: None for Panacea, else this member's λ."""
-    m, G, B, out = len(dims), flags.lams_per_step, flags.batch_size, path.parent
+    m, B, out = len(dims), flags.batch_size, path.parent
+    G = flags.lams_per_step if fixed_lam is None else 1
     k, pref_m = (flags.lora_dim, m) if fixed_lam is None else (flags.lora_dim + 1, 0)
     # inject divides by its rank: scaled so that the gain is lora_scaling / lora_dim for every method
     inject_svd_lora(model, k, pref_m, flags.lora_scaling / flags.lora_dim * k, flags.pref_scaling,
@@ -244,6 +269,11 @@ def train(model, path, fixed_lam, rows, reference, dims, flags, steps, member, r
         labels = torch.zeros(G, m, device=device)
         for b, j in enumerate(chosen_rows):
             labels[group[b]] += (torch.tensor(rows[j].better, device=device) >= 0).sum(0)
+        # ls is linear: sharing the batch's mean count weighs dimension i by λ_i however unevenly its labels are spread.
+        # tche takes the maximum of each preference's own means; a dimension without any label there cannot be it
+        counts = labels.sum(0, keepdim=True) / G if flags.aggregate == "ls" else labels
+        counts = counts.clamp(min=1e-9)
+        absent = -1e9 * (labels == 0) if flags.aggregate == "tche" else 0.0
         total, losses, hits, tokens = 0.0, torch.zeros(G, m, device=device), torch.zeros(m, device=device), 0
         for micro in torch.arange(B).chunk(flags.accumulate):
             batch = pack([rows[chosen_rows[b]] for b in micro]).to(device)
@@ -252,12 +282,12 @@ def train(model, path, fixed_lam, rows, reference, dims, flags, steps, member, r
             # 3. losses (G, m)
             pi = batch_logprobs(model, batch)                                         # (R,) log π(y|x)
             ref = torch.cat([reference[chosen_rows[b]] for b in micro]).to(device)    # (R,) log π_ref(y|x)
-            loss, correct, known = dpo_on_pairs(pi, ref, batch.pairs, batch.better, flags.beta)            # (P, m) each
+            loss, correct, known = dpo_on_pairs(pi, ref, batch.pairs, batch.better, flags.beta)   # (P, m) each
             pair_group = group[micro.to(device)][batch.pair_row]                      # (P,)
-            micro_losses = torch.zeros(G, m, device=device).index_add(0, pair_group, loss * known) / labels.clamp(min=1)
+            micro_losses = torch.zeros(G, m, device=device).index_add(0, pair_group, loss * known) / counts      # (G, m)
             # 4. aggregate: (G, m) -> (G,) -> mean over preferences. What other micro-batches hold is 0 here: linear
             #    scalarisation is additive, and for Tchebycheff every preference lies within one micro-batch (check())
-            objective = aggregate(micro_losses, lam).sum() / G
+            objective = aggregate(micro_losses + absent, lam).sum() / G
             if flags.orth_coeff:
                 objective = objective + flags.orth_coeff * orthogonality_penalty(model) / flags.accumulate
             # 5. backward
@@ -266,6 +296,8 @@ def train(model, path, fixed_lam, rows, reference, dims, flags, steps, member, r
             losses += micro_losses.detach()
             hits += (correct * known).sum(0)
             tokens += batch.tokens.numel()
+        if not math.isfinite(total):
+            raise UserError(f"step {step + 1}: the loss is {total}; lower --lr or --lora_scaling")
         # 6. clip, step
         for g in optimizer.param_groups:
             g["lr"] = learning_rate(step, steps, flags.lr, flags.warmup_ratio)
@@ -273,7 +305,7 @@ def train(model, path, fixed_lam, rows, reference, dims, flags, steps, member, r
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # 7. log: means over the whole batch
-        mean = (losses * labels).sum(0) / labels.sum(0).clamp(min=1)                  # (m,)
+        mean = (losses * counts).sum(0) / labels.sum(0).clamp(min=1)                  # (m,)
         accuracy = hits / labels.sum(0).clamp(min=1)
         seconds = time.time() - t0
         log.step({"step": step + 1, "member": member, "loss": total, "losses": mean.tolist(),

@@ -39,6 +39,9 @@ def main(flags):
     """Trains, reports how well the model knows the world, and writes the directory. Returns its path."""
     if flags.size not in SIZES:
         raise UserError(f"--size {flags.size}: choose one of {', '.join(SIZES)}")
+    for name in ("steps", "batch_size", "responses", "log_every"):
+        if getattr(flags, name) < 1:
+            raise UserError(f"--{name} {getattr(flags, name)}: must be at least 1")
     device, _ = pick_device(flags.device)
     out = Path(flags.out or f"out/base-{flags.size}-seed{flags.seed}")
     tokenizer = load_tokenizer("toy")

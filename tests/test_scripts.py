@@ -297,3 +297,52 @@ def test_a_preset_file_gives_defaults_that_flags_override(work):
     script("train_dpo.py", "--config", "good.json", "--steps", 3, "--out", "out/preset", cwd=work)
     flags = json.loads((work / "out/preset/config.json").read_text())["flags"]
     assert (flags["steps"], flags["rows"], flags["eval"]) == (3, 8, False)
+
+
+def test_two_threads_repeat_bit_for_bit(work):
+    """At full batch size and with two threads: a gradient accumulated in a free order would differ in the last bits."""
+    from data.tokenizers import load_tokenizer, tokenize
+    from data.trees import batch_logprobs, pack
+    from model import Transformer
+    from objectives import dpo_on_pairs
+    from svd_lora import inject_svd_lora, set_preference
+    rows = toy.sample_pairs("train", ["helpful", "harmless"], 8, 12, torch.Generator().manual_seed(3))
+    batch = pack(tokenize(rows, load_tokenizer("toy"), 256)[0])
+    model = Transformer.from_pretrained(work / "out/base-tiny-seed0")
+    inject_svd_lora(model, 8, 2, generator=torch.Generator().manual_seed(4))
+    set_preference(model, torch.tensor([[0.3, 0.7]] * 8))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        runs = []
+        for _ in range(6):
+            pi = batch_logprobs(model, batch)
+            loss, *_ = dpo_on_pairs(pi, pi.detach() - 1, batch.pairs, batch.better, 1.0)
+            runs.append(torch.autograd.grad(loss.sum(), parameters))
+    finally:
+        torch.set_num_threads(threads)
+    assert max(g.abs().max() for g in runs[0]) > 0
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
+
+
+def test_missing_labels_keep_the_weight_of_lambda(work):
+    """Half of the rows label one dimension, half the other: λ = (½, ½) must weigh both alike, for any split into groups."""
+    rows = [{"prompt": "How do I clean a bicycle?", "response_0": "First look at every part.", "response_1": "No.",
+             "better": {"helpful": 0} if i % 2 else {"harmless": 1}} for i in range(8)]
+    (work / "half.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for G in (1, 8):
+        script("train_dpo.py", "--init", "out/base-tiny-seed0", "--data", "half.jsonl", "--no-eval", "--batch_size", 8,
+               "--lams_per_step", G, "--steps", 1, "--method", "panacea", "--out", f"out/half{G}", cwd=work)
+        record = metrics(work / f"out/half{G}")[0]
+        assert np.allclose(record["losses"], math.log(2), atol=1e-5)
+    record = metrics(work / "out/half1")[0]
+    assert abs(record["loss"] - math.log(2)) < 1e-5                                   # not half of it
+
+
+def test_default_run_names_do_not_collide():
+    from train_dpo import Flags, run_name
+    names = {run_name(flags, ["helpful", "harmless"]) for flags in (
+        Flags(), Flags(lr=1e-3), Flags(seed=1), Flags(method="rs"), Flags(data=["a/pku.jsonl"], init="x/stories260K"))}
+    assert len(names) == 5 and "out/dpo-panacea-ls-helpful-harmless-seed0" in names
+    assert "out/dpo-pku-panacea-ls-helpful-harmless-seed0-initstories260K" in names
