@@ -200,7 +200,8 @@ class PreferenceFiles:
         flags = config["flags"]
         rows, *_ = read_preferences(flags["eval_data"], dims=config["dims"], seed=flags["seed"])
         rows, cut = tokenize(rows, tokenizer, min(flags["max_length"], model.config.context_length))
-        print("evaluation: {prompts} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut".format(**cut))
+        print("evaluation: {prompts} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut"
+              .format(**cut))
         B = flags["batch_size"]
         self.batches = [pack(rows[i:i + B]).to(device) for i in range(0, len(rows), B)]
 
@@ -299,7 +300,8 @@ def evaluate(run, device, parts=None, adapters=None, exact=None):
               "points_are": "normalised J" if toy_world else "implicit-reward accuracy",
               "hypervolume": hypervolume(points, reference), "hypervolume_share": None,
               "inner_product": inner_product(lams, points), "sparsity": sparsity(front), "spacing": spacing(front),
-              "reference_point": reference, "nondominated": int(nondominated(points).sum()), "kl": kl, "outside_mass": outside,
+              "reference_point": reference, "nondominated": int(nondominated(points).sum()),
+              "kl": kl, "outside_mass": outside,
               "spearman": [spearman([lam[i] for lam in lams], points[:, i]) for i in range(m)],
               "base": base, "exact": None, "eval_labels": labels, "models": config["models"],
               **{k: flags[k] for k in ("method", "aggregate", "beta", "steps", "seed")}}
@@ -352,6 +354,8 @@ def front_table(r):
 
 @dataclass
 class Flags:
+    """The script's flags, with defaults and --help texts."""
+
     runs: list[str] = flag([], "run directories", positional=True)
     parts: int | None = flag(None, "cut the simplex into so many parts (default 10 for m = 2 and 3)")
     out: str = flag("out/compare", "where the comparison of several runs is written")

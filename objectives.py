@@ -21,7 +21,8 @@ def response_logprobs(token_logps, paths):
     token_logps: (N,)   paths: (B, L) int64, the indices of a response's tokens in token_logps; N pads.  ->  (B,)
     """
     padded = torch.cat([token_logps, token_logps.new_zeros(1)])                           # index N adds nothing
-    return padded.index_select(0, paths.flatten()).view(paths.shape).sum(1)           # repeats bit for bit; [ ] would not
+    # not padded[paths]: its backward adds in a free order, and equal runs would differ in the last bits
+    return padded.index_select(0, paths.flatten()).view(paths.shape).sum(1)
 
 
 def sft_loss(logps):

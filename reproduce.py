@@ -21,6 +21,8 @@ from plots import draw_fronts
 
 @dataclass
 class Flags:
+    """The script's flags, with defaults and --help texts."""
+
     what: list[str] = flag([], "results, three, dps, scaling, evolution, beta (one or several)", positional=True)
     seeds: int = flag(3, "seeds 0 to seeds - 1, where several are run")
     out: str = flag("out", "where the runs go")
@@ -30,7 +32,8 @@ def run(out, name, *flags):
     """Runs train_dpo.py with these flags unless out/name is finished. Returns its front.json."""
     path = Path(out) / name
     if not (path / "front.json").exists():
-        command = [sys.executable, str(ROOT / "train_dpo.py"), "--out", str(path), "--log_every", "100", *map(str, flags)]
+        command = [sys.executable, str(ROOT / "train_dpo.py"), "--out", str(path), "--log_every", "100"]
+        command += map(str, flags)
         print("$ python " + " ".join(command[1:]), flush=True)
         if (code := subprocess.run(command).returncode) != 0:
             raise UserError(f"{name}: train_dpo.py ended with status {code}")

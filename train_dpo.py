@@ -37,6 +37,8 @@ from train_sft import base_model
 
 @dataclass
 class Flags:
+    """The script's flags, with defaults and --help texts."""
+
     # what is trained
     pref_dim: int = flag(2, "m: the number of preference dimensions, the first m of the data's")
     dims: list[str] | None = flag(None, "these dimensions instead, in this order")
@@ -120,7 +122,7 @@ def main(flags):
                "dps": lambda: [(f"adapter-{i:03d}", lam) for i, lam in
                                enumerate(simplex_lattice(m, flags.dps_parts).float())]}[flags.method]()
     if flags.steps < len(members):
-        raise UserError(f"--steps {flags.steps} are shared by {len(members)} models of method {flags.method}: give more")
+        raise UserError(f"--steps {flags.steps} are shared by {len(members)} models of method {flags.method}")
     config = {"script": "train_dpo.py", "models": len(members), "flags": asdict(flags), "dims": list(dims),
               "base": str(base), "tokenizer": tokenizer_name, "fingerprint": fingerprint(model), "cut": cut,
               **versions()}
@@ -181,7 +183,8 @@ def run_name(flags, dims):
     """out/dpo-<data>-<method>-<aggregate>-<dims>-seed<n>, and every other flag that is not at its default."""
     named = {"method", "aggregate", "dims", "pref_dim", "seed", "data", "eval_data", "out", "device", "log_every",
              "save_every", "snapshots", "eval"}
-    parts = ["dpo", *(Path(f).stem for f in flags.data or []), flags.method, flags.aggregate, *dims, f"seed{flags.seed}"]
+    files = [Path(f).stem for f in flags.data or []]
+    parts = ["dpo", *files, flags.method, flags.aggregate, *dims, f"seed{flags.seed}"]
     for f in fields(flags):
         value, default = getattr(flags, f.name), f.default
         if f.name not in named and value != default:
@@ -284,7 +287,7 @@ def train(model, path, fixed_lam, rows, reference, dims, flags, steps, member, r
             ref = torch.cat([reference[chosen_rows[b]] for b in micro]).to(device)    # (R,) log π_ref(y|x)
             loss, correct, known = dpo_on_pairs(pi, ref, batch.pairs, batch.better, flags.beta)   # (P, m) each
             pair_group = group[micro.to(device)][batch.pair_row]                      # (P,)
-            micro_losses = torch.zeros(G, m, device=device).index_add(0, pair_group, loss * known) / counts      # (G, m)
+            micro_losses = torch.zeros(G, m, device=device).index_add(0, pair_group, loss * known) / counts
             # 4. aggregate: (G, m) -> (G,) -> mean over preferences. What other micro-batches hold is 0 here: linear
             #    scalarisation is additive, and for Tchebycheff every preference lies within one micro-batch (check())
             objective = aggregate(micro_losses + absent, lam).sum() / G

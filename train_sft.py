@@ -22,6 +22,8 @@ from objectives import sft_loss
 
 @dataclass
 class Flags:
+    """The script's flags, with defaults and --help texts."""
+
     size: str = flag("tiny", f"model size: {', '.join(SIZES)}")
     out: str | None = flag(None, "directory to write (default out/base-<size>-seed<seed>)")
     seed: int = flag(0, "seed of weights and data")

@@ -93,5 +93,5 @@ def batch_logprobs(model, batch):
     """log π(y|x) of every response of a TreeBatch: (R,) fp32."""
     hidden = model(batch.tokens, batch.positions, batch.mask, return_hidden=True)     # (B, T, D)
     # index_select and not [ ]: its backward adds in a fixed order, so that runs repeat bit for bit
-    hidden = hidden.flatten(0, 1).index_select(0, batch.parents)                                      # (B·T, D) -> (N, D)
+    hidden = hidden.flatten(0, 1).index_select(0, batch.parents)                      # (B·T, D) -> (N, D)
     return response_logprobs(token_logprobs(hidden, model.head_weight, batch.targets), batch.paths)

@@ -1,4 +1,4 @@
-"""test_readme.py - the README keeps its promises: equations, files and commands that it names exist, and the other way round."""
+"""test_readme.py - the README keeps its promises: what it names exists, and what exists is named."""
 import re
 from pathlib import Path
 
