@@ -65,9 +65,9 @@ def _picture_2d(results, dims):
         ax.set_ylabel(f"{dims[1]}  ({unit}; up is better)")
         ax.set_title(title, fontsize=11)
         ax.grid(alpha=0.25)
-    axes[0].legend(fontsize=8.5, loc="lower left")
+    axes[0].legend(fontsize=8.5, loc="lower left" if world else "best")
     if not world:
-        axes[1].legend(fontsize=8.5, loc="lower left")
+        axes[1].legend(fontsize=8.5, loc="best")
     fig.suptitle(f"One preference λ = (weight of {dims[0]}, weight of {dims[1]}) a point; "
                  f"small numbers: weight of {dims[0]}", fontsize=11)
     return fig
