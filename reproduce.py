@@ -48,7 +48,7 @@ def summary(rows):
         cells = []
         for key in ("hypervolume_share", "inner_product", "sparsity", "spacing"):
             x = np.array([f[key] for f in fronts])
-            cells.append(f"{x.mean():.4f} ± {x.std(ddof=1) if len(x) > 1 else 0:.4f}")
+            cells.append(f"{x.mean():.4f}" + (f" ± {x.std(ddof=1):.4f}" if len(x) > 1 else ""))      # one seed: no ±
         print(f"{label:34} {cells[0]:>16} {cells[1]:>15} {cells[2]:>17} {cells[3]:>17} "
               f"{min(min(f['spearman']) for f in fronts):12.3f} {max(max(f['outside_mass']) for f in fronts):11.3f} "
               f"{fronts[0]['models']:6d} {fronts[0]['steps']:6d}")
