@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from aggregate import simplex_lattice
 from common import UserError, flag, pick_device, read_json, run_main, write_json
 from data import optimum, toy
-from data.optimum import simplex_lattice
 from data.preferences import read_preferences
 from data.tokenizers import load_tokenizer, tokenize
 from data.trees import batch_logprobs, pack

@@ -61,3 +61,86 @@ def dpo_on_pairs(pi, ref, pairs, better, beta):
     take = lambda x, index: x.index_select(0, index.flatten()).view(index.shape)
     loss, good, bad = dpo_loss(take(pi, chosen), take(pi, rejected), take(ref, chosen), take(ref, rejected), beta)
     return loss, implicit_accuracy(good, bad), (better >= 0).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RLHF. B: sampled responses   L: tokens of the longest one, shorter ones padded on the right   mask: (B, L), 1 on tokens
+
+def bradley_terry_loss(chosen, rejected):
+    """−log σ(r(x, y_w) − r(x, y_l)), the Bradley-Terry likelihood: what a reward model is trained with (Sec. 3.1).
+
+    chosen, rejected: rewards, (B,) or (B, m), of the response that is better on a dimension and of the other one.
+    Returns the loss in the same shape; only differences count, so rewards are fixed up to a constant.
+    """
+    return -F.logsigmoid(chosen - rejected)
+
+
+def masked_mean(x, mask):
+    """Mean of x over the entries where mask is 1, over the whole batch and not first over each row. -> scalar"""
+    return (x * mask).sum() / mask.sum()
+
+
+def kl_penalized_rewards(score, logp, ref_logp, mask, kl_coeff, clip_range_score=float("inf")):
+    """Rewards of single tokens, −β (log π_old − log π_ref), and on a response's last token its score beside it.
+
+    score: (B, n), one column a reward (or (B,))   logp, ref_logp, mask: (B, L)   kl_coeff: β   ->  (B, L, n) or (B, L)
+    Every column carries the whole KL term, so that Σ_i λ_i of the columns with Σ λ_i = 1 carries it once, as Eq. (12)
+    has it. The sum is clamped to ±clip_range_score afterwards, as the reference implementation does; padding gets 0.
+    """
+    last = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))                           # (B, L): 1 on the last token
+    kl = -kl_coeff * (logp - ref_logp)                                                    # (B, L)
+    if score.ndim == 2:
+        last, kl, mask = last[..., None], kl[..., None], mask[..., None]
+    return (kl + last * score[:, None]).clamp(-clip_range_score, clip_range_score) * mask
+
+
+def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+    """Generalised advantage estimation (Schulman et al. 2016), backwards over the tokens:
+
+        δ_t = r_t + γ V_{t+1} − V_t,     A_t = δ_t + γ λ A_{t+1},     returns G_t = A_t + V_t
+
+    rewards, values: (B, L) or (B, L, n)   mask: (B, L)   lam: GAE's own λ, not the preference. The value after the last
+    token is 0. Returns advantages and returns in the shape of rewards, 0 on padding. Linear in rewards and values:
+    that is why one value head a dimension and Σ λ_i V_i serve every preference. No whitening.
+    """
+    mask = mask if rewards.ndim == 2 else mask[..., None]
+    values = values * mask                                                                # V after the last token is 0
+    advantages, running = torch.zeros_like(rewards), 0.0
+    for t in reversed(range(rewards.shape[1])):
+        after = values[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
+        delta = rewards[:, t] + gamma * after - values[:, t]
+        running = (delta + gamma * lam * running) * mask[:, t]
+        advantages[:, t] = running
+    return advantages, (advantages + values) * mask
+
+
+def ppo_policy_loss(logp, old_logp, advantages, mask, clip_range_ratio=0.2):
+    """PPO's clipped surrogate, −mean_t min(ρ_t A_t, clip(ρ_t, 1 ± ε) A_t) with ρ = π/π_old; the mean is over tokens.
+
+    All (B, L). Returns the loss and two detached figures: the share of tokens whose clip is active, and the mean of
+    log π_old − log π. Log-ratios beyond ±20 are cut off, where exp would overflow.
+    """
+    log_ratio = (logp - old_logp).clamp(-20, 20)
+    ratio = log_ratio.exp()
+    plain, clipped = ratio * advantages, ratio.clamp(1 - clip_range_ratio, 1 + clip_range_ratio) * advantages
+    loss = -masked_mean(torch.minimum(plain, clipped), mask)
+    return loss, masked_mean((clipped < plain).float(), mask).detach(), -masked_mean(log_ratio, mask).detach()
+
+
+def ppo_value_loss(values, old_values, returns, mask, clip_range_value=5.0):
+    """½ mean_t max( (V − G)², (clip(V, V_old ± ε) − G)² ), the mean over tokens (and heads). (B, L) or (B, L, n)"""
+    clipped = old_values + (values - old_values).clamp(-clip_range_value, clip_range_value)
+    loss = torch.maximum((values - returns).square(), (clipped - returns).square())
+    mask = mask if values.ndim == 2 else mask[..., None].expand_as(values)
+    return 0.5 * masked_mean(loss, mask)
+
+
+def noon(advantages, ratio, clip_range_ratio=0.2):
+    """PAMA's "no negative" advantages: I(A_t) = max(A_t, 0) where ρ_t ≤ 1 + ε, else 0 (arXiv:2508.07768, its Eq. 5).
+
+    advantages: (B, L) or (B, L, n)   ratio: (B, L). With A ≥ 0 PPO's lower clip never binds, so whether a token counts
+    depends on ρ alone and is the same for every objective: for one token all gradients point the same way and differ by
+    the factor I(A_i). The price: what was worse than expected is never pushed down, only crowded out.
+    """
+    inside = ratio <= 1 + clip_range_ratio
+    return advantages.clamp(min=0) * (inside if advantages.ndim == 2 else inside[..., None])

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from common import UserError, write_json, write_whole
-from model import hf_name
+from model import Transformer, hf_name
 
 
 class SVDLoRALinear(nn.Module):
@@ -112,6 +112,16 @@ def set_preference(model, lam):
     lam = check_preference(lam, layers[0].m).to(layers[0].sigma.device)
     for layer in layers:
         layer.lam = lam
+
+
+def shared_base(model):
+    """A second Transformer on the very same frozen tensors, to carry another adapter: no second copy in memory."""
+    adapter = set(adapter_state(model))
+    with torch.device("meta"):
+        twin = Transformer(model.config)
+    base = {name: p for name, p in model.state_dict(keep_vars=True).items() if name not in adapter}
+    twin.load_state_dict(base, assign=True)
+    return twin.requires_grad_(False)
 
 
 @contextmanager

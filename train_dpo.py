@@ -20,13 +20,12 @@ from typing import Literal
 import torch
 
 import eval_front
-from aggregate import linear_scalarization, sample_preference, tchebycheff
+from aggregate import linear_scalarization, sample_preference, simplex_lattice, tchebycheff
 from common import (Log, UserError, epoch_batch, flag, generator_for, learning_rate, load_state, pick_device, read_json,
                     read_state_header, run_main, save_state, truncate_log, versions, write_json)
 from data import toy
 from data.preferences import read_preferences
 from data.tokenizers import load_tokenizer, tokenize
-from data.optimum import simplex_lattice
 from data.trees import batch_logprobs, pack
 from model import Transformer
 from objectives import dpo_on_pairs

@@ -16,6 +16,7 @@ import itertools
 
 import torch
 
+from aggregate import simplex_lattice
 from data import toy
 
 
@@ -156,8 +157,3 @@ def _quadratic_on_simplex(b, A):
                 best, best_value = y.clamp(min=0) / y.clamp(min=0).sum(), value
     return best
 
-
-def simplex_lattice(m, parts):
-    """All preferences with coordinates in {0, 1/parts, ..., 1} (Das-Dennis): (N, m), in lexicographic order."""
-    points = [p for p in itertools.product(range(parts + 1), repeat=m - 1) if sum(p) <= parts]
-    return torch.tensor([[*p, parts - sum(p)] for p in points], dtype=torch.float64) / parts

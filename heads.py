@@ -1,0 +1,31 @@
+"""heads.py - scalar heads on a Transformer's hidden states: PPO's critic, and the reward model.
+
+B: sequences   T: tokens   D: d_model   m: dimensions   n: values a state has
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class Critic(nn.Module):
+    """V_i(s, λ) for n objectives: a two-layer network on the policy's own hidden state of s and on λ.
+
+    # differs: the reference implementation has a critic that is a second language model. Here the hidden state comes
+    from the policy's forward pass, detached, so that the value loss never moves the policy; it depends on λ through the
+    SVD-LoRA already, and λ is an input besides, since before training the adapter tells nothing of it. The last layer
+    starts at 0. With n = m heads, linear scalarisation takes V_λ = Σ λ_i V_i, exact because GAE is linear.
+    """
+
+    def __init__(self, d_model, m, n, generator=None):
+        super().__init__()
+        width = min(1024, 2 * d_model)
+        self.norm = nn.LayerNorm(d_model, elementwise_affine=False)
+        self.inner, self.outer = nn.Linear(d_model + m, width), nn.Linear(width, n)
+        nn.init.normal_(self.inner.weight, std=(d_model + m) ** -0.5, generator=generator)
+        for p in (self.inner.bias, self.outer.weight, self.outer.bias):
+            nn.init.zeros_(p)
+
+    def forward(self, hidden, lam):
+        """hidden (N, D), lam (N, m), one row a state -> values (N, n) fp32. No gradient reaches the hidden states."""
+        h = self.norm(hidden.detach().float())
+        return self.outer(F.gelu(self.inner(torch.cat([h, lam], dim=-1))))
