@@ -1,8 +1,13 @@
-"""test_aggregate.py - scalarisations: values, gradients, vertices, symmetry; and the distribution of preferences."""
+"""test_aggregate.py - scalarisations: values, gradients, vertices, symmetry; the distribution of preferences; the
+min-norm weights of MGDA and PAMA against an oracle, by hand, by brute force and by the conditions of optimality."""
+import math
+
 import pytest
 import torch
 
-from aggregate import linear_scalarization, sample_preference, tchebycheff
+from aggregate import (linear_scalarization, min_norm_weights, pama_weights, sample_preference, simplex_lattice,
+                       tchebycheff)
+from objectives import noon
 
 both = pytest.mark.parametrize("aggregate", [linear_scalarization, tchebycheff])
 
@@ -70,6 +75,36 @@ def test_tchebycheff_is_of_batch_means():
     assert tchebycheff(pairs, lam).mean() == 0.5
 
 
+def test_tchebycheff_of_rewards_is_the_papers(close):
+    # RLHF: −max_i λ_i (z_i − r_i), with losses −r and the ideal loss −z; larger is better
+    r, z, lam = torch.tensor([[1.0, 3.0], [4.0, 0.0]]), torch.tensor([5.0, 4.0]), torch.tensor([0.25, 0.75])
+    value = -tchebycheff(-r, lam, ideal=-z)
+    assert value.tolist() == [-1.0, -3.0]                                # max(¼·4, ¾·1) and max(¼·1, ¾·4)
+    assert close(value, -(lam * (z - r)).amax(-1)) and not close(-tchebycheff(-r, lam), value, 0.01)
+    assert not close(-tchebycheff(-r, lam, ideal=z), value, 0.01)        # wrong: the ideal's sign
+
+
+def test_smooth_tchebycheff_lies_just_above_the_maximum(close):
+    losses = torch.randn(50, 4, generator=generator(), dtype=torch.float64)
+    lam, ideal = sample_preference(50, 4, generator=generator(1)).double(), torch.tensor([-3.0, -1.0, 0.0, 2.0])
+    hard = tchebycheff(losses, lam, ideal)
+    for mu in (1.0, 0.1, 1e-3):
+        smooth = tchebycheff(losses, lam, ideal, smooth=mu)
+        assert (smooth >= hard - 1e-12).all() and (smooth <= hard + mu * math.log(4) + 1e-12).all()
+        assert mu < 1 or not close(smooth, hard, 0.01)                   # and it is not the maximum itself
+    assert close(tchebycheff(losses, lam, ideal, smooth=1e-6), hard, 1e-5)
+    assert close(tchebycheff(torch.ones(4), torch.full((4,), 0.25), smooth=0.005), 0.25 + 0.005 * math.log(4), 1e-6)
+
+
+def test_the_gradient_of_smooth_tchebycheff_is_weighted_by_a_softmax(close):
+    losses, lam = torch.tensor([3.0, -1.0, 1.5, 1.0]), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    for mu in (1.0, 0.1):
+        _, gradient = value_and_gradient(tchebycheff, losses.tolist(), lam.tolist(), smooth=mu)
+        assert close(torch.tensor(gradient), lam * (lam * losses / mu).softmax(0), 1e-5)
+    hard, sharp = (value_and_gradient(tchebycheff, losses.tolist(), lam.tolist(), smooth=mu)[1] for mu in (0.0, 1e-4))
+    assert sharp == pytest.approx(hard, abs=1e-9)
+
+
 # ---- preferences ----
 
 @pytest.mark.parametrize("m", [2, 3, 10])
@@ -108,3 +143,149 @@ def test_preferences_come_from_the_generator_alone():
     g = generator(1)
     one, two = [sample_preference(50, 3, generator=g) for _ in range(2)]
     assert torch.equal(one, first) and not torch.equal(two, first)
+
+
+# ---- the point of a convex hull nearest to 0 ----
+
+CASES = ["random_m2", "corner_m2", "random_m3", "conflict_m3", "scaled_m4", "random_m5", "random_m10"]
+
+
+def vectors(n, d, seed=0):
+    return torch.randn(n, d, generator=generator(seed), dtype=torch.float64)
+
+
+def assert_nearest(A, c):
+    """c is on the simplex, and Σ c_i a_i = d is the hull's nearest point to 0: ⟨a_i, d⟩ ≥ ‖d‖² for every i."""
+    nearest = c @ A
+    assert c.dtype == torch.float64 and (c >= 0).all() and abs(c.sum() - 1) < 1e-12
+    assert (A @ nearest - nearest @ nearest).min() >= -1e-12 * A.square().sum(1).max()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_min_norm_weights_equal_the_oracle(oracle, close, case):
+    o = oracle("min_norm")
+    A, expected = o[case + "_G"], o[case + "_alpha"]                     # the oracle calls the gradients G
+    c = min_norm_weights(A @ A.T)
+    assert close(c, expected, 1e-6) and close((c @ A).square().sum(), o[case + "_sqnorm"], 1e-9)
+    assert_nearest(A, c)
+    # wrong: equal weights; the shortest gradient alone; the minimum on the hyperplane Σ c = 1, then clipped
+    assert not close(torch.full((len(A),), 1 / len(A)).double(), expected, 1e-4)         # wrong: equal weights
+    shortest = torch.eye(len(A)).double()[A.square().sum(1).argmin()]    # wrong: the shortest gradient alone
+    assert close(shortest, expected, 1e-4) == (case == "corner_m2")
+    if case == "conflict_m3":                                            # wrong: solved without signs, then clipped
+        free = torch.linalg.solve(A @ A.T, torch.ones(3).double()).clamp(min=0)
+        assert not close(free / free.sum(), expected, 1e-4)
+
+
+@pytest.mark.parametrize("a, b, first", [
+    ((1, 0), (0, 1), 0.5), ((2, 0), (0, 1), 0.2),        # orthogonal: inversely to the squared lengths
+    ((1, 0), (3, 0), 1.0), ((3, 1), (1, 0), 0.0),        # the shorter alone, where the other is longer along it
+    ((1, 0), (-3, 0), 0.75),                             # opposite: they cancel
+    ((1, 0.01), (1, -0.03), 0.75),                       # nearly equal: still to the axis
+    ((2, 1), (2, 1), 0.5), ((0, 0), (0, 0), 0.5), ((0, 0), (1, 1), 1.0)])
+def test_min_norm_of_two_by_hand(a, b, first):
+    A = torch.tensor([a, b], dtype=torch.float64)
+    assert min_norm_weights(A @ A.T).tolist() == pytest.approx([first, 1 - first], abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_min_norm_weights_of_permuted_and_of_scaled_vectors(close, n):
+    A, order = vectors(n, 20, seed=n) + 0.2, torch.randperm(n, generator=generator(n))
+    c = min_norm_weights(A @ A.T)
+    assert close(min_norm_weights(A[order] @ A[order].T), c[order], 1e-12)
+    for scale in (1e-6, 1e6):
+        assert close(min_norm_weights(scale ** 2 * (A @ A.T)), c, 1e-12)
+    A[0] *= 10                                                           # one vector alone does change them
+    assert not close(min_norm_weights(A @ A.T), c, 0.01)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 16, 32, 64])
+def test_min_norm_weights_are_optimal(n):
+    for d in (1, 2, n, 4 * n):                                           # d < n: 0 may lie inside the hull
+        for seed in range(4):
+            normal = vectors(n, d, seed)
+            for A in (normal, normal + 1, normal.clamp(min=0)):  # in all directions, conflict-free, "no negative"
+                assert_nearest(A, min_norm_weights(A @ A.T))
+    A = vectors(n, 4 * n)
+    for wrong in (torch.full((n,), 1 / n), torch.eye(n)[0]) if n > 1 else ():
+        with pytest.raises(AssertionError):
+            assert_nearest(A, wrong.double())
+
+
+@pytest.mark.parametrize("n", [2, 3, 7, 16])
+def test_min_norm_weights_of_degenerate_grams(n):
+    A = vectors(n, 5)
+    one_zero, rank_1 = A.clone(), torch.linspace(1, 2, n).double()[:, None] * A[:1]
+    one_zero[n // 2] = 0
+    crossing = torch.linspace(-1, 2, n).double()[:, None] * A[:1]        # on a line through 0, which is in the hull
+    doubled = torch.cat([A, A])
+    for B in (one_zero, rank_1, crossing, doubled, A[:1].expand(n, -1), torch.zeros(n, 5).double(), A * 1e-100):
+        assert_nearest(B, min_norm_weights(B @ B.T))
+    assert min_norm_weights(one_zero @ one_zero.T)[n // 2] == 1
+    assert min_norm_weights(rank_1 @ rank_1.T)[0] == 1
+    c = min_norm_weights(crossing @ crossing.T)
+    assert (c @ crossing).norm() < 1e-7 * A[0].norm()
+    c, alone = min_norm_weights(doubled @ doubled.T), min_norm_weights(A @ A.T)
+    assert ((c[:n] + c[n:] - alone) @ A).norm() < 1e-7 * A.norm()        # a vector given twice shares its weight
+
+
+# ---- PAMA ----
+
+@pytest.mark.parametrize("A, c", [
+    ((2, -1), (1 / 3, 2 / 3)), ((-1, 2), (2 / 3, 1 / 3)),                # mixed signs: to 0. wrong: weights swapped
+    ((0.5, 2, 3), (1, 0, 0)), ((3, 2, 0.5), (0, 0, 1)),                  # all positive: the smallest
+    ((-3, -1), (0, 1)), ((-1, -5, -3), (1, 0, 0)),                       # all negative: the largest
+    ((0, 2), (1, 0)), ((-2, 0), (0, 1)), ((0, 0), (0.5, 0.5)), ((7, 7, 7, 7), (0.25,) * 4), ((4,), (1,))])
+def test_theorem_1_by_hand(A, c):
+    weights = pama_weights(torch.tensor(A, dtype=torch.float32))
+    assert weights.dtype == torch.float64 and weights.tolist() == pytest.approx(c, abs=1e-12)
+
+
+@pytest.mark.parametrize("n, parts", [(2, 1000), (3, 100)])
+def test_pama_weights_beat_a_fine_grid(n, parts):
+    grid = simplex_lattice(n, parts)                                     # (points, n)
+    for seed in range(20):
+        A = vectors(n, 1, seed)[:, 0] + (seed % 3 - 1)                   # scalars of all sign patterns
+        best = (grid @ A).abs().min()
+        reached = abs(pama_weights(A) @ A)
+        assert reached <= best + 1e-12 and best - reached <= (A.max() - A.min()) / parts
+        A = vectors(n, 6, seed).clamp(min=0)                             # vectors over 6 tokens
+        norms = (grid @ A).norm(dim=1)
+        c = pama_weights(A)
+        assert (c @ A).norm() <= norms.min() + 1e-12 and (c - grid[norms.argmin()]).abs().max() <= 2 * n / parts
+
+
+def test_pama_weights_of_vectors_by_hand(close):
+    A = torch.tensor([[1.0, 0, 2], [0, 3, 1]])                           # Gram matrix (5, 2; 2, 10)
+    c = pama_weights(A)
+    assert c.tolist() == pytest.approx([8 / 11, 3 / 11])
+    assert (c @ A.double()).tolist() == pytest.approx([8 / 11, 9 / 11, 19 / 11])
+    # wrong: Theorem 1 for the means, which takes the first alone; weights of the normalised vectors
+    assert pama_weights(A.mean(1)).tolist() == [1, 0]
+    unit = A / A.norm(dim=1, keepdim=True)
+    assert not close(pama_weights(unit), c, 0.05)
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_one_token_is_theorem_1(close, n):
+    for seed in range(12):
+        A = vectors(n, 1, seed) + (seed % 3 - 1)
+        assert abs((pama_weights(A) - pama_weights(A[:, 0])) @ A[:, 0]) < 1e-7           # the same s*
+        if A.min() > 0 or A.max() < 0 or n == 2:                         # there the weights are unique
+            assert close(pama_weights(A), pama_weights(A[:, 0]), 1e-9)
+
+
+def test_with_noon_pama_improves_the_smallest_mean():
+    advantages, ratio = torch.randn(6, 9, 5, generator=generator()), torch.ones(6, 9)
+    means = noon(advantages, ratio).mean((0, 1))
+    c = pama_weights(means)
+    assert (means > 0).all() and c @ means.double() == means.min() and c.max() == 1      # s* = min_i A_i, one-hot
+    means[3] = 0                                                         # nothing to gain on one: nothing is done
+    assert pama_weights(means) @ means.double() == 0
+    signed = advantages.mean((0, 1))                                     # wrong: without Noon the ends cancel to s* = 0
+    assert signed.min() < 0 < signed.max() and abs(pama_weights(signed) @ signed.double()) < 1e-9
+
+
+def test_pama_weights_take_no_gradient():
+    A = vectors(3, 8).requires_grad_(True)
+    assert not pama_weights(A).requires_grad and not pama_weights(A[:, 0]).requires_grad
