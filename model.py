@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from common import UserError, read_json, write_whole
+from generation import KVCache, generate, sample_token    # here too: whoever has a model wants to generate
 
 
 @dataclass
@@ -126,10 +127,13 @@ class Attention(nn.Module):
         v = self.v(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:
-            k, v = cache.append(k, v)                                                 # (B, K, T, C) -> (B, K, S, C)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                           enable_gqa=self.n_kv_head != self.n_head)
+        if cache is not None and cache.decoding:
+            y = cache.attend(q, k, v, mask)                                           # T = 1, all S slots
+        else:
+            if cache is not None:
+                k, v = cache.append(k, v)                                             # (B, K, T, C) -> (B, K, S, C)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                               enable_gqa=self.n_kv_head != self.n_head)
         return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -197,7 +201,7 @@ class Transformer(nn.Module):
 
         positions: (B, T) or (T,), default 0..T-1 (after what the cache holds).
         mask: (B, 1, T, S) bool, True where a token may attend (at least one in each row); default causal.
-        cache: a KVCache, filled as a side effect.
+        cache: a KVCache, filled as a side effect. (generation.py's decode steps give it a slot and an additive mask.)
         """
         T, held = tokens.shape[1], cache.length if cache is not None else 0
         if positions is None:
@@ -394,84 +398,3 @@ def config_to_hf(config, dtype=torch.float32):
     if config_from_hf(out) != config:
         raise ValueError(f"no Hugging Face architecture is {config}")
     return out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Generation.
-
-class KVCache:
-    """Keys and values of all layers for up to `capacity` tokens, allocated once."""
-
-    def __init__(self, config, batch, capacity, dtype, device):
-        shape = (config.n_layer, batch, config.n_kv_head, capacity, config.head_dim)
-        self.k, self.v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
-        self.length = 0                                       # tokens held; Transformer.forward advances it
-
-    def layer(self, i):
-        """The view that layer i appends to."""
-        return _LayerCache(self, i)
-
-
-@dataclass
-class _LayerCache:
-    cache: KVCache
-    i: int
-
-    def append(self, k, v):                                   # (B, K, T, C) -> everything held so far, (B, K, S, C)
-        start, end = self.cache.length, self.cache.length + k.shape[2]
-        assert end <= self.cache.k.shape[3], f"the KV cache has room for {self.cache.k.shape[3]} tokens, not {end}"
-        self.cache.k[self.i, :, :, start:end], self.cache.v[self.i, :, :, start:end] = k, v
-        return self.cache.k[self.i, :, :, :end], self.cache.v[self.i, :, :, :end]
-
-
-def sample_token(logits, temperature, top_p, generator=None):
-    """One token a row from logits (B, V): the best for temperature 0, else from the nucleus of mass top_p. -> (B,)"""
-    assert temperature >= 0 and 0 < top_p <= 1
-    if temperature == 0:
-        return logits.argmax(-1)
-    probs = (logits.float() / temperature).softmax(-1)
-    if top_p == 1:
-        return torch.multinomial(probs, 1, generator=generator)[:, 0]
-    # the nucleus is the smallest set of best tokens that reaches top_p: one is dropped if the better ones do already
-    probs, ids = probs.sort(-1, descending=True)
-    better = F.pad(probs.cumsum(-1)[:, :-1], (1, 0))                                  # mass of better tokens, (B, V)
-    drawn = torch.multinomial(probs.masked_fill(better >= top_p, 0.0), 1, generator=generator)
-    return ids.gather(-1, drawn)[:, 0]
-
-
-@torch.no_grad()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, generator=None):
-    """Continues every prompt until EOS or max_new_tokens. temperature 0 is greedy.
-
-    prompts: list of token lists, of any lengths >= 1. They are padded on the left, so that all rows write the same slot
-    of the KV cache; padding is masked and is not counted as a position, so a row's logits do not depend on the others.
-    eos_id: default the config's; -1 never stops. generator: on the model's device. Returns a list of token lists, the
-    new tokens alone; one that ends in EOS stopped by itself.
-    """
-    config, device = model.config, model.embed.weight.device
-    if eos_id is None:
-        eos_id = -1 if config.eos_id is None else config.eos_id
-    B, longest = len(prompts), max(map(len, prompts))
-    capacity = longest + max_new_tokens
-    if (shortest := min(map(len, prompts))) < 1 or capacity > config.context_length:
-        raise ValueError(f"{max_new_tokens} new tokens in a context of {config.context_length} need prompts of 1 to "
-                         f"{config.context_length - max_new_tokens} tokens; these have {shortest} to {longest}")
-    pad = torch.tensor([[longest - len(p)] for p in prompts], device=device)                          # (B, 1)
-    tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)       # (B, T)
-    cache = KVCache(config, B, capacity, model.embed.weight.dtype, device)
-    slot = torch.arange(capacity, device=device)
-    out = torch.full((B, max_new_tokens), -1, device=device)                                         # -1: after the end
-    done = torch.zeros(B, dtype=torch.bool, device=device)
-    for i in range(max_new_tokens):
-        end = cache.length + tokens.shape[1]
-        query, key = slot[cache.length:end], slot[:end]
-        # a query sees the real keys up to its own slot; padding sees itself, so that no row of the mask is empty
-        real = (key >= pad)[:, None, None] | (key == query[:, None])                                  # (B, 1, T, S)
-        hidden = model(tokens, (query - pad).clamp(min=0), real & (key <= query[:, None]), cache, return_hidden=True)
-        token = sample_token(F.linear(hidden[:, -1], model.head_weight), temperature, top_p, generator)
-        out[:, i] = token.masked_fill(done, -1)
-        done |= token == eos_id
-        if done.all():
-            break
-        tokens = token[:, None]                                                                       # (B, T) -> (B, 1)
-    return [[t for t in row if t >= 0] for row in out.tolist()]

@@ -58,11 +58,15 @@ class SVDLoRALinear(nn.Module):
         y = F.linear(x, self.weight, self.bias)                                                        # (B, T, d_out)
         if not self.enabled:
             return y
+        V, d, Ut = self.factors(x.dtype)
+        return y + ((x @ V) * d) @ Ut                                                                  # x V: (B, T, r)
+
+    def factors(self, dtype):
+        """V (d_in, r), gain · d (r,) or (B, 1, r), and Uᵀ (r, d_out), as forward multiplies them."""
         if self.lam is None and self.m > 0:
             raise RuntimeError("no preference is set: call set_preference(model, lam) first")
         d = self.gain * self.singular_values(self.lam)
-        h = (x @ self.V.to(x.dtype)) * d.to(x.dtype)                                                   # (B, T, r)
-        return y + h @ self.U.T.to(x.dtype)
+        return self.V.to(dtype), d.to(dtype), self.U.T.to(dtype)
 
     def delta(self, lam):
         """gain · U diag(d) Vᵀ for one preference (m,): (d_out, d_in) in fp32."""

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import model as model_module
 from common import UserError
-from model import SIZES, Config, KVCache, Transformer, config_from_hf, config_to_hf, generate, rotate, sample_token
+from model import SIZES, Config, KVCache, Transformer, config_from_hf, config_to_hf, generate, rotate
 
 SHARED = Path(__file__).parents[2] / "shared"
 HF = SHARED / "oracles" / "data" / "hf"
@@ -73,18 +72,6 @@ def test_golden_left_padding(name, close):
     logits = model(ids, positions, mask[:, None])
     assert close(logits[real], expected["padded_logits"][real], 1e-5)
     assert not close(model(ids)[real], expected["padded_logits"][real], 0.01)         # wrong: padding seen and counted
-
-
-@needs_oracles
-@pytest.mark.parametrize("name", GOLDEN)
-def test_golden_generation(name, monkeypatch):
-    """The stored path is greedy over the vocabulary without EOS, which min_new_tokens excluded; so it is here."""
-    model, expected = golden(name)
-    no_eos = torch.arange(model.config.vocab_size) == 2
-    monkeypatch.setattr(model_module, "sample_token", lambda x, *args: sample_token(x.masked_fill(no_eos, -1e9), *args))
-    prompts = [row[real].tolist() for row, real in zip(expected["prompt"], expected["prompt_mask"].bool())]
-    assert len(prompts[0]) != len(prompts[1])
-    assert generate(model, prompts, 32, temperature=0) == expected["greedy"].tolist()
 
 
 @needs_oracles
@@ -504,116 +491,3 @@ def test_the_context_ends(family, tiny):
     model(tokens_for(model, 1, 32))
     with pytest.raises(AssertionError, match="33 tokens, context 32"):
         model(tokens_for(model, 1, 33))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Generation.
-
-PROMPTS = [[3], [4, 5, 6, 7, 8, 9, 10], [11, 12, 13], [3, 4]]
-
-
-@pytest.fixture
-def talker(tiny):
-    """A random model that says various things: a tied head would echo the input. In float64 no tie turns on noise."""
-    def build(family):
-        model = Transformer(replace(tiny(family).config, tied=False)).init_weights(torch.Generator().manual_seed(0))
-        for p in model.parameters():
-            p.data *= 20 if p.ndim == 2 else 1
-        return model.double()
-    return build
-
-
-@torch.no_grad()
-def naive(model, prompt, n):
-    """Greedy, everything recomputed for every token."""
-    tokens = list(prompt)
-    for _ in range(n):
-        tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
-    return tokens[len(prompt):]
-
-
-@families
-def test_generation_equals_recomputation(family, talker):
-    model = talker(family)
-    expected = [naive(model, prompt, 20) for prompt in PROMPTS]
-    assert len({tuple(row) for row in expected}) == 4 and len(set(sum(expected, []))) > 10
-    assert generate(model, PROMPTS, 20, temperature=0) == expected
-    assert [generate(model, [prompt], 20, temperature=0)[0] for prompt in PROMPTS] == expected
-
-
-@families
-def test_generation_stops_at_eos(family, talker):
-    model = talker(family)
-    full = generate(model, PROMPTS, 20, temperature=0)
-    assert model.config.eos_id is None and {len(row) for row in full} == {20}
-    eos = full[1][4]
-    expected = [row[:row.index(eos) + 1] if eos in row else row for row in full]
-    assert len(expected[1]) <= 5 and len({len(row) for row in expected}) > 1
-    assert generate(model, PROMPTS, 20, temperature=0, eos_id=eos) == expected
-    model.config.eos_id = eos                                                         # the default
-    assert generate(model, PROMPTS, 20, temperature=0) == expected
-    assert generate(model, PROMPTS, 20, temperature=0, eos_id=-1) == full
-
-
-def test_generation_does_no_more_than_it_must(talker, monkeypatch):
-    """The prompts once, then one token a step, until all rows are done; and every query has something to look at."""
-    calls, forward = [], Transformer.forward
-
-    def record(self, tokens, positions, mask, *args, **kwargs):
-        calls.append((tokens.shape, mask))
-        return forward(self, tokens, positions, mask, *args, **kwargs)
-
-    monkeypatch.setattr(Transformer, "forward", record)
-    model = talker("llama")
-    full = generate(model, PROMPTS[:2], 20, temperature=0)
-    assert [shape for shape, _ in calls] == [(2, 7)] + [(2, 1)] * 19
-    assert all(mask.any(-1).all() for _, mask in calls)                               # an empty row may be NaN
-    calls.clear()
-    generate(model, [PROMPTS[1]], 20, temperature=0, eos_id=full[1][4])
-    assert len(calls) == full[1].index(full[1][4]) + 1 < 20
-
-
-def test_generation_draws_from_its_generator(talker):
-    model = talker("llama")
-    draw = lambda seed, **kw: generate(model, PROMPTS, 20, generator=torch.Generator().manual_seed(seed), **kw)
-    assert draw(1) == draw(1) != draw(2)
-    assert draw(1, top_p=0.5) == draw(1, top_p=0.5) != draw(1)
-    assert draw(1, temperature=0.5) != draw(1)
-    assert draw(1, top_p=1e-6) == draw(2, temperature=0)                              # the best token alone
-    state = torch.random.get_rng_state()
-    draw(1)
-    assert torch.equal(state, torch.random.get_rng_state())
-
-
-def test_generation_refuses_what_does_not_fit(tiny):
-    model = tiny("gpt2")
-    assert generate(model, [[1], [2, 3]], 0) == [[], []]
-    assert len(generate(model, [[1] * 12], 20)[0]) == 20                              # exactly the context of 32
-    for prompts in ([[1] * 13], [[1], []]):
-        with pytest.raises(ValueError, match="1 to 12 tokens"):
-            generate(model, prompts, 20)
-
-
-@pytest.mark.parametrize("temperature, top_p, expected", [
-    (1.0, 1.0, [0.15, 0.5, 0.05, 0.3]), (1.0, 0.81, [0.15, 0.5, 0, 0.3]), (1.0, 0.79, [0, 0.5, 0, 0.3]),
-    (1.0, 0.51, [0, 0.5, 0, 0.3]), (1.0, 0.49, [0, 1, 0, 0]), (0.5, 1.0, [0.0225, 0.25, 0.0025, 0.09]),
-    (0.5, 0.9, [0, 0.25, 0, 0.09]), (0.5, 0.6, [0, 1, 0, 0])])
-def test_sampling(temperature, top_p, expected):
-    """The exact support of the nucleus, and frequencies within 5 sigma. Halving the temperature squares the ratios, and
-    a nucleus is one of the tempered distribution."""
-    logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().expand(20_000, 4) + 3
-    drawn = sample_token(logits, temperature, top_p, torch.Generator().manual_seed(0))
-    assert drawn.shape == (20_000,)
-    p = torch.tensor(expected) / sum(expected)
-    frequency = drawn.bincount(minlength=4) / 20_000
-    assert torch.equal(frequency > 0, p > 0)
-    assert ((frequency - p).abs() <= 5 * (p * (1 - p) / 20_000).sqrt()).all()
-
-
-def test_rows_are_sampled_from_their_own_logits():
-    logits = torch.tensor([[0.0, 9, 1], [9, 0, 1], [0, 1, 9]]) * 10
-    for temperature, top_p in ((0, 1.0), (1.0, 1.0), (1.0, 0.9)):
-        assert sample_token(logits, temperature, top_p).tolist() == [1, 0, 2]
-    for temperature, top_p in ((-1.0, 1.0), (1.0, 0.0), (1.0, 1.1)):
-        with pytest.raises(AssertionError):
-            sample_token(logits, temperature, top_p)

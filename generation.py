@@ -1,0 +1,257 @@
+"""generation.py - continues prompts: prefill once, then one decode step a token, always of the same shapes.
+
+B: rows still going   T: tokens in this call   S: slots of the KV cache   V: vocabulary   r: rank of an adapter
+H: query heads   K: key/value heads   C: head_dim
+
+What makes it fast: every step attends to all S slots under a mask. The tensors then never change their shape, so a GPU
+replays the step as one CUDA graph, and a CPU multiplies contiguous matrices. On a CPU the weights are repacked for the
+time of the call (oneDNN's layout) and rows that have ended are dropped; a token costs one random number, not V.
+"""
+import copy
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+PACK_FROM = 2 ** 16         # weights smaller than this lose more by oneDNN's overhead than they gain
+PACK_STEPS = 16             # repacking costs about as much as this many steps save
+SYNC_EVERY = 16             # steps between two looks at whether all rows have ended, where a look stalls the device
+
+
+class KVCache:
+    """Keys and values of all layers for up to `capacity` tokens, allocated once."""
+
+    def __init__(self, config, batch, capacity, dtype, device):
+        shape = (config.n_layer, batch, config.n_kv_head, capacity, config.head_dim)
+        self.k, self.v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0                                       # tokens held; Transformer.forward advances it
+        self.slot = None                                      # a tensor (1,): where the one token of a decode step goes
+
+    def layer(self, i):
+        """The view that layer i appends to."""
+        return _LayerCache(self, i)
+
+
+class _LayerCache:
+    def __init__(self, cache, i):
+        self.cache, self.i, self.decoding = cache, i, cache.slot is not None
+
+    def append(self, k, v):                                   # (B, K, T, C) -> everything held so far, (B, K, S, C)
+        start, end = self.cache.length, self.cache.length + k.shape[2]
+        assert end <= self.cache.k.shape[3], f"the KV cache has room for {self.cache.k.shape[3]} tokens, not {end}"
+        keys, values = self.cache.k[self.i, :, :, :end], self.cache.v[self.i, :, :, :end]
+        keys[:, :, start:], values[:, :, start:] = k, v
+        return keys, values
+
+    def attend(self, q, k, v, bias):
+        """One token a row, q (B, H, 1, C), over all slots: k and v (B, K, 1, C) go into cache.slot; bias (B, 1, 1, S)
+        is 0 where a slot is seen, else -inf. Returns (B, H, 1, C)."""
+        # Not F.scaled_dot_product_attention: for a single query it is 1-6 times slower on a CPU, most in bf16. The H / K
+        # query heads that share keys are the rows of one matrix, so that grouped queries need no copies of the keys.
+        keys, values = self.cache.k[self.i], self.cache.v[self.i]                     # (B, K, S, C)
+        keys.index_copy_(2, self.cache.slot, k)
+        values.index_copy_(2, self.cache.slot, v)
+        rows = q.reshape(*keys.shape[:2], -1, keys.shape[3]) * keys.shape[3] ** -0.5  # (B, K, H / K, C)
+        weights = (rows @ keys.transpose(2, 3) + bias).softmax(-1)                    # (B, K, H / K, S)
+        return (weights @ values).view(q.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model as it is during one call of generate().
+
+def _can_pack(weight):
+    """Whether oneDNN's packed product can take this weight. The operators are torch's own but private, so their absence
+    is no error: F.linear computes the same."""
+    return (weight.numel() >= PACK_FROM and torch.backends.mkldnn.is_available()
+            and hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+            and (weight.dtype == torch.float32 or
+                 weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
+class FastLinear(nn.Module):
+    """x Wᵀ + b, and with factors = (V, d, Uᵀ) + ((x V) · d) Uᵀ: a Linear or SVDLoRALinear that will not be trained.
+
+    pack: copy the weights into the layout that is multiplied fastest. Vᵀ then lies under W: one product for both.
+    """
+
+    def __init__(self, weight, bias=None, factors=None, pack=False):
+        super().__init__()
+        self.d_out, self.folded, self.factors = len(weight), pack and factors is not None, factors
+        if self.folded:
+            weight = torch.cat([weight, factors[0].T])                                # (d_out + r, d_in)
+            bias = F.pad(bias, (0, len(weight) - self.d_out)) if bias is not None else None
+        self.packed = pack and _can_pack(weight)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else weight
+        self.bias = bias
+
+    def forward(self, x):                                                             # (B, T, d_in) -> (B, T, d_out)
+        if self.packed:
+            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        else:
+            y = F.linear(x, self.weight, self.bias)
+        if self.factors is None:
+            return y
+        V, d, Ut = self.factors                                                       # d: (r,) or (B, 1, r)
+        h = y[..., self.d_out:] if self.folded else x @ V                             # (B, T, r)
+        y = y[..., :self.d_out].flatten(0, -2)                                        # (B T, d_out)
+        return torch.addmm(y, (h * d).flatten(0, -2), Ut).view(*x.shape[:-1], self.d_out)
+
+
+def fast_copy(module, pack):
+    """A copy of `module` that shares its tensors and has a FastLinear for every linear layer in it."""
+    if hasattr(module, "factors"):                                                    # SVDLoRALinear
+        factors = module.factors(module.weight.dtype) if module.enabled else None
+        return FastLinear(module.weight, module.bias, factors, pack)
+    if isinstance(module, nn.Linear):
+        return FastLinear(module.weight, module.bias, None, pack)
+    twin = copy.copy(module)
+    twin._modules = {name: fast_copy(child, pack) for name, child in module._modules.items()}
+    return twin
+
+
+class Decoder:
+    """The state of one generate() call. prefill() and step() give the logits (B, V) of the next token of every row."""
+
+    def __init__(self, model, prompts, max_new_tokens, graph):
+        device, dtype = model.embed.weight.device, model.embed.weight.dtype
+        B, longest = len(prompts), max(map(len, prompts))
+        pack = device.type == "cpu" and max_new_tokens >= PACK_STEPS
+        self.model = copy.copy(model)
+        self.model._modules = model._modules | {"blocks": fast_copy(model.blocks, pack)}
+        self.head = FastLinear(model.head_weight, pack=pack)
+        # Padded on the left, so that all rows write the same slot; padding is masked and is not counted as a position.
+        self.prompts = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)    # (B, T)
+        self.padding = torch.tensor([[longest - len(p)] for p in prompts], device=device)                    # (B, 1)
+        self.padded = min(map(len, prompts)) < longest
+        self.cache = KVCache(model.config, B, longest + max_new_tokens, dtype, device)
+        self.slots = torch.arange(longest + max_new_tokens, device=device)                                   # (S,)
+        self.token = torch.zeros(B, 1, dtype=torch.int64, device=device)
+        self.slot = self.slots[longest:longest + 1].clone()                                                  # (1,)
+        self.graph, self.wants_graph = None, graph
+
+    def prefill(self):
+        """Reads the prompts."""
+        T = self.prompts.shape[1]
+        positions = mask = None                                       # causal, 0..T-1: no mask to build where all fits
+        if self.padded:
+            slot = self.slots[:T]
+            positions = (slot - self.padding).clamp(min=0)                            # (B, T)
+            # padding sees itself, so that no row of the mask is empty
+            real = (slot >= self.padding)[:, None, None] | torch.eye(T, dtype=torch.bool, device=slot.device)
+            mask = real & (slot <= slot[:, None])                                     # (B, 1, T, T)
+        hidden = self.model(self.prompts, positions, mask, self.cache, return_hidden=True)
+        self.cache.slot = self.slot
+        return self.head(hidden[:, -1])
+
+    def _step(self):
+        """The decode step as a function of the tensors token, slot, padding and cache alone; shapes are fixed."""
+        seen = (self.slots >= self.padding) & (self.slots <= self.slot)               # (B, S)
+        bias = torch.zeros_like(seen, dtype=self.cache.k.dtype).masked_fill_(~seen, -torch.inf)
+        hidden = self.model(self.token, self.slot - self.padding, bias[:, None, None], self.cache, return_hidden=True)
+        return self.head(hidden[:, 0])
+
+    def step(self, token):
+        """token (B,): the last one of each row."""
+        self.token.copy_(token[:, None])
+        if self.wants_graph and self.graph is None:
+            self._capture()
+        if self.graph is not None:
+            self.graph.replay()
+            logits = self.logits
+        else:
+            logits = self._step()
+        self.slot += 1
+        return logits
+
+    def _capture(self):
+        """Records _step once. It may run before that (it writes its slot again, nothing else), and must: libraries
+        allocate and choose algorithms on their first call, which cannot be recorded."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._step()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self._step()
+
+    def keep(self, rows):
+        """Drops all rows but these, (n,) indices."""
+        self.token, self.padding = self.token[rows], self.padding[rows]
+        self.cache.k, self.cache.v = self.cache.k[:, rows], self.cache.v[:, rows]
+        for layer in self.model.modules():
+            if isinstance(layer, FastLinear) and layer.factors is not None:
+                V, d, Ut = layer.factors
+                layer.factors = V, d[rows] if d.ndim == 3 else d, Ut                  # one preference a row
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling.
+
+def sample_token(logits, temperature, top_p, generator=None, uniform=None):
+    """One token a row from logits (B, V): the best for temperature 0, else from the nucleus of mass top_p. -> (B,)
+
+    uniform: (B,) random numbers in [0, 1) to use, None: drawn from the generator.
+    """
+    assert temperature >= 0 and 0 < top_p <= 1
+    if temperature == 0:
+        return logits.argmax(-1)
+    if uniform is None:
+        uniform = torch.rand(len(logits), generator=generator, device=logits.device)
+    probs = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:
+        probs, ids = probs.sort(-1, descending=True)
+    # Inverse distribution function: the first token whose cumulated mass exceeds u · total. Below total always, rounded
+    # or not, since uniform <= 1 - 2^-24; a token without mass never is the first.
+    mass = probs.cumsum(-1)                                                           # (B, V)
+    # the nucleus is the smallest set of best tokens that reaches top_p: its last token is the first to reach it
+    last = (mass < top_p).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1) if top_p < 1 else None
+    total = mass[:, -1:] if top_p == 1 else mass.gather(-1, last)
+    drawn = torch.searchsorted(mass, total * uniform[:, None], right=True)            # (B, 1)
+    return (drawn if top_p == 1 else ids.gather(-1, drawn))[:, 0]
+
+
+@torch.inference_mode()
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, generator=None, graph=None):
+    """Continues every prompt until EOS or max_new_tokens. temperature 0 is greedy.
+
+    prompts: list of token lists, of any lengths >= 1; a row's logits do not depend on the others. eos_id: default the
+    config's; -1 never stops. generator: on any device. graph: replay the decode step as a CUDA graph (None: on CUDA).
+    Returns a list of token lists, the new tokens alone; one that ends in EOS stopped by itself.
+    """
+    config, device = model.config, model.embed.weight.device
+    if eos_id is None:
+        eos_id = -1 if config.eos_id is None else config.eos_id
+    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+    if shortest < 1 or longest + max_new_tokens > config.context_length:
+        raise ValueError(f"{max_new_tokens} new tokens in a context of {config.context_length} need prompts of 1 to "
+                         f"{config.context_length - max_new_tokens} tokens; these have {shortest} to {longest}")
+    if max_new_tokens == 0:
+        return [[] for _ in prompts]
+    if generator is not None and generator.device.type != device.type:
+        seed = torch.randint(2 ** 62, (), generator=generator, device=generator.device).item()
+        generator = torch.Generator(device).manual_seed(seed)
+    on_cpu, B = device.type == "cpu", len(prompts)
+    decoder = Decoder(model, prompts, max_new_tokens, device.type == "cuda" if graph is None else graph)
+    logits, rows = decoder.prefill(), torch.arange(B, device=device)                  # rows: those still in the batch
+    out = torch.zeros(B, max_new_tokens, dtype=torch.int64, device=device)
+    done = torch.zeros(B, dtype=torch.bool, device=device)
+    for i in range(max_new_tokens):
+        # B numbers a step, whatever rows are left: so dropping rows changes no sample
+        uniform = torch.rand(B, generator=generator, device=device)[rows] if temperature > 0 else None
+        token = sample_token(logits, temperature, top_p, uniform=uniform)
+        out[rows, i] = token
+        if i + 1 == max_new_tokens:
+            break
+        done |= token == eos_id
+        if eos_id >= 0 and (on_cpu or i % SYNC_EVERY == SYNC_EVERY - 1):
+            left = len(done) - int(done.sum())
+            if left == 0:
+                break
+            if on_cpu and 2 * left <= len(done):              # when half have ended: all the copies cost about one cache
+                going = (~done).nonzero()[:, 0]
+                decoder.keep(going)
+                token, rows, done = token[going], rows[going], done[going]
+        logits = decoder.step(token)
+    return [row[:row.index(eos_id) + 1] if eos_id in row else row for row in out.tolist()]
