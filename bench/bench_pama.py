@@ -1,0 +1,145 @@
+"""bench_pama.py - what a step pays for its weights: PAMA's three readings against MGDA, over the number of objectives.
+
+    python bench/bench_pama.py                      # one thread of a CPU; the table, then the growth of every column
+
+n: objectives   N: sampled tokens   d: parameters of the SVD-LoRA adapter   c: weights on the simplex, (n,)
+MGDA looks for the c that makes ‖Σ c_i g_i‖ smallest from the n gradients g_i: n backward passes, a Gram matrix of
+n² products of d numbers, and the min-norm problem. PAMA (arXiv:2508.07768) takes advantages instead, which are there
+anyway, and claims O(n) against MGDA's O(n² d). Timed are, given "no negative" advantages (n, N):
+
+    S     the mean of each objective, and Theorem 1's closed form           O(n N), O(n) after the means
+    T     Theorem 1 for every token: the smallest advantage                 O(n N)
+    V     the Gram matrix over tokens and the min-norm problem              O(n² N) and the solve
+    back  MGDA: n backward passes through one forward, gradients kept       O(n) passes
+    solve MGDA: the Gram matrix of (n, d) and the min-norm problem          O(n² d) and the solve
+
+Both methods then need one backward pass of the weighted loss, not timed. The models have random weights: "tiny", and
+one 4 times as wide and as deep. MGDA's forward is of rows · length tokens, fewer than N (a backward pass is linear in
+them; the Gram matrix does not depend on them), so `back` is a lower bound. What is compared is checked first: V against
+a fine grid for n = 2, S against Theorem 1's value. Times are medians over repeats (`solve` at most 5, `back` at most 3
+up to n = 8, and one above). At these sizes V's time is nearly all the min-norm problem, an active-set loop in Python.
+"""
+import statistics
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from aggregate import min_norm_weights, pama_weights, simplex_lattice
+from common import UserError, flag, run_main
+from model import SIZES, Transformer
+from objectives import token_logprobs
+from svd_lora import inject_svd_lora, set_preference, svd_lora_layers
+
+TINY = SIZES["tiny"]
+MODELS = {"tiny": TINY, "4 x tiny": replace(TINY, n_layer=4 * TINY.n_layer, n_head=4 * TINY.n_head,
+                                            d_model=4 * TINY.d_model, n_kv_head=None, head_dim=None, d_ff=None)}
+
+
+@dataclass
+class Flags:
+    """The script's flags, with defaults and --help texts."""
+
+    n: list[int] = flag([2, 4, 8, 16, 32, 64], "numbers of objectives")
+    tokens: int = flag(4096, "N: tokens that PAMA's advantages are of")
+    rows: int = flag(2, "sequences in MGDA's forward")
+    length: int = flag(32, "tokens of each")
+    repeats: int = flag(21, "the table has medians over so many runs")
+    threads: int = flag(1, "CPU threads")
+    seed: int = flag(0, "seed of advantages, weights and tokens")
+
+
+def sample_advantages(n, tokens, generator):
+    """"No negative" advantages (n, tokens): max(A, 0) of normal A that correlate by ½ between objectives."""
+    shared = torch.randn(1, tokens, generator=generator)
+    return ((shared + torch.randn(n, tokens, generator=generator)) / 2 ** 0.5).clamp(min=0)
+
+
+def check(generator):
+    """Asserts that what is timed is right."""
+    grid = simplex_lattice(2, 2000)                                                       # c in steps of 1/2000
+    for _ in range(5):
+        A = sample_advantages(2, 512, generator).double()
+        best = (grid @ A).square().sum(1).argmin()
+        assert (pama_weights(A) - grid[best]).abs().max() <= 1 / 2000, "V is not the minimum"
+    for n in (2, 3, 64):
+        for shift in (-3, 0, 3):
+            A = torch.randn(n, generator=generator, dtype=torch.float64) + shift
+            nearest = torch.zeros(()).double().clamp(A.min(), A.max())                # 0 projected on [min A, max A]
+            assert abs(pama_weights(A) @ A - nearest) < 1e-12, "S is not Theorem 1"
+
+
+def seconds(function, repeats):
+    """The median time of function() over so many runs, after one that is not counted."""
+    times = []
+    for i in range(repeats + 1):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def adapted(config, generator):
+    """A model of random weights with an adapter that is in use (σ ≠ 0, else U and V would have no gradient).
+    Returns it and its trainable parameters."""
+    model = inject_svd_lora(Transformer(config).init_weights(generator), k=8, m=2, generator=generator)
+    set_preference(model, [0.5, 0.5])
+    for layer in svd_lora_layers(model).values():
+        torch.nn.init.normal_(layer.sigma, std=0.01, generator=generator)
+    return model, [p for p in model.parameters() if p.requires_grad]
+
+
+def policy_losses(model, n, flags, generator):
+    """n policy-gradient losses −mean_t A_{i,t} log π(y_t) over one forward. -> (n,)"""
+    tokens = torch.randint(model.config.vocab_size, (flags.rows, flags.length + 1), generator=generator)
+    hidden = model(tokens[:, :-1], return_hidden=True).flatten(0, 1)                      # (rows · length, D)
+    logp = token_logprobs(hidden, model.head_weight, tokens[:, 1:].flatten())
+    return -(sample_advantages(n, len(logp), generator) * logp).mean(1)
+
+
+def gradients(losses, params):
+    """The gradient of every loss, one backward pass each: (n, d)"""
+    out = torch.empty(len(losses), sum(p.numel() for p in params))
+    for row, loss in zip(out, losses):
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, params, retain_graph=True)], out=row)
+    return out
+
+
+def main(flags):
+    """Prints the table and the growth of its columns."""
+    if min(flags.n + [flags.tokens, flags.rows, flags.length, flags.repeats, flags.threads]) < 1:
+        raise UserError("all numbers must be at least 1")
+    torch.set_num_threads(flags.threads)
+    generator = torch.Generator().manual_seed(flags.seed)
+    check(generator)
+    print(f"N = {flags.tokens} tokens for PAMA, {flags.rows * flags.length} for MGDA, {flags.threads} thread(s)")
+    print(f"{'size':>10} {'d':>9} {'n':>4} | {'S µs':>9} {'T µs':>9} {'V µs':>9} | {'back ms':>9} {'solve ms':>9}")
+    for size, config in MODELS.items():
+        model, params = adapted(config, generator)
+        d, table = sum(p.numel() for p in params), []
+        for n in flags.n:
+            A = sample_advantages(n, flags.tokens, generator)
+            losses = policy_losses(model, n, flags, generator)
+            g = gradients(losses, params)
+            times = [seconds(lambda: pama_weights(A.mean(1)), flags.repeats), seconds(lambda: A.amin(0), flags.repeats),
+                     seconds(lambda: pama_weights(A), flags.repeats),
+                     seconds(lambda: gradients(losses, params), min(flags.repeats, 3 if n <= 8 else 1)),
+                     seconds(lambda: min_norm_weights(g @ g.T), min(flags.repeats, 5))]
+            table.append(times)
+            micro, milli = [1e6 * t for t in times[:3]], [1e3 * t for t in times[3:]]
+            print(f"{size:>10} {d:9d} {n:4d} | " + " ".join(f"{t:9.1f}" for t in micro) + " | "
+                  + " ".join(f"{t:9.2f}" for t in milli), flush=True)
+        for least in sorted({min(flags.n), 8}):
+            used = [i for i, n in enumerate(flags.n) if n >= least]
+            if len(used) > 1:
+                slopes = np.polyfit(np.log([flags.n[i] for i in used]), np.log([table[i] for i in used]), 1)[0]
+                slopes = [f"{s:9.2f}" for s in slopes]
+                print(f"   time ~ n^p, p for n >= {least:2d} | " + " ".join(slopes[:3]) + " | " + " ".join(slopes[3:]))
+
+
+if __name__ == "__main__":
+    run_main(main, Flags, __doc__)
