@@ -34,6 +34,19 @@ def sample_preference(n, m, alpha=1.0, vertex_share=0.25, generator=None):
     return torch.where(take_vertex, vertices, dirichlet)
 
 
+def models_of(method, dims, parts, lam=None):
+    """The models that a method trains: a list of (name, the λ it is trained for, or None where λ is an input).
+
+    panacea: one. rs: one a dimension, at the vertices. dps: one a preference, of the lattice of `parts` or `lam` alone.
+    """
+    if method == "panacea":
+        return [("adapter", None)]
+    if method == "rs":
+        return [(f"adapter-{dim}", vertex) for dim, vertex in zip(dims, torch.eye(len(dims)))]
+    grid = simplex_lattice(len(dims), parts).float() if lam is None else torch.tensor([lam])
+    return [(f"adapter-{i:03d}", lam) for i, lam in enumerate(grid)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # With a preference.
 
@@ -58,6 +71,16 @@ def tchebycheff(losses, lam, ideal=None, smooth=0.0):
     return (lam * losses).amax(-1)
 
 
+def scalar_reward(rewards, lam, aggregate, ideal=None, smooth=0.0):
+    """The one reward of a response under λ: "ls" Σ λ_i r_i, Eq. (12); "tche" −max_i λ_i (z_i − r_i), Eq. (13).
+
+    rewards, lam: (…, m)   ideal: (m,) the largest rewards z   smooth: as in tchebycheff  ->  (…)
+    """
+    if aggregate == "ls":
+        return linear_scalarization(rewards, lam)
+    return -tchebycheff(-rewards, lam, -ideal, smooth)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Without one: weights c on the simplex that make ‖Σ c_i a_i‖ smallest.
 
@@ -67,9 +90,12 @@ def min_norm_weights(gram):
     n = 2: c_1 = clip( (G_22 − G_12) / (G_11 + G_22 − 2 G_12), 0, 1 ), ½ where the two vectors are equal. Otherwise
     Wolfe's algorithm (1976), exact after finitely many steps: take in the vertex that points most against the current
     point; solve without signs on the vertices held; drop those whose weight would turn negative. Returns (n,) float64.
-    MGDA takes the gradients of the objectives for a_i, PAMA their advantages.
+    MGDA takes the gradients of the objectives for a_i, PAMA their advantages. Raises ValueError for a Gram matrix with
+    an infinity or a NaN in it. Where several c are optimal it returns one of them.
     """
     G = torch.as_tensor(gram, dtype=torch.float64).cpu()
+    if not G.isfinite().all():
+        raise ValueError("the Gram matrix is not finite")
     n = len(G)
     if n == 2:
         spread = (G[0, 0] + G[1, 1] - 2 * G[0, 1]).item()
@@ -115,6 +141,8 @@ def pama_weights(advantages):
     With "no negative" advantages the first form is one-hot on the smallest mean: it improves what has improved least.
     """
     A = torch.as_tensor(advantages).detach().double()
+    if not A.isfinite().all():
+        raise ValueError("the advantages are not finite")
     if A.ndim == 2:
         return min_norm_weights(A @ A.T)
     low, high = A.argmin(), A.argmax()
@@ -128,3 +156,19 @@ def pama_weights(advantages):
     else:
         c[high], c[low] = -A[low] / (A[high] - A[low]), A[high] / (A[high] - A[low])
     return c
+
+
+def pama_advantages(advantages, mask, reading="V"):
+    """The one advantage of a token that PAMA trains on, from its "no negative" ones (objectives.noon).
+
+    advantages: (B, L, n)   mask: (B, L)   ->  (B, L) and the weights c (n,), or None where every token has its own.
+    The paper solves for scalars A_i and does not say over what. "V": over all tokens at once, A_t = Σ c_i A_{i,t} with
+    the c that makes the vector (A_t)_t shortest; tight for its bound, and keeps each token's credit. "T": Theorem 1 for
+    each token alone, which for A_i >= 0 is A_t = min_i A_{i,t}. "S": Theorem 1 for the batch means, which puts all
+    weight on the objective that improves least.
+    """
+    if reading == "T":
+        return advantages.amin(-1), None
+    rows = advantages[mask.bool()].T                                                  # (n, N)
+    c = pama_weights(rows if reading == "V" else rows.mean(1))
+    return linear_scalarization(advantages, c.to(advantages)), c

@@ -170,11 +170,13 @@ def epoch_batch(n, size, seed, step):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: parameters and optimizer in one safetensors file; nothing is pickled.
 
-def save_state(path, named_parameters, optimizer, **header):
-    """Writes all trainable parameters, the optimizer's state and `header` (JSON values, the step among them)."""
+def save_state(path, named_parameters, *optimizers, **header):
+    """Writes all trainable parameters, the optimizers' states and `header` (JSON values, the step among them)."""
     tensors = {f"param.{name}": p.detach().cpu().contiguous() for name, p in named_parameters}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{key}": torch.as_tensor(value).cpu().contiguous() for key, value in state.items()}
+    for o, optimizer in enumerate(optimizers):
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{o}.{i}.{key}": torch.as_tensor(value).cpu().contiguous()
+                        for key, value in state.items()}
     write_whole(path, lambda f: save_file(tensors, f, metadata={"state": json.dumps(header)}))
 
 
@@ -190,17 +192,60 @@ def read_state_header(path):
 
 
 @torch.no_grad()
-def load_state(path, named_parameters, optimizer):
+def load_state(path, named_parameters, *optimizers):
     """Restores what save_state wrote, in place."""
+    states = [{} for _ in optimizers]
     with safe_open(path, framework="pt") as f:
         for name, p in named_parameters:
             p.copy_(f.get_tensor(f"param.{name}"))
-        state = {}
         for key in f.keys():
             if key.startswith("optimizer."):
-                _, i, name = key.split(".")
-                state.setdefault(int(i), {})[name] = f.get_tensor(key)
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+                _, o, i, name = key.split(".")
+                states[int(o)].setdefault(int(i), {})[name] = f.get_tensor(key)
+    for optimizer, state in zip(optimizers, states):
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run directories.
+
+def run_name(parts, flags, named):
+    """out/<parts joined by dashes>, followed by every flag that is not at its default and not among `named`."""
+    named = named | {"dims", "pref_dim", "seed", "out", "device", "log_every", "save_every", "snapshots", "eval"}
+    parts = list(parts)
+    for f in dataclasses.fields(flags):
+        value, default = getattr(flags, f.name), f.default
+        if f.name not in named and value != default:
+            parts.append(f"{f.name}{Path(value).name if isinstance(value, str) else value}")
+    return "out/" + "-".join(parts).replace(" ", "").replace("/", "_")
+
+
+def prepare_run(out, config):
+    """Makes the run directory. Returns the header of the state to resume from, or None for a fresh start.
+
+    Raises UserError for a directory that holds something else than a run of this script.
+    """
+    if out.exists() and any(out.iterdir()) and not ((out / "config.json").exists() and
+                                                    read_json(out / "config.json").get("script") == config["script"]):
+        raise UserError(f"{out} exists and holds no run of {config['script']}: choose another --out, or empty it")
+    state = read_state_header(out / "state.safetensors")
+    if state is not None:
+        before = read_json(out / "config.json")
+        changed = [k for k, v in config["flags"].items()
+                   if before["flags"].get(k) != v and k not in ("log_every", "eval", "out", "device")]
+        if changed or before["fingerprint"] != config["fingerprint"]:
+            print(f"{out} holds an unfinished run with other {', '.join(changed) or 'base weights'}: starting afresh")
+            (out / "state.safetensors").unlink()
+            state = None
+    if state is None:
+        for old in [*out.glob("*.json*"), *out.glob("*.safetensors"), *out.glob("*.png"), *out.glob("snapshots/*")]:
+            old.unlink()                                               # what an earlier run left: nothing is mixed
+    else:
+        at = state["member"], state["step"]
+        truncate_log(out / "metrics.jsonl", lambda record: (record["member"], record["step"]) <= at)
+        print(f"{out}: continuing after step {state['step']} of model {state['member'] + 1}")
+    write_json(out / "config.json", config)
+    return state
 
 
 # ---------------------------------------------------------------------------------------------------------------------

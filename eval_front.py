@@ -5,11 +5,11 @@
     python eval_front.py out/a --evolution       # the front at every snapshot of the training (Fig. 4)
 
 N: preferences   m: dimensions   lams: (N, m)   xi: (N, m) the point reached at each preference, larger is better
-J_i = −L_DPO,i; on the embedded world an exact expectation over all pairs of responses and their labels, normalised so
-that the exact front's best value of a dimension (ideal) is 1 and its worst (nadir) is 0. The hypervolume's reference
-point is −0.1 there in every dimension. On preference files xi is the implicit-reward accuracy, with reference point 0.
+DPO: J_i = −L_DPO,i. RLHF: J_i = E r_i − β KL. On the embedded world both are exact expectations, normalised so that the
+exact front's best value of a dimension (ideal) is 1 and its worst (nadir) is 0. Elsewhere xi is the implicit-reward
+accuracy on held-out pairs (DPO), or the normalised mean reward of sampled responses (RLHF): measure.py.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +19,15 @@ from tqdm import tqdm
 from aggregate import simplex_lattice
 from common import UserError, flag, pick_device, read_json, run_main, write_json
 from data import optimum, toy
-from data.preferences import read_preferences
-from data.tokenizers import load_tokenizer, tokenize
-from data.trees import batch_logprobs, pack
+from data.tokenizers import load_tokenizer
+from measure import PreferenceFiles, Samples, World, WorldRewards, policies
 from model import Transformer
-from objectives import dpo_on_pairs
-from plots import draw_evolution, draw_fronts
-from svd_lora import adapters_off, fingerprint, load_adapter, merged_state_dict, read_adapter_header, set_preference
+from plots import draw_evolution, draw_fronts, draw_histograms
+from rewards import Rewards, named_rewards, world_rewards
+from svd_lora import fingerprint, load_adapter, merged_state_dict, read_adapter_header
 
-REFERENCE = -0.1            # of the hypervolume, in normalised J
+# The hypervolume's reference point, the same in every dimension, for each kind of points
+REFERENCE = {"normalised J": -0.1, "implicit-reward accuracy": 0.0, "normalised mean reward": -2.0}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,124 +108,9 @@ def spearman(x, y):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Log-probs of responses under a model.
+# 2. The exact front of the embedded world, and the scale that it sets.
 
-def world_batches(prompts, tokenizer, device, responses=32, rows=40):
-    """All responses to `prompts`, packed for world_logprobs: `responses` neighbours a tree, `rows` trees a batch."""
-    cut = [toy.as_row(x, texts[i:i + responses]) for x in prompts for texts in [toy.responses(x)]
-           for i in range(0, len(texts), responses)]
-    trees = tokenize(cut, tokenizer, max_length=10_000)[0]
-    return [pack(trees[i:i + rows]).to(device) for i in range(0, len(trees), rows)]
-
-
-@torch.no_grad()
-def world_logprobs(model, batches):
-    """log π(y|x) of every prompt's every response: (prompts, S) float64."""
-    return torch.cat([batch_logprobs(model, batch) for batch in batches]).double().cpu().view(-1, toy.N_RESPONSES)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. The policies of a run.
-
-def policies(run, config, model, lams, adapters=None):
-    """Yields (λ, model ready to be used at that λ) for each preference, with `model` changed in place.
-
-    Panacea sets λ in its one adapter. Rewarded soups average the merged weights of m models, W0 + Σ λ_i ΔW_i. A
-    discrete policy solution has one adapter for each of its own preferences, and `lams` is ignored.
-    """
-    method, dims = config["flags"]["method"], config["dims"]
-    if method == "panacea":
-        load_adapter(model, adapters or run / "adapter.safetensors", dims)
-        for lam in lams:
-            set_preference(model, lam)
-            yield lam, model
-    elif method == "rs":
-        ends = []
-        for dim in dims:
-            load_adapter(model, run / f"adapter-{dim}.safetensors", dims)
-            ends.append(merged_state_dict(model))
-        soup = Transformer(model.config).to(model.embed.weight)
-        for lam in lams:
-            soup.load_state_dict({key: sum(w * end[key] for w, end in zip(lam.tolist(), ends)) for key in ends[0]})
-            yield lam, soup
-    else:
-        for file in sorted(run.glob("adapter-*.safetensors")):
-            header = load_adapter(model, file, dims)
-            yield torch.tensor(header["lam"]), model
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. What a policy achieves.
-
-class World:
-    """The embedded world's evaluation prompts with all their responses, ready to measure policies exactly."""
-
-    def __init__(self, dims, tokenizer, device, split="eval"):
-        prompts = toy.prompts(split)
-        self.batches = world_batches(prompts, tokenizer, device)
-        self.scores = torch.stack([toy.scores(x, toy.responses(x)) for x in prompts])                 # (prompts, S, 10)
-        self.columns = [toy.DIMS.index(dim) for dim in dims]
-        problem_scores, _, self.problem = optimum.problems(prompts, dims)
-        self.label_probs = optimum.label_probs(problem_scores)                                         # (Q, m, S, S)
-
-    def reference(self, model):
-        """Measures the base model once; what measure() needs of it."""
-        with adapters_off(model):
-            self.ref = world_logprobs(model, self.batches)
-
-    def measure(self, model, beta):
-        """J (m,), mean scores (m,), KL(π ‖ π_ref) in nats, and the mass on texts that are not the world's.
-
-        Scores and KL are of the policies renormalised to the world's responses.
-        """
-        logps = world_logprobs(model, self.batches)                                                    # (prompts, S)
-        h, J = beta * (logps - self.ref), 0.0
-        for q in self.problem.unique():                                               # few: equal prompts share
-            here = self.problem == q
-            J = J - optimum.dpo_losses(h[here][:, None], self.label_probs[q][None]).sum((0, 1)) / len(h)
-        inside, ref = logps.log_softmax(-1), self.ref.log_softmax(-1)
-        return {"J": J.tolist(), "scores": self.mean_scores(logps).tolist(),
-                "kl": (inside.exp() * (inside - ref)).sum(1).mean().item(),
-                "outside_mass": (1 - logps.exp().sum(1)).mean().item()}
-
-    def mean_scores(self, logps):
-        """E r_i over the world's responses, renormalised to them. logps: (…, prompts, S) -> (…, m)"""
-        return torch.einsum("...xs,xsi->...i", logps.softmax(-1), self.scores[..., self.columns]) / len(self.scores)
-
-
-class PreferenceFiles:
-    """Held-out preference rows: implicit-reward accuracy and −L_DPO of every dimension."""
-
-    def __init__(self, config, model, tokenizer, device):
-        flags = config["flags"]
-        rows, *_ = read_preferences(flags["eval_data"], dims=config["dims"], seed=flags["seed"])
-        rows, cut = tokenize(rows, tokenizer, min(flags["max_length"], model.config.context_length))
-        print("evaluation: {prompts} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut"
-              .format(**cut))
-        B = flags["batch_size"]
-        self.batches = [pack(rows[i:i + B]).to(device) for i in range(0, len(rows), B)]
-
-    @torch.no_grad()
-    def reference(self, model):
-        """Measures the base model once; what measure() needs of it."""
-        with adapters_off(model):
-            self.ref = [batch_logprobs(model, batch) for batch in self.batches]
-
-    @torch.no_grad()
-    def measure(self, model, beta):
-        """J = −L_DPO (m,) and scores: the implicit-reward accuracy (m,) on the rows that have the label."""
-        loss = correct = count = 0.0
-        for batch, ref in zip(self.batches, self.ref):
-            l, c, known = dpo_on_pairs(batch_logprobs(model, batch), ref, batch.pairs, batch.better, beta)
-            loss, correct, count = loss + (l * known).sum(0), correct + (c * known).sum(0), count + known.sum(0)
-        self.labels = count.int().tolist()
-        return {"J": (-loss / count).tolist(), "scores": (correct / count).tolist(), "kl": None, "outside_mass": None}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. The exact front of the embedded world, and the scale that it sets.
-
-def exact_front(dims, aggregate, ideal=None, split="eval"):
+def exact_dpo_front(dims, aggregate, ideal=None, split="eval"):
     """The best that any policy can do on `split`, for this objective and aggregation, on a fine grid of preferences.
 
     Returns dict: lams (N, m), J (N, m), ideal (m,), nadir (m,) (the best and worst J_i on the front of linear
@@ -233,8 +118,7 @@ def exact_front(dims, aggregate, ideal=None, split="eval"):
     (ls) or duality gap (tche) that is left, checked to be 0 but for rounding; and h: a tensor (N, prompts, S), the
     optimal policies as β log π/π_ref.
     """
-    m = len(dims)
-    lams = simplex_lattice(m, {2: 100, 3: 40}.get(m, parts_for(m) * 2))
+    lams = fine_grid(len(dims))
     scores, w, problem = optimum.problems(toy.prompts(split), dims)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                              # small matrices: a second thread costs more than it gives
@@ -244,10 +128,29 @@ def exact_front(dims, aggregate, ideal=None, split="eval"):
         J, h, residual = optimum.tche_front(lams, scores, w, ideal)
     torch.set_num_threads(threads)
     assert residual < 1e-8, f"the exact front is not exact: residual {residual}"
-    front = {"lams": lams.tolist(), "J": J.tolist(), "ideal": best.tolist(), "nadir": worst.tolist(),
-             "residual": residual}
+    return _with_points(lams, J, best, worst) | {"residual": residual, "h": h[:, problem]}
+
+
+def exact_rlhf_front(data, flags):
+    """The same for RLHF, in closed form. data: measure.WorldRewards after reference(); flags: the run's, a dict.
+
+    Returns dict as exact_dpo_front does, without the residual, and logps (N, X, O) in the place of h. Its scale is that
+    of linear scalarisation for every aggregation. PAMA and MGDA know no preference: their runs stand beside LS's front.
+    """
+    lams, beta = fine_grid(data.r.shape[-1]), flags["kl_coeff"]
+    J, logps = optimum.rlhf_front(lams, data.r, data.ref, beta)
+    best, worst = J.amax(0), J.amin(0)
+    if flags["aggregate"] == "tche":
+        J, logps = optimum.rlhf_front(lams, data.r, data.ref, beta, "tche",
+                                      torch.tensor(flags["ideal"], dtype=torch.float64), flags["smooth"])
+    return _with_points(lams, J, best, worst) | {"logps": logps}
+
+
+def _with_points(lams, J, best, worst):
+    front = {"lams": lams.tolist(), "J": J.tolist(), "ideal": best.tolist(), "nadir": worst.tolist()}
     points = normalise(front["J"], front)
-    return front | {"points": points.tolist(), "hypervolume": hypervolume(points, [REFERENCE] * m), "h": h[:, problem]}
+    reference = [REFERENCE["normalised J"]] * len(best)
+    return front | {"points": points.tolist(), "hypervolume": hypervolume(points, reference)}
 
 
 def normalise(J, exact):
@@ -261,8 +164,30 @@ def parts_for(m):
     return {1: 1, 2: 10, 3: 10, 4: 4, 5: 3}.get(m, 2)
 
 
+def fine_grid(m):
+    """The preferences of the exact front: 101 for m = 2, 861 for m = 3."""
+    return simplex_lattice(m, {2: 100, 3: 40}.get(m, parts_for(m) * 2))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Evaluating runs.
+# 3. Evaluating runs.
+
+def measurements(config, model, tokenizer, device):
+    """What a run is measured on: (exact or held-out data, Samples or None), by the script that made it."""
+    flags, dims = config["flags"], config["dims"]
+    if config["script"] == "train_dpo.py":
+        return (World(dims, tokenizer, device) if flags["data"] is None else
+                PreferenceFiles(config, model, tokenizer, device)), None
+    known = config["rewards"]
+    rewards = (world_rewards(dims, known["scale"]) if flags["rewards"] is None else
+               named_rewards(flags["rewards"], known["scale"], model, device))
+    rewards = Rewards(dims, rewards.raw, **known)             # the statistics that the run was trained with, always
+    samples = Samples(config, rewards, model, tokenizer, device)
+    if flags["prompts"] is None and set(dims) <= set(toy.DIMS):                       # the truth is known
+        true = rewards if flags["rewards"] is None else world_rewards(dims, [1.0] * len(dims))
+        return WorldRewards(dims, true, tokenizer, device), samples
+    return samples, None
+
 
 def evaluate(run, device, parts=None, adapters=None, exact=None):
     """Measures one run at every preference of the lattice. Returns what front.json holds.
@@ -271,41 +196,59 @@ def evaluate(run, device, parts=None, adapters=None, exact=None):
     """
     config = read_json(run / "config.json")
     flags, dims = config["flags"], config["dims"]
-    m = len(dims)
+    m, rlhf = len(dims), config["script"] == "train_ppo.py"
+    beta = flags["kl_coeff" if rlhf else "beta"]
     model = Transformer.from_pretrained(config["base"], device=device)
     if fingerprint(model) != config["fingerprint"]:
         raise UserError(f"{config['base']} is not the base model that {run} was trained on")
     tokenizer = load_tokenizer(config["tokenizer"])
-    toy_world = flags["data"] is None
-    data = World(dims, tokenizer, device) if toy_world else PreferenceFiles(config, model, tokenizer, device)
-    data.reference(model)
-    base = data.measure(model, flags["beta"])                                         # no adapter yet: π = π_ref
+    if flags.get("eos_id") is not None:
+        tokenizer = replace(tokenizer, eos_id=flags["eos_id"])
+    data, samples = measurements(config, model, tokenizer, device)
+    measure = lambda policy: (samples.measure(policy, beta) if samples else {}) | data.measure(policy, beta)
+    for each in (data, samples):
+        if each:
+            each.reference(model)
+    base = measure(model)                                                             # no adapter yet: π = π_ref
     lams, results = [], []
     grid = simplex_lattice(m, parts or parts_for(m)).float()
     for lam, policy in tqdm(policies(run, config, model, grid, adapters), desc="front", disable=None):
         lams.append([round(x, 6) for x in lam.tolist()])
-        results.append(data.measure(policy, flags["beta"]))
-    J, scores, kl, outside = ([r[key] for r in results] for key in ("J", "scores", "kl", "outside_mass"))
-    if toy_world:
-        exact = exact or exact_front(dims, flags["aggregate"], flags["ideal"])
-        exact_scores = data.mean_scores(data.ref + exact["h"] / flags["beta"])       # π* ∝ π_ref exp(h/β)
-        points, reference = normalise(J, exact), [REFERENCE] * m
+        results.append(measure(policy))
+    column = {key: [r[key] for r in results] for key in results[0]}                   # key -> one value a preference
+    J, scores = column["J"], column["scores"]
+    if isinstance(data, World):
+        exact = exact or exact_dpo_front(dims, flags["aggregate"], flags["ideal"])
+        exact_scores = data.mean_scores(data.ref + exact["h"] / beta)                 # π* ∝ π_ref exp(h/β)
+    elif isinstance(data, WorldRewards):
+        exact = exact or exact_rlhf_front(data, flags)
+        exact_scores = data.mean_scores(exact["logps"])
+    if exact:
+        points, points_are = normalise(J, exact), "normalised J"
         base["points"] = normalise(base["J"], exact).tolist()
+    elif rlhf:
+        points, points_are = data.rewards.normalise(torch.tensor(scores, dtype=torch.float64)).numpy(), \
+            "normalised mean reward"
+        base["points"] = data.rewards.normalise(torch.tensor(base["scores"], dtype=torch.float64)).tolist()
     else:
-        points, reference = np.array(scores), [0.0] * m
+        points, points_are = np.array(scores), "implicit-reward accuracy"
         base["points"] = None                                 # a policy equal to its reference orders no pair
-    labels = None if toy_world else data.labels
+    reference = [REFERENCE[points_are]] * m
     front = points[nondominated(points)]
     result = {"run": str(run), "dims": dims, "lams": lams, "J": J, "scores": scores, "points": points.tolist(),
-              "points_are": "normalised J" if toy_world else "implicit-reward accuracy",
+              "points_are": points_are,
               "hypervolume": hypervolume(points, reference), "hypervolume_share": None,
               "inner_product": inner_product(lams, points), "sparsity": sparsity(front), "spacing": spacing(front),
               "reference_point": reference, "nondominated": int(nondominated(points).sum()),
-              "kl": kl, "outside_mass": outside,
               "spearman": [spearman([lam[i] for lam in lams], points[:, i]) for i in range(m)],
-              "base": base, "exact": None, "eval_labels": labels, "models": config["models"],
-              **{k: flags[k] for k in ("method", "aggregate", "beta", "steps", "seed")}}
-    if toy_world:
+              "base": base, "exact": None, "eval_labels": getattr(data, "labels", None), "models": config["models"],
+              "script": config["script"], "beta": beta,
+              **{k: flags[k] for k in ("method", "aggregate", "steps", "seed")},
+              **{k: column.get(k) for k in ("kl", "outside_mass", "scores_se", "length", "ended", "collapsed", "told")}}
+    if rlhf:                                                  # the sampled responses, for samples.json and histograms
+        result["samples"] = {"base": {key: base.pop(key) for key in ("raw", "texts")},
+                             **{key: column[key] for key in ("raw", "texts")}}
+    if exact:
         # what the optimum itself would score with these few points, from the lattice's nearest preferences
         nearest = [int(np.abs(np.array(exact["lams"]) - lam).sum(1).argmin()) for lam in lams]
         same = hypervolume(np.array(exact["points"])[nearest], reference) / exact["hypervolume"]
@@ -315,38 +258,45 @@ def evaluate(run, device, parts=None, adapters=None, exact=None):
 
 
 def stored(result):
-    """The result as JSON holds it: without the optimal policies themselves."""
-    exact = result["exact"] and {key: value for key, value in result["exact"].items() if key != "h"}
-    return result | {"exact": exact}
+    """The result as front.json holds it: without the optimal policies themselves and without the samples."""
+    exact = result["exact"] and {key: value for key, value in result["exact"].items() if key not in ("h", "logps")}
+    return {key: value for key, value in result.items() if key != "samples"} | {"exact": exact}
 
 
 def table(results):
     """One line a run; the metrics are those of section 1, on result["points"]."""
     head = (f"{'run':46} {'HV share':>8} {'HV':>7} {'IP':>7} {'sparsity':>8} {'spacing':>7} {'Spearman':>8} "
-            f"{'outside':>7} {'models':>6} {'steps':>6} {'train s':>7}")
+            f"{'outside':>7} {'collapse':>8} {'models':>6} {'steps':>6} {'train s':>7}")
     lines = [head, "-" * len(head)]
     for r in results:
-        share = f"{r['hypervolume_share']:8.4f}" if r["hypervolume_share"] is not None else f"{'-':>8}"
-        outside = f"{max(r['outside_mass']):7.3f}" if r["outside_mass"][0] is not None else f"{'-':>7}"
+        share, outside, collapse = (
+            f"{x:{width}}" if x is not None else f"{'-':>{int(width.split('.')[0])}}" for x, width in
+            ((r["hypervolume_share"], "8.4f"), (max(r["outside_mass"], key=lambda x: x or 0), "7.3f"),
+             (max(r["collapsed"]) if r["collapsed"] else None, "8.3f")))
         lines.append(f"{Path(r['run']).name:46} {share} {r['hypervolume']:7.4f} {r['inner_product']:7.4f} "
-                     f"{r['sparsity']:8.4f} {r['spacing']:7.4f} {min(r['spearman']):8.3f} {outside} "
+                     f"{r['sparsity']:8.4f} {r['spacing']:7.4f} {min(r['spearman']):8.3f} {outside} {collapse} "
                      f"{r['models']:6d} {r['steps']:6d} "
                      f"{read_json(Path(r['run']) / 'timing.json')['train_seconds']:7.0f}")
     return "\n".join(lines)
 
 
 def front_table(r):
-    """One line a preference: λ, J, and the mean scores (world) or accuracies ± standard error (preference files)."""
-    what = "score" if r["exact"] else "acc"
+    """One line a preference: λ, J, the mean scores (± standard error where they are sampled; accuracies for preference
+    files), KL, the mass outside the world or the loss on the prompts' own texts, length and collapse rate."""
+    what = "acc" if r["eval_labels"] else "score"
     head = " ".join([f"{'λ_' + d[:8]:>10}" for d in r["dims"]] + [f"{'J_' + d[:8]:>10}" for d in r["dims"]]
-                    + [f"{what + '_' + d[:8]:>14}" for d in r["dims"]] + ["     KL outside"])
+                    + [f"{what + '_' + d[:8]:>15}" for d in r["dims"]]
+                    + [f"{'KL':>7} {'outside':>7} {'told':>6} {'tokens':>6} {'collapse':>8}"])
     lines = [head, "-" * len(head)]
-    for lam, J, s, kl, o in zip(r["lams"], r["J"], r["scores"], r["kl"], r["outside_mass"]):
-        error = ([""] * len(s) if r["exact"] else
-                 [f" ± {(x * (1 - x) / n) ** 0.5:.3f}" for x, n in zip(s, r["eval_labels"])])
-        lines.append(" ".join([f"{x:10.2f}" for x in lam] + [f"{x:10.4f}" for x in J]
-                              + [f"{f'{x:.3f}{e}':>14}" for x, e in zip(s, error)]
-                              + [f"{x:7.3f}" if x is not None else "      -" for x in (kl, o)]))
+    cell = lambda key, i, form: f"{r[key][i]:{form}}" if r.get(key) and r[key][i] is not None else "-".rjust(
+        int(form.split(".")[0]))
+    for i, (lam, J, scores) in enumerate(zip(r["lams"], r["J"], r["scores"])):
+        error = ([(x * (1 - x) / n) ** 0.5 for x, n in zip(scores, r["eval_labels"])] if r["eval_labels"] else
+                 r["scores_se"][i] if r["scores_se"] and not r["exact"] else None)
+        shown = [f"{x:.3f}" + (f" ± {error[j]:.3f}" if error else "") for j, x in enumerate(scores)]
+        lines.append(" ".join([f"{x:10.2f}" for x in lam] + [f"{x:10.4f}" for x in J] + [f"{x:>15}" for x in shown]
+                              + [cell("kl", i, "7.3f"), cell("outside_mass", i, "7.3f"), cell("told", i, "6.3f"),
+                                 cell("length", i, "6.1f"), cell("collapsed", i, "8.3f")]))
     return "\n".join(lines)
 
 
@@ -378,14 +328,19 @@ def main(flags):
         config = read_json(run / "config.json")
         if not (run / "timing.json").exists():
             raise UserError(f"{run}: the training has not ended; run its command again to resume it")
-        key = (*config["dims"], config["flags"]["aggregate"], str(config["flags"]["ideal"]))
+        # runs that share all of this share their exact front
+        key = str([config[k] for k in ("script", "base", "dims")]
+                  + [config["flags"].get(k) for k in ("aggregate", "ideal", "smooth", "kl_coeff")])
         r = evaluate(run, device, flags.parts, exact=fronts.get(key))
         fronts[key] = r["exact"]
-        if results and (r["points_are"], r["beta"]) != (results[0]["points_are"], results[0]["beta"]):
+        if results and any(r[k] != results[0][k] for k in ("script", "points_are", "beta")):
             raise UserError(f"{run} and {runs[0]} were measured on other data or with another beta: not comparable")
         if results and r["dims"] != results[0]["dims"]:
             raise UserError(f"{run} has the dimensions {' '.join(r['dims'])}, {runs[0]} has "
                             f"{' '.join(results[0]['dims'])}: their fronts lie in different spaces")
+        if "samples" in r:
+            write_json(run / "samples.json", {"lams": r["lams"], "dims": r["dims"], **r["samples"]})
+            draw_histograms(r, run / "histograms.png")
         write_json(run / "front.json", stored(r))
         draw_fronts([r], run / "front.png")
         results.append(r)

@@ -29,3 +29,28 @@ class Critic(nn.Module):
         """hidden (N, D), lam (N, m), one row a state -> values (N, n) fp32. No gradient reaches the hidden states."""
         h = self.norm(hidden.detach().float())
         return self.outer(F.gelu(self.inner(torch.cat([h, lam], dim=-1))))
+
+
+class RewardModel(nn.Module):
+    """r_i(x, y) of m dimensions at once: a frozen language model with an SVD-LoRA adapter (m = 0), which all dimensions
+    share, and one fp32 Linear without bias: only differences of rewards are trained, so a constant would never move.
+
+    It reads the hidden state of the last token of prompt and response: EOS where the response came to its end. The head
+    starts at 0, so the first Bradley-Terry loss is ln 2.
+    """
+
+    def __init__(self, backbone, m):
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.config.d_model, m, bias=False, device=backbone.embed.weight.device)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, tokens, last, positions=None, mask=None):
+        """tokens (B, T), last (R,): the indices b·T + t of the last tokens -> rewards (R, m) fp32.
+
+        Right-padded sequences need no mask, since nothing looks ahead: last = arange(B)·T + lengths − 1. positions and
+        mask are those of Transformer.forward, for token trees (data/trees.py) with several last tokens in a row.
+        """
+        hidden = self.backbone(tokens, positions, mask, return_hidden=True)                    # (B, T, D)
+        # index_select and not [ ]: its backward adds in a fixed order, so that runs repeat bit for bit
+        return self.head(hidden.flatten(0, 1).index_select(0, last).float())                   # (R, D) -> (R, m)

@@ -64,7 +64,7 @@ def dpo_on_pairs(pi, ref, pairs, better, beta):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# RLHF. B: sampled responses   L: tokens of the longest one, shorter ones padded on the right   mask: (B, L), 1 on tokens
+# RLHF. B: sampled responses   L: tokens of the longest one, shorter ones padded on the right   mask: (B, L), 1: token
 
 def bradley_terry_loss(chosen, rejected):
     """−log σ(r(x, y_w) − r(x, y_l)), the Bradley-Terry likelihood: what a reward model is trained with (Sec. 3.1).

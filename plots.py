@@ -12,7 +12,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen: no window is needed)
 
 STYLE = {"panacea": ("#0072B2", "o", "Panacea: one model, every preference"), "rs": ("#D55E00", "s", "Rewarded soups"),
-         "dps": ("#009E73", "^", "Discrete policy solutions")}
+         "dps": ("#009E73", "^", "Discrete policy solutions"),
+         "pama": ("#E69F00", "D", "PAMA: one policy, no preference"),
+         "mgda": ("#56B4E9", "v", "MGDA: one policy, no preference")}
 
 
 def draw_fronts(results, path):
@@ -24,8 +26,9 @@ def draw_fronts(results, path):
 
 def _label(r, results):
     """Colour, marker and legend text of one run among `results`; a result may bring its own "label"."""
-    color, marker, text = STYLE[r["method"]]
-    twins = [o for o in results if o["method"] == r["method"]]
+    kind = lambda o: o["aggregate"] if o["aggregate"] in STYLE else o["method"]
+    color, marker, text = STYLE[kind(r)]
+    twins = [o for o in results if kind(o) == kind(r)]
     if len(twins) > 1:                                                                # several runs of one method
         color = matplotlib.colormaps["viridis"](0.9 * twins.index(r) / (len(twins) - 1))
         text = r.get("label", f"{text} ({r['aggregate'].upper()}, seed {r['seed']})")
@@ -34,33 +37,35 @@ def _label(r, results):
 
 
 def _picture_2d(results, dims):
-    world = results[0]["exact"] is not None
+    first = results[0]
+    world, sampled = first["exact"] is not None, first["points_are"] == "normalised mean reward"
+    goal = "J = E r − β KL" if first["script"] == "train_ppo.py" else "−DPO loss"
+    left = ("Objectives: 1 is the best that any policy can do, 0 the worst on the exact front" if world else
+            "Mean rewards of sampled responses, ± standard error" if sampled else
+            "Held-out accuracy of the implicit reward")
+    key, right = (("scores", "What the model says: mean score of its responses") if world else
+                  ("J", f"Held-out objective, {goal}"))
     fig, axes = plt.subplots(1, 2, figsize=(13, 5.8), layout="constrained")
-    panels = [(axes[0], "points",
-               "Objectives: 1 is the best that any policy can do, 0 the worst on the exact front" if world else
-               "Held-out accuracy of the implicit reward"),
-              (axes[1], "scores" if world else "J",
-               "What the model says: mean score of its responses" if world else "Held-out objective, −DPO loss")]
-    for ax, key, title in panels:
-        if world and key == "points":
-            exact = np.array(results[0]["exact"]["points"])
-            ax.plot(exact[:, 0], exact[:, 1], color="0.25", lw=1.5,
-                    label="Exact front: the optimum over all policies", zorder=1)
-        if world and key == "scores":                                                 # of the same optimal policies
-            ax.plot(*np.array(results[0]["exact"]["scores"]).T, color="0.25", lw=1.5, zorder=1)
+    for ax, key, title in ((axes[0], "scores" if sampled else "points", left), (axes[1], key, right)):
+        if world:                                             # on the right: the scores of the same optimal policies
+            ax.plot(*np.array(first["exact"][key]).T, color="0.25", lw=1.5, zorder=1,
+                    label="Exact front: the optimum over all policies")
         for j, r in enumerate(results):
             color, marker, text = _label(r, results)
             P = np.array(r[key])
+            if key == "scores" and not world:
+                error = np.array(r["scores_se"])
+                ax.errorbar(P[:, 0], P[:, 1], error[:, 1], error[:, 0], color=color, lw=0.8, alpha=0.5, zorder=1)
             ax.plot(P[:, 0], P[:, 1], color=color, marker=marker, ms=6, lw=1, alpha=0.9, label=text, zorder=2 + j)
-            if j == 0:                                                                # λ along the first run's curve
+            if j == 0 and len(P) > 1:                                                 # λ along the first run's curve
                 for lam, p in zip(r["lams"], P):
                     ax.annotate(f"{lam[0]:.1f}", p, xytext=(7, 5), textcoords="offset points", fontsize=8, color=color)
-        base = results[0]["base"]
-        if base[key] is not None:
-            ax.plot(*base[key], marker="*", ms=15, color="#CC79A7", ls="",
+        if first["base"][key] is not None:
+            ax.plot(*first["base"][key], marker="*", ms=15, color="#CC79A7", ls="",
                     label="Base model, before alignment", zorder=9)
-        unit = {"points": "normalised −DPO loss" if world else "share of pairs ordered as labelled",
-                "scores": "Bradley-Terry score", "J": "−DPO loss"}[key]
+        unit = {"points": f"normalised {goal}" if world else "share of pairs ordered as labelled",
+                "scores": "reward" if sampled else "Bradley-Terry score",
+                "J": "normalised reward − β KL" if sampled else goal}[key]
         ax.set_xlabel(f"{dims[0]}  ({unit}; right is better)")
         ax.set_ylabel(f"{dims[1]}  ({unit}; up is better)")
         ax.set_title(title, fontsize=11)
@@ -103,6 +108,37 @@ def _picture_pairs(results, dims):
                  + ", ".join(f"{c} = all weight on {d}" for c, d in zip(("red", "green", "blue"), dims))
                  + "; mixtures between", fontsize=11)
     return fig
+
+
+def draw_histograms(result, path):
+    """Fig. 3: the rewards of sampled responses before alignment and under a few preferences, a column a dimension.
+
+    result: with "samples", {"raw": (N, responses, m), "base": {"raw": (responses, m)}}, raw rewards.
+    """
+    dims, lams, raw = result["dims"], np.array(result["lams"]), np.array(result["samples"]["raw"])
+    before = np.array(result["samples"]["base"]["raw"])
+    order = np.argsort(-lams[:, 0], kind="stable")
+    shown = order[np.unique(np.linspace(0, len(order) - 1, min(5, len(order))).round().astype(int))]
+    fig, axes = plt.subplots(len(shown), len(dims), figsize=(4.6 * len(dims), 1.5 * len(shown) + 1),
+                             layout="constrained", squeeze=False, sharex="col", sharey="col")
+    for column, dim in enumerate(dims):
+        low, high = (f(min(raw[..., column].min(), before[:, column].min()), max(raw[..., column].max(),
+                                                                                 before[:, column].max()))
+                     for f in (min, max))
+        bins = np.linspace(low, high + 1e-9, 25)
+        for row, i in enumerate(shown):
+            ax, share = axes[row, column], lambda x: np.full(len(x), 1 / len(x))
+            ax.hist(before[:, column], bins, weights=share(before), color="0.75", label="base model, before")
+            ax.hist(raw[i, :, column], bins, weights=share(raw[i]), histtype="step", lw=1.8, color="#0072B2",
+                    label="after")
+            ax.axvline(before[:, column].mean(), color="0.45", lw=1, ls=":")
+            ax.axvline(raw[i, :, column].mean(), color="#0072B2", lw=1, ls="--")
+            if column == 0:
+                ax.set_ylabel("λ = (" + ", ".join(f"{x:.2g}" for x in lams[i]) + ")", fontsize=9)
+        axes[-1, column].set_xlabel(f"reward: {dim}")
+    axes[0, 0].legend(fontsize=8, loc="upper left")
+    fig.suptitle("Rewards of sampled responses (share of them; dashed and dotted: means)", fontsize=11)
+    _save(fig, path)
 
 
 def draw_evolution(steps, results, path):

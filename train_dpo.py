@@ -13,16 +13,16 @@ off; its log-probs are computed once. A killed run continues from its last check
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 import eval_front
-from aggregate import linear_scalarization, sample_preference, simplex_lattice, tchebycheff
-from common import (Log, UserError, epoch_batch, flag, generator_for, learning_rate, load_state, pick_device, read_json,
-                    read_state_header, run_main, save_state, truncate_log, versions, write_json)
+from aggregate import linear_scalarization, models_of, sample_preference, tchebycheff
+from common import (Log, UserError, epoch_batch, flag, generator_for, learning_rate, load_state, pick_device,
+                    prepare_run, run_main, run_name, save_state, versions, write_json)
 from data import toy
 from data.preferences import read_preferences
 from data.tokenizers import load_tokenizer, tokenize
@@ -31,7 +31,7 @@ from model import Transformer
 from objectives import dpo_on_pairs
 from svd_lora import (adapters_off, fingerprint, inject_svd_lora, orthogonality_penalty, parameter_groups, save_adapter,
                       set_preference)
-from train_sft import base_model
+from train_sft import find_base
 
 
 @dataclass
@@ -114,12 +114,10 @@ def main(flags):
     print("data: {} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut"
           .format(len(rows), **cut))
 
-    out = Path(flags.out or run_name(given, dims))
-    # One adapter for Panacea; for rs one a dimension, for dps one a preference, each with a fixed λ and rank k + 1
-    members = {"panacea": lambda: [("adapter", None)],
-               "rs": lambda: [(f"adapter-{dim}", lam) for dim, lam in zip(dims, torch.eye(m))],
-               "dps": lambda: [(f"adapter-{i:03d}", lam) for i, lam in
-                               enumerate(simplex_lattice(m, flags.dps_parts).float())]}[flags.method]()
+    files = [Path(f).stem for f in flags.data or []]
+    out = Path(flags.out or run_name(["dpo", *files, flags.method, flags.aggregate, *dims, f"seed{flags.seed}"], given,
+                                     {"method", "aggregate", "data", "eval_data"}))
+    members = models_of(flags.method, dims, flags.dps_parts)
     if flags.steps < len(members):
         raise UserError(f"--steps {flags.steps} are shared by {len(members)} models of method {flags.method}")
     config = {"script": "train_dpo.py", "models": len(members), "flags": asdict(flags), "dims": list(dims),
@@ -178,23 +176,9 @@ def check(flags):
         raise UserError("--data needs --eval_data (or --no-eval)")
 
 
-def run_name(flags, dims):
-    """out/dpo-<data>-<method>-<aggregate>-<dims>-seed<n>, and every other flag that is not at its default."""
-    named = {"method", "aggregate", "dims", "pref_dim", "seed", "data", "eval_data", "out", "device", "log_every",
-             "save_every", "snapshots", "eval"}
-    files = [Path(f).stem for f in flags.data or []]
-    parts = ["dpo", *files, flags.method, flags.aggregate, *dims, f"seed{flags.seed}"]
-    for f in fields(flags):
-        value, default = getattr(flags, f.name), f.default
-        if f.name not in named and value != default:
-            parts.append(f"{f.name}{Path(value).name if isinstance(value, str) else value}")
-    return "out/" + "-".join(parts).replace(" ", "")
-
-
 def prepare_data(flags, device):
     """The data rows, the dimensions, the base model's directory and its tokenizer's name."""
-    base = flags.init or str(base_model(flags.size or ("125m" if device.type == "cuda" else "tiny"), 0, flags.device))
-    tokenizer = flags.tokenizer or (flags.init if flags.init and not (Path(base) / "base.json").exists() else "toy")
+    base, tokenizer = find_base(flags.init, flags.size, flags.tokenizer, device)
     if flags.data is not None:
         rows, dims, dropped = read_preferences(flags.data, flags.dims, flags.pref_dim, flags.seed)
         if flags.eval:
@@ -202,41 +186,9 @@ def prepare_data(flags, device):
         print(f"{' '.join(flags.data)}: {len(rows)} rows with a label for {', '.join(dims)}; "
               f"{dropped} without were dropped")
         return rows, dims, base, tokenizer
-    if flags.dims is None and not 1 <= flags.pref_dim <= len(toy.DIMS):
-        raise UserError(f"--pref_dim {flags.pref_dim}: the embedded world has {len(toy.DIMS)} dimensions")
-    dims = flags.dims or list(toy.DIMS[:flags.pref_dim])
-    if len(set(dims)) < len(dims) or not set(dims) <= set(toy.DIMS):
-        raise UserError(f"--dims {' '.join(dims)}: choose each once among {' '.join(toy.DIMS)}")
+    dims = toy.choose_dims(flags.dims, flags.pref_dim)
     rows = toy.sample_pairs("train", dims, flags.rows, flags.responses, generator_for(flags.seed, "pairs"))
     return rows, dims, base, tokenizer
-
-
-def prepare_run(out, config):
-    """Makes the run directory. Returns the header of the state to resume from, or None for a fresh start.
-
-    Raises UserError for a directory that holds something else than a run of this script.
-    """
-    if out.exists() and any(out.iterdir()) and not ((out / "config.json").exists() and
-                                                    read_json(out / "config.json").get("script") == config["script"]):
-        raise UserError(f"{out} exists and holds no run of {config['script']}: choose another --out, or empty it")
-    state = read_state_header(out / "state.safetensors")
-    if state is not None:
-        before = read_json(out / "config.json")
-        changed = [k for k, v in config["flags"].items()
-                   if before["flags"].get(k) != v and k not in ("log_every", "eval", "out", "device")]
-        if changed or before["fingerprint"] != config["fingerprint"]:
-            print(f"{out} holds an unfinished run with other {', '.join(changed) or 'base weights'}: starting afresh")
-            (out / "state.safetensors").unlink()
-            state = None
-    if state is None:
-        for old in [*out.glob("*.json*"), *out.glob("*.safetensors"), *out.glob("*.png"), *out.glob("snapshots/*")]:
-            old.unlink()                                               # what an earlier run left: nothing is mixed
-    else:
-        at = state["member"], state["step"]
-        truncate_log(out / "metrics.jsonl", lambda record: (record["member"], record["step"]) <= at)
-        print(f"{out}: continuing after step {state['step']} of model {state['member'] + 1}")
-    write_json(out / "config.json", config)
-    return state
 
 
 def train(model, path, fixed_lam, rows, reference, dims, flags, steps, member, resume, device):

@@ -15,7 +15,7 @@ from common import (UserError, Log, epoch_batch, flag, generator_for, learning_r
 from data import toy
 from data.tokenizers import load_tokenizer, tokenize
 from data.trees import batch_logprobs, pack
-from eval_front import world_batches, world_logprobs
+from measure import world_batches, world_logprobs
 from model import SIZES, Transformer
 from objectives import sft_loss
 
@@ -104,6 +104,15 @@ def base_model(size, seed, device):
         print(f"no base model in {out} yet: training it (once)")
         return main(Flags(size=size, seed=seed, device=device))
     return out
+
+
+def find_base(init, size, tokenizer, device):
+    """The base model's directory and its tokenizer's name, from the flags --init, --size and --tokenizer.
+
+    Without --init it is the embedded world's base model: 125m on a GPU, else tiny.
+    """
+    base = init or str(base_model(size or ("125m" if device.type == "cuda" else "tiny"), 0, str(device)))
+    return base, tokenizer or ("toy" if (Path(base) / "base.json").exists() else base)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""optimum.py - the exact Pareto front of DPO on the embedded world: Newton's method on tabular policies, in float64.
+"""optimum.py - the exact Pareto fronts of the embedded world: tabular policies, in float64. For DPO by Newton's method,
+for RLHF in closed form.
 
 Over all stochastic policies (Panacea's Assumption 4.1) a policy may put any probability on any response, so the only
 unknowns of a prompt are  h_a = beta * log pi(a)/pi_ref(a)  for its S responses, up to a constant. With every pair of
@@ -16,7 +17,7 @@ import itertools
 
 import torch
 
-from aggregate import simplex_lattice
+from aggregate import scalar_reward, simplex_lattice
 from data import toy
 
 
@@ -157,3 +158,34 @@ def _quadratic_on_simplex(b, A):
                 best, best_value = y.clamp(min=0) / y.clamp(min=0).sum(), value
     return best
 
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RLHF. All texts that are not the world's are one more outcome: they share one reward, so the optimum treats them
+# alike, and nothing is lost. X: prompts   O = S + 1 outcomes, the last one "any other text".
+
+def with_outside(logps):
+    """Adds the log-probability of "any other text": (…, S) -> (…, O), natural logs."""
+    rest = (1 - logps.exp().sum(-1, keepdim=True)).clamp(min=1e-12)
+    return torch.cat([logps, rest.log()], dim=-1)
+
+
+def rlhf_objectives(logps, ref, rewards, beta):
+    """J_i = E r_i − β KL(π ‖ π_ref), Eq. (1), for every dimension, exactly; means over prompts.
+
+    logps: (…, X, O)   ref: (X, O)   rewards: (X, O, m)  ->  J (…, m), KL (…) in nats. The KL is of the O outcomes: of
+    what a policy changes among other texts it sees nothing, so it is at most the whole one.
+    """
+    p = logps.exp()
+    kl = (p * (logps - ref)).sum(-1).mean(-1)                                         # (…,)
+    return torch.einsum("...xo,xom->...m", p, rewards) / len(ref) - beta * kl[..., None], kl
+
+
+def rlhf_front(lams, rewards, ref, beta, aggregate="ls", ideal=None, smooth=0.0):
+    """The optimum of Eq. (12) or (13) over all policies, in closed form: π* ∝ π_ref exp(R_λ / β), R_λ = scalar_reward.
+
+    lams: (N, m)   rewards: (X, O, m)   ref: (X, O) log π_ref  ->  J (N, m), log π* (N, X, O)
+    """
+    R = scalar_reward(rewards, lams.double()[:, None, None], aggregate, ideal, smooth)   # (N, X, O)
+    logps = (ref + R / beta).log_softmax(-1)
+    return rlhf_objectives(logps, ref, rewards, beta)[0], logps

@@ -96,6 +96,12 @@ def tokenize(rows, tokenizer, max_length, max_prompt=None):
     return token_rows, counts
 
 
+def spoken(responses, tokenizer):
+    """Sampled token lists -> their texts, without EOS, and for each whether it ended by itself (in EOS)."""
+    finished = [y[-1] == tokenizer.eos_id for y in responses]
+    return [tokenizer.decode(y[:-1] if end else y) for y, end in zip(responses, finished)], finished
+
+
 def _encode(tokenizer, text, continues=False):
     """ids of text. `continues`: it follows a prompt, so SentencePiece's own space stands for the text's first one."""
     if continues and tokenizer.prefix_space:

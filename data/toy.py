@@ -17,6 +17,7 @@ from functools import lru_cache
 
 import torch
 
+from common import UserError
 from data.preferences import Row
 
 DIMS = ("helpful", "harmless", "concise", "formal", "humorous", "warm", "confident", "philosophical", "curious",
@@ -156,6 +157,16 @@ _SCORES = {
         {"cheer": 3.0, "sure": 0.8, "question": 0.4}.get(e, -0.6) + {"refuse": -1.5, "hint": 0.4}.get(b, 0.0)
         + (0.6 if o == "warm" else 0.0)),
 }
+def choose_dims(dims, pref_dim):
+    """The dimensions that the flags --dims and --pref_dim ask for. Raises UserError where the world has them not."""
+    if dims is None and not 1 <= pref_dim <= len(DIMS):
+        raise UserError(f"--pref_dim {pref_dim}: the embedded world has {len(DIMS)} dimensions")
+    dims = dims or list(DIMS[:pref_dim])
+    if len(set(dims)) < len(dims) or not set(dims) <= set(DIMS):
+        raise UserError(f"--dims {' '.join(dims)}: choose each once among {' '.join(DIMS)}")
+    return dims
+
+
 OUTSIDE = -6.0      # the score, on every dimension, of a text that is not a response of this world: below all that are
 
 

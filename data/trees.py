@@ -33,6 +33,22 @@ class TreeBatch:
         """The same batch on another device."""
         return TreeBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 
+    @property
+    def rows(self):
+        """The row of each predicted token. (N,)"""
+        return self.parents // self.tokens.shape[1]
+
+    @property
+    def on_path(self):
+        """1 where a response has a token, 0 on its padding on the right. (R, L) fp32"""
+        return (self.paths < len(self.targets)).float()
+
+    def along(self, x):
+        """What belongs to predicted tokens, (N,) or (N, n), laid out by responses: (R, L) or (R, L, n); 0: padding."""
+        padded = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
+        # not padded[paths]: its backward adds in a free order, and equal runs would differ in the last bits
+        return padded.index_select(0, self.paths.flatten()).view(*self.paths.shape, *x.shape[1:])
+
 
 def pack(rows):
     """Packs TokenRows (data.tokenizers) into one TreeBatch. Every prompt has at least one token."""
@@ -89,9 +105,20 @@ def _tree(prompt, responses):
     return nodes, parent, edges, paths
 
 
-def batch_logprobs(model, batch):
-    """log π(y|x) of every response of a TreeBatch: (R,) fp32."""
+def predicting_states(model, batch):
+    """The hidden states that predict the N tokens of a TreeBatch: (N, D)."""
     hidden = model(batch.tokens, batch.positions, batch.mask, return_hidden=True)     # (B, T, D)
     # index_select and not [ ]: its backward adds in a fixed order, so that runs repeat bit for bit
-    hidden = hidden.flatten(0, 1).index_select(0, batch.parents)                      # (B·T, D) -> (N, D)
-    return response_logprobs(token_logprobs(hidden, model.head_weight, batch.targets), batch.paths)
+    return hidden.flatten(0, 1).index_select(0, batch.parents)                        # (B·T, D) -> (N, D)
+
+
+def path_logprobs(model, batch, states=None):
+    """log π(y_t | x, y_<t) of every response's every token: (R, L) fp32, 0 on padding. states: (N, D), if at hand."""
+    states = predicting_states(model, batch) if states is None else states
+    return batch.along(token_logprobs(states, model.head_weight, batch.targets))
+
+
+def batch_logprobs(model, batch):
+    """log π(y|x) of every response of a TreeBatch: (R,) fp32."""
+    return response_logprobs(token_logprobs(predicting_states(model, batch), model.head_weight, batch.targets),
+                             batch.paths)
