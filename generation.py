@@ -46,8 +46,8 @@ class _LayerCache:
     def attend(self, q, k, v, bias):
         """One token a row, q (B, H, 1, C), over all slots: k and v (B, K, 1, C) go into cache.slot; bias (B, 1, 1, S)
         is 0 where a slot is seen, else -inf. Returns (B, H, 1, C)."""
-        # Not F.scaled_dot_product_attention: for a single query it is 1-6 times slower on a CPU, most in bf16. The H / K
-        # query heads that share keys are the rows of one matrix, so that grouped queries need no copies of the keys.
+        # Not F.scaled_dot_product_attention: for a single query it is slower on a CPU, by far in bf16. The H / K query
+        # heads that share keys are the rows of one matrix, so that grouped queries need no copies of the keys.
         keys, values = self.cache.k[self.i], self.cache.v[self.i]                     # (B, K, S, C)
         keys.index_copy_(2, self.cache.slot, k)
         values.index_copy_(2, self.cache.slot, v)
@@ -249,7 +249,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
             left = len(done) - int(done.sum())
             if left == 0:
                 break
-            if on_cpu and 2 * left <= len(done):              # when half have ended: all the copies cost about one cache
+            if on_cpu and 2 * left <= len(done):                  # half have ended: all copies cost about one cache
                 going = (~done).nonzero()[:, 0]
                 decoder.keep(going)
                 token, rows, done = token[going], rows[going], done[going]

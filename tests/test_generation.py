@@ -61,7 +61,8 @@ def test_golden_generation(name, monkeypatch):
     model = Transformer.from_pretrained(HF / name, dtype=torch.float32)
     expected = {k: torch.from_numpy(v) for k, v in np.load(HF / name / "expected.npz").items()}
     eos = torch.arange(model.config.vocab_size) == 2
-    monkeypatch.setattr(generation, "sample_token", lambda x, *a, **kw: sample_token(x.masked_fill(eos, -1e9), *a, **kw))
+    monkeypatch.setattr(generation, "sample_token",
+                        lambda logits, *args, **kw: sample_token(logits.masked_fill(eos, -1e9), *args, **kw))
     prompts = [row[real].tolist() for row, real in zip(expected["prompt"], expected["prompt_mask"].bool())]
     assert len(prompts[0]) != len(prompts[1])
     assert generate(model, prompts, 32, temperature=0) == expected["greedy"].tolist()
@@ -78,7 +79,7 @@ def test_generation_equals_recomputation(family, talker):
 
 
 @families
-@pytest.mark.parametrize("new", [8, 20])                    # without and with repacked weights (PACK_STEPS lies between)
+@pytest.mark.parametrize("new", [8, 20])                    # without and with repacked weights: PACK_STEPS is 16
 def test_every_row_has_its_own_preference(family, new, talker):
     """Wrong: the first row's λ for all rows, the adapter left out, λ not cut down with the rows."""
     model = talker(family, adapter=True)
@@ -265,7 +266,7 @@ def test_private_operators_may_be_missing(monkeypatch, close):
 
 def test_small_weights_and_short_calls_are_not_packed(tiny):
     model = Transformer(replace(SIZES["tiny"], n_layer=1))
-    packed = lambda new: [m.packed for m in Decoder(model, PROMPTS, new, False).model.modules() if type(m) is FastLinear]
+    packed = lambda n: [m.packed for m in Decoder(model, PROMPTS, n, False).model.modules() if type(m) is FastLinear]
     assert not any(packed(generation.PACK_STEPS - 1))
     if torch.backends.mkldnn.is_available():
         assert packed(generation.PACK_STEPS) == [False] * 4 + [True] * 2              # q, k, v, o; up, down
@@ -292,7 +293,8 @@ def chi_square(tokens, p):
     """Pearson's statistic over the tokens expected at least 5 times, and its number of degrees of freedom."""
     expected = p * len(tokens)
     often = expected >= 5
-    return (((tokens.bincount(minlength=len(p)) - expected).square() / expected)[often]).sum().item(), often.sum().item()
+    terms = (tokens.bincount(minlength=len(p)) - expected).square() / expected
+    return terms[often].sum().item(), often.sum().item()
 
 
 @families
