@@ -62,7 +62,7 @@ class _LayerCache:
 def _can_pack(weight):
     """Whether oneDNN's packed product can take this weight. The operators are torch's own but private, so their absence
     is no error: F.linear computes the same."""
-    return (weight.numel() >= PACK_FROM and torch.backends.mkldnn.is_available()
+    return (weight.device.type == "cpu" and weight.numel() >= PACK_FROM and torch.backends.mkldnn.is_available()
             and hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
             and (weight.dtype == torch.float32 or
                  weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
@@ -112,10 +112,9 @@ def fast_copy(module, pack):
 class Decoder:
     """The state of one generate() call. prefill() and step() give the logits (B, V) of the next token of every row."""
 
-    def __init__(self, model, prompts, max_new_tokens, graph):
+    def __init__(self, model, prompts, max_new_tokens, graph=False, pack=False):
         device, dtype = model.embed.weight.device, model.embed.weight.dtype
         B, longest = len(prompts), max(map(len, prompts))
-        pack = device.type == "cpu" and max_new_tokens >= PACK_STEPS
         self.model = copy.copy(model)
         self.model._modules = model._modules | {"blocks": fast_copy(model.blocks, pack)}
         self.head = FastLinear(model.head_weight, pack=pack)
@@ -166,15 +165,17 @@ class Decoder:
     def _capture(self):
         """Records _step once. It may run before that (it writes its slot again, nothing else), and must: libraries
         allocate and choose algorithms on their first call, which cannot be recorded."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self._step()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self._step()
+        with torch.cuda.device(self.token.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    self._step()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.logits = self._step()
+        self.graph = graph
 
     def keep(self, rows):
         """Drops all rows but these, (n,) indices."""
@@ -213,11 +214,14 @@ def sample_token(logits, temperature, top_p, generator=None, uniform=None):
 
 
 @torch.inference_mode()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, generator=None, graph=None):
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, generator=None, graph=None,
+             pack=None):
     """Continues every prompt until EOS or max_new_tokens. temperature 0 is greedy.
 
     prompts: list of token lists, of any lengths >= 1; a row's logits do not depend on the others. eos_id: default the
-    config's; -1 never stops. generator: on any device. graph: replay the decode step as a CUDA graph (None: on CUDA).
+    config's; -1 never stops. generator: on any device; the same seed gives the same tokens.
+    graph: replay the decode step as a CUDA graph (None: on CUDA). pack: repack the weights for this call, which takes
+    their memory once more until it ends (None: on a CPU, where max_new_tokens makes it worth while).
     Returns a list of token lists, the new tokens alone; one that ends in EOS stopped by itself.
     """
     config, device = model.config, model.embed.weight.device
@@ -233,7 +237,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
         seed = torch.randint(2 ** 62, (), generator=generator, device=generator.device).item()
         generator = torch.Generator(device).manual_seed(seed)
     on_cpu, B = device.type == "cpu", len(prompts)
-    decoder = Decoder(model, prompts, max_new_tokens, device.type == "cuda" if graph is None else graph)
+    graph = device.type == "cuda" if graph is None else graph
+    pack = on_cpu and max_new_tokens >= PACK_STEPS if pack is None else pack
+    decoder = Decoder(model, prompts, max_new_tokens, graph, pack)
     logits, rows = decoder.prefill(), torch.arange(B, device=device)                  # rows: those still in the batch
     out = torch.zeros(B, max_new_tokens, dtype=torch.int64, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)

@@ -117,7 +117,7 @@ def copy_bandwidth(device):
 @torch.inference_mode()
 def decode_step(model, prompts, new, device):
     """(median seconds of a greedy decode step with all rows in it, bytes of weights, bytes of cache it must read)."""
-    decoder, seconds = Decoder(model, prompts, new, graph=device.type == "cuda"), []
+    decoder, seconds = Decoder(model, prompts, new, device.type == "cuda", device.type == "cpu"), []
     token = decoder.prefill().argmax(-1)
     for _ in range(new - 1):
         start = time.perf_counter()

@@ -79,24 +79,24 @@ def test_generation_equals_recomputation(family, talker):
 
 
 @families
-@pytest.mark.parametrize("new", [8, 20])                    # without and with repacked weights: PACK_STEPS is 16
-def test_every_row_has_its_own_preference(family, new, talker):
+@pytest.mark.parametrize("pack", [False, True])
+def test_every_row_has_its_own_preference(family, pack, talker):
     """Wrong: the first row's λ for all rows, the adapter left out, λ not cut down with the rows."""
     model = talker(family, adapter=True)
     alone = []
     for prompt, lam in zip(PROMPTS, LAM):
         set_preference(model, lam)
-        alone.append(naive(model, prompt, new))
-        assert generate(model, [prompt], new, temperature=0) == alone[-1:]                            # d is (r,)
+        alone.append(naive(model, prompt, 12))
+        assert generate(model, [prompt], 12, temperature=0, pack=pack) == alone[-1:]          # d is (r,)
     set_preference(model, LAM)
-    assert generate(model, PROMPTS, new, temperature=0) == alone                                      # d is (B, 1, r)
+    assert generate(model, PROMPTS, 12, temperature=0, pack=pack) == alone               # d is (B, 1, r)
     for eos in set(sum(alone, [])):                                                   # rows end early in various orders
-        assert generate(model, PROMPTS, new, temperature=0, eos_id=eos) == [cut(row, eos) for row in alone]
+        assert generate(model, PROMPTS, 12, temperature=0, pack=pack, eos_id=eos) == [cut(row, eos) for row in alone]
     set_preference(model, LAM.flip(0))
-    assert generate(model, PROMPTS, new, temperature=0) != alone
+    assert generate(model, PROMPTS, 12, temperature=0, pack=pack) != alone
     with adapters_off(model):
-        base = generate(model, PROMPTS, new, temperature=0)
-        assert base == [naive(model, prompt, new) for prompt in PROMPTS] != alone
+        base = generate(model, PROMPTS, 12, temperature=0, pack=pack)
+        assert base == [naive(model, prompt, 12) for prompt in PROMPTS] != alone
 
 
 def test_a_preference_must_be_set(talker):
@@ -187,13 +187,14 @@ def forced(model, decoder, tokens):
 
 
 @families
-@pytest.mark.parametrize("new", [8, 20])
+@pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_the_decode_step_equals_a_forward(family, new, dtype, tolerance, tiny, close):
+def test_the_decode_step_equals_a_forward(family, pack, dtype, tolerance, tiny, close, monkeypatch):
     """All slots under a mask, against a plain forward of each row alone."""
+    monkeypatch.setattr(generation, "PACK_FROM", 0)                                   # these weights are small
     model = tiny(family, dtype=dtype)
-    tokens = torch.randint(61, (4, new), generator=seeded(0))
-    ours, theirs = forced(model, Decoder(model, PROMPTS, new, graph=False), tokens)
+    tokens = torch.randint(61, (4, 20), generator=seeded(0))
+    ours, theirs = forced(model, Decoder(model, PROMPTS, 20, pack=pack), tokens)
     assert close(ours.float(), theirs.float(), tolerance)
     assert not close(ours[:, 1:].float(), theirs[:, :-1].float(), 0.3)                # wrong: one position behind
 
@@ -218,7 +219,7 @@ def test_the_decode_step_can_be_replayed(family, tiny, close):
     set_preference(model, LAM)
     tokens = torch.randint(61, (4, 8), generator=seeded(0))
     with torch.no_grad():
-        decoder, plain = (Decoder(model, PROMPTS, 8, graph) for graph in (True, False))
+        decoder, plain = Decoder(model, PROMPTS, 8, graph=True), Decoder(model, PROMPTS, 8)
         decoder._capture = lambda: setattr(decoder, "graph", Replay(decoder))
         assert close(decoder.prefill(), plain.prefill())
         for column in tokens.T:
@@ -264,12 +265,16 @@ def test_private_operators_may_be_missing(monkeypatch, close):
         assert not fast.packed and close(fast(x), before, 1e-5)
 
 
-def test_small_weights_and_short_calls_are_not_packed(tiny):
-    model = Transformer(replace(SIZES["tiny"], n_layer=1))
-    packed = lambda n: [m.packed for m in Decoder(model, PROMPTS, n, False).model.modules() if type(m) is FastLinear]
-    assert not any(packed(generation.PACK_STEPS - 1))
+def test_small_weights_and_short_calls_are_not_packed(tiny, monkeypatch):
+    made = []
+    monkeypatch.setattr(generation, "Decoder", lambda *args: made.append(Decoder(*args)) or made[-1])
+    model = Transformer(replace(SIZES["tiny"], n_layer=1)).init_weights(seeded(0))
+    for new in (generation.PACK_STEPS - 1, generation.PACK_STEPS):
+        generate(model, PROMPTS, new)
+    short, long = ([m.packed for m in decoder.model.modules() if isinstance(m, FastLinear)] for decoder in made)
+    assert not any(short)
     if torch.backends.mkldnn.is_available():
-        assert packed(generation.PACK_STEPS) == [False] * 4 + [True] * 2              # q, k, v, o; up, down
+        assert long == [False] * 4 + [True] * 2                                       # q, k, v, o; up, down
 
 
 # ---------------------------------------------------------------------------------------------------------------------
