@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from aggregate import (linear_scalarization, min_norm_weights, pama_weights, sample_preference, simplex_lattice,
-                       tchebycheff)
+from aggregate import (linear_scalarization, min_norm_weights, models_of, pama_advantages, pama_weights,
+                       sample_preference, scalar_reward, simplex_lattice, tchebycheff)
 from objectives import noon
 
 both = pytest.mark.parametrize("aggregate", [linear_scalarization, tchebycheff])
@@ -289,3 +289,38 @@ def test_with_noon_pama_improves_the_smallest_mean():
 def test_pama_weights_take_no_gradient():
     A = vectors(3, 8).requires_grad_(True)
     assert not pama_weights(A).requires_grad and not pama_weights(A[:, 0]).requires_grad
+
+
+def test_readings_of_pama_by_hand():
+    A = torch.tensor([[[1.0, 0], [0, 3]], [[2, 1], [50, 50]]])           # tokens (1, 0), (0, 3), (2, 1), and padding
+    mask = torch.tensor([[1.0, 1], [1, 0]])
+    combined, c = pama_advantages(A, mask, "V")
+    assert c.tolist() == pytest.approx([8 / 11, 3 / 11])                 # wrong: with padding in the Gram matrix
+    assert combined.shape == (2, 2) and combined[mask.bool()].tolist() == pytest.approx([8 / 11, 9 / 11, 19 / 11])
+    combined, c = pama_advantages(A, mask, "S")                          # means 1 and 4/3: all weight on the first
+    assert c.tolist() == [1, 0] and combined[mask.bool()].tolist() == [1, 0, 2]
+    combined, c = pama_advantages(A, mask, "T")
+    assert c is None and combined[mask.bool()].tolist() == [0, 0, 1]
+
+
+# ---- one reward of several, and the models of a method ----
+
+def test_scalar_reward_by_hand():
+    r, z, lam = torch.tensor([[1.0, 3.0], [4.0, 0.0]]), torch.tensor([5.0, 4.0]), torch.tensor([0.25, 0.75])
+    assert scalar_reward(r, lam, "ls").tolist() == [2.5, 1.0]
+    assert scalar_reward(r, lam, "tche", z).tolist() == [-1.0, -3.0]     # wrong: the ideal's sign, or a minimum of λ r
+    below = scalar_reward(r, lam, "tche", z) - scalar_reward(r, lam, "tche", z, 1.0)
+    assert (below > 0).all() and (below <= math.log(2)).all()            # smooth: below it, by μ log m at most
+    both = torch.stack([lam, lam.flip(0)])                               # a λ for every response
+    assert scalar_reward(r, both, "ls").tolist() == [2.5, 3.0]
+
+
+def test_models_of_a_method():
+    assert models_of("panacea", ["a", "b"], 2) == [("adapter", None)]
+    soups = models_of("rs", ["a", "b"], 2)
+    assert [(name, lam.tolist()) for name, lam in soups] == [("adapter-a", [1, 0]), ("adapter-b", [0, 1])]
+    lattice = models_of("dps", ["a", "b"], 2)
+    assert [(name, lam.tolist()) for name, lam in lattice] == [
+        ("adapter-000", [0, 1]), ("adapter-001", [0.5, 0.5]), ("adapter-002", [1, 0])]
+    ((name, lam),) = models_of("dps", ["a", "b"], 2, [0.25, 0.75])
+    assert name == "adapter-000" and lam.tolist() == [0.25, 0.75]

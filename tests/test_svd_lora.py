@@ -11,7 +11,7 @@ from common import UserError
 from model import Transformer
 from svd_lora import (SVDLoRALinear, adapter_state, adapters_off, export_peft, fingerprint, inject_svd_lora,
                       load_adapter, merged_state_dict, orthogonality_penalty, parameter_groups, read_adapter_header,
-                      save_adapter, set_preference, svd_lora_layers)
+                      save_adapter, set_preference, shared_base, svd_lora_layers)
 
 LAMS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.3, 0.7]]
 TOKENS = torch.randint(0, 61, (4, 9), generator=torch.Generator().manual_seed(5))
@@ -218,6 +218,24 @@ def test_adapters_off_is_the_base_and_restores_after_an_exception(tiny):
             assert off is model and torch.equal(model(TOKENS), base)
             raise KeyError
     assert torch.equal(model(TOKENS), logits) and not torch.equal(logits, base)
+
+
+@families
+def test_shared_base_is_the_same_memory_without_the_adapter(tiny, family):
+    base = tiny(family)(TOKENS)
+    model = adapted(tiny(family))
+    logits = at(model, [0.3, 0.7])
+    twin = shared_base(model)
+    assert torch.equal(twin(TOKENS), base) and not svd_lora_layers(twin)             # wrong: a twin with the adapter
+    ours, theirs = dict(model.named_parameters()), dict(twin.named_parameters())
+    frozen = set(ours) - set(adapter_state(model))
+    assert set(theirs) == frozen and all(theirs[n].data_ptr() == ours[n].data_ptr() for n in frozen)   # wrong: a copy
+    assert not any(p.requires_grad for p in theirs.values())
+    assert all(ours[n].requires_grad for n in adapter_state(model) if n in ours)     # ours still trains
+    adapted(twin, k=2, m=0, seed=2)                                      # another adapter on the same weights
+    assert not torch.equal(twin(TOKENS), base) and torch.equal(model(TOKENS), logits)
+    with adapters_off(twin):
+        assert torch.equal(twin(TOKENS), base) and torch.equal(model(TOKENS), logits)
 
 
 def test_set_preference_refuses_what_is_off_the_simplex(tiny):

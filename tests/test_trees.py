@@ -4,7 +4,7 @@ import torch
 
 from data import toy
 from data.tokenizers import TokenRow, load_tokenizer, tokenize
-from data.trees import pack
+from data.trees import batch_logprobs, pack, path_logprobs, predicting_states
 from objectives import response_logprobs
 
 PROMPTS = [[5, 6, 7], [8], [5, 6, 7, 9, 10, 11, 12]]
@@ -94,6 +94,59 @@ def test_padding_changes_nothing(tiny, close):
     batch.tokens = torch.where(read, batch.tokens, 33)
     assert torch.equal(tree_logprobs(model, batch), logps)
     assert close(tree_logprobs(model, pack(ROWS[1:2])), logps[4:5], 1e-10)          # nor do the other rows of the batch
+
+
+def tokens_by_loop(model, rows):
+    """log π of every response's every token, one sequence after the other: a list of (length,) tensors."""
+    each = []
+    for x, y in ((row.prompt, y) for row in rows for y in row.responses):
+        logps = model(torch.tensor([x + y]))[0, len(x) - 1:-1].log_softmax(-1)
+        each.append(logps[torch.arange(len(y)), torch.tensor(y)])
+    return each
+
+
+@pytest.mark.parametrize("rows", [ROWS, random_rows(0)])
+def test_path_logprobs_equal_a_loop_over_sequences(tiny, close, rows):
+    model, batch = tiny(), pack(rows)
+    tokens = path_logprobs(model, batch)                                 # (R, L)
+    each = tokens_by_loop(model, rows)
+    lengths = torch.tensor([len(t) for t in each])
+    padded = torch.nn.utils.rnn.pad_sequence(each, batch_first=True)
+    assert tokens.shape == batch.paths.shape == (len(each), int(lengths.max())) and tokens.dtype == torch.float32
+    assert close(tokens, padded, 1e-5)
+    assert torch.equal(batch.on_path, (torch.arange(lengths.max()) < lengths[:, None]).float())
+    assert (tokens[batch.on_path == 0] == 0).all() and (tokens[batch.on_path == 1] < 0).all()
+    assert close(tokens.sum(1), batch_logprobs(model, batch), 1e-6)
+    assert torch.equal(tokens, path_logprobs(model, batch, predicting_states(model, batch)))     # states at hand
+    # gradients of a different weight on every token of every response: shared tokens collect those of all their copies
+    weights = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(4))
+    tree, plain = (torch.autograd.grad((weights * t).sum(), list(model.parameters())) for t in (tokens, padded))
+    for (name, _), a, b in zip(model.named_parameters(), tree, plain):
+        assert (a - b).norm() <= 1e-4 * max(b.norm(), 1e-1), name
+
+
+def test_equal_beginnings_have_equal_numbers(tiny):
+    tokens = path_logprobs(tiny(), pack(ROWS))
+    assert torch.equal(tokens[0], tokens[2])                             # the duplicate
+    assert torch.equal(tokens[0, :2], tokens[1, :2]) and not torch.equal(tokens[0, 2], tokens[1, 2])
+    assert torch.equal(tokens[5, :2], tokens[6, :2]) and tokens[7, 0] == tokens[5, 0]
+    assert tokens[4, 0] != tokens[0, 0]                                  # the same token after another prompt
+
+
+def test_along_and_rows():
+    batch = pack(ROWS)
+    N, L = len(batch.targets), batch.paths.shape[1]
+    owners = [b for b, row in enumerate(ROWS) for _ in row.responses]
+    laid = batch.along(batch.rows + 1)                                   # of every token's row, from 1
+    assert torch.equal(laid, (torch.tensor(owners)[:, None] + 1) * batch.on_path.long())
+    assert torch.equal(batch.along(batch.targets)[3], torch.tensor([30] + [0] * (L - 1)))
+    two = torch.stack([torch.arange(N), -torch.arange(N)], dim=1).float().requires_grad_(True)
+    laid = batch.along(two)                                              # (R, L, 2)
+    assert laid.shape == (8, L, 2) and torch.equal(laid[..., 0], -laid[..., 1])
+    assert torch.equal(laid[1, :5, 0].long(), batch.paths[1, :5]) and not laid[7, 1:].any()
+    laid.sum().backward()                                                # as often as a response runs through the token
+    assert torch.equal(two.grad[:, 0], batch.paths.flatten().bincount(minlength=N + 1)[:N].float())
+    assert two.grad[0, 0] == 3                                           # wrong: once, where three responses share it
 
 
 def test_a_tree_has_fewer_tokens(tiny):
