@@ -3,6 +3,7 @@
     python eval_front.py out/a                   # writes front.json and front.png into the run directory
     python eval_front.py out/a out/b out/c       # the same for each, and one table and picture of all (out/compare)
     python eval_front.py out/a --evolution       # the front at every snapshot of the training (Fig. 4)
+    python eval_front.py out/a --stationarity    # how far an RLHF run is from Pareto-stationary, before and after
 
 N: preferences   m: dimensions   lams: (N, m)   xi: (N, m) the point reached at each preference, larger is better
 DPO: J_i = −L_DPO,i. RLHF: J_i = E r_i − β KL. On the embedded world both are exact expectations, normalised so that the
@@ -310,6 +311,8 @@ class Flags:
     parts: int | None = flag(None, "cut the simplex into so many parts (default 10 for m = 2 and 3)")
     out: str = flag("out/compare", "where the comparison of several runs is written")
     evolution: bool = flag(False, "evaluate every snapshot of the (one) run instead")
+    stationarity: bool = flag(False, "RLHF runs on the embedded world, instead: min ‖Σ c_i ∇J_i‖ of their models, and of "
+                                     "the base before")
     device: str = flag("auto", "cpu, cuda, or auto")
 
 
@@ -323,6 +326,8 @@ def main(flags):
         raise UserError(f"--parts {flags.parts}: must be at least 1")
     if flags.evolution:
         return evolution(runs[0], device, flags.parts)
+    if flags.stationarity:
+        return [stationarity(run, device) for run in runs]
     results, fronts = [], {}
     for run in runs:
         config = read_json(run / "config.json")
@@ -375,6 +380,33 @@ def evolution(run, device, parts):
     write_json(run / "evolution.json", {"steps": steps, "fronts": [stored(r) for r in results]})
     draw_evolution(steps, results, run / "evolution.png")
     return results
+
+
+def stationarity(run, device):
+    """Pareto-stationarity of every model of a run, at its own λ, and of its base: stationarity.json and one line each.
+
+    At a Pareto-stationary policy some c on the simplex has Σ c_i ∇J_i = 0 (PAMA, Theorem 2). Raises UserError for a run
+    that is not RLHF on the embedded world.
+    """
+    config = read_json(run / "config.json")
+    if config["script"] != "train_ppo.py" or config["flags"]["prompts"] is not None:
+        raise UserError(f"{run}: --stationarity takes runs of train_ppo.py on the embedded world")
+    model = Transformer.from_pretrained(config["base"], device=device)
+    data, _ = measurements(config, model, load_tokenizer(config["tokenizer"]), device)
+    data.reference(model)
+    beta, plain, result = config["flags"]["kl_coeff"], Transformer.from_pretrained(config["base"], device=device), {}
+    result["before"] = [data.stationarity(plain, beta)]
+    result["after"] = []
+    for lam, policy in policies(run, config, model, simplex_lattice(len(config["dims"]), 2).float()):
+        if config["flags"]["method"] != "rs":                                         # a soup is merged already
+            plain.load_state_dict(merged_state_dict(policy, lam if config["flags"]["method"] == "panacea" else None))
+        result["after"].append(data.stationarity(policy if config["flags"]["method"] == "rs" else plain, beta))
+    for when, entries in result.items():
+        for norm, c, norms in entries:
+            print(f"{run.name} | {when} | min norm {norm:.4f} | c " + " ".join(f"{x:.3f}" for x in c) + " | norms "
+                  + " ".join(f"{d} {x:.4f}" for d, x in zip(config["dims"], norms)))
+    write_json(run / "stationarity.json", result)
+    return result
 
 
 if __name__ == "__main__":

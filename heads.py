@@ -8,27 +8,31 @@ import torch.nn.functional as F
 
 
 class Critic(nn.Module):
-    """V_i(s, λ) for n objectives: a two-layer network on the policy's own hidden state of s and on λ.
+    """V_i(s, λ) for n objectives: a two-layer network on the policy's hidden state of s, on the mean of its hidden
+    states since the response began, and on λ.
 
-    # differs: the reference implementation has a critic that is a second language model. Here the hidden state comes
-    from the policy's forward pass, detached, so that the value loss never moves the policy; it depends on λ through the
-    SVD-LoRA already, and λ is an input besides, since before training the adapter tells nothing of it. The last layer
-    starts at 0. With n = m heads, linear scalarisation takes V_λ = Σ λ_i V_i, exact because GAE is linear.
+    # differs: the reference implementation's critic is a second language model. Here the states come from the policy's
+    own forward pass, detached, so that the value loss never moves the policy; they depend on λ through the SVD-LoRA
+    already, and λ is an input besides, since before training the adapter tells nothing of it. The mean is needed: a
+    state says how to go on, and forgets what was said before if that does not matter for it, but rewards do not forget.
+    The last layer starts at 0. With n = m heads, linear scalarisation takes V_λ = Σ λ_i V_i, exact as GAE is linear.
     """
 
     def __init__(self, d_model, m, n, generator=None):
         super().__init__()
-        width = min(1024, 2 * d_model)
         self.norm = nn.LayerNorm(d_model, elementwise_affine=False)
-        self.inner, self.outer = nn.Linear(d_model + m, width), nn.Linear(width, n)
-        nn.init.normal_(self.inner.weight, std=(d_model + m) ** -0.5, generator=generator)
+        self.inner, self.outer = nn.Linear(2 * d_model + m, 2 * d_model), nn.Linear(2 * d_model, n)
+        nn.init.normal_(self.inner.weight, std=(2 * d_model + m) ** -0.5, generator=generator)
         for p in (self.inner.bias, self.outer.weight, self.outer.bias):
             nn.init.zeros_(p)
 
-    def forward(self, hidden, lam):
-        """hidden (N, D), lam (N, m), one row a state -> values (N, n) fp32. No gradient reaches the hidden states."""
-        h = self.norm(hidden.detach().float())
-        return self.outer(F.gelu(self.inner(torch.cat([h, lam], dim=-1))))
+    def forward(self, states, lam):
+        """states (B, L, D): those that predict a response's tokens, in order; lam (B, m), one a response -> values
+        (B, L, n) fp32. No gradient reaches the states."""
+        h = states.detach().float()
+        mean = h.cumsum(1) / torch.arange(1, h.shape[1] + 1, device=h.device)[:, None]            # (B, L, D)
+        each = lam[:, None].expand(-1, h.shape[1], -1)                                            # (B, L, m)
+        return self.outer(F.gelu(self.inner(torch.cat([self.norm(h), self.norm(mean), each], dim=-1))))
 
 
 class RewardModel(nn.Module):

@@ -6,6 +6,9 @@
     python reproduce.py scaling              # Fig. 7: learned s against fixed ones
     python reproduce.py evolution            # Fig. 4: the front over the training steps
     python reproduce.py beta                 # what the paper's β = 0.1 does here
+    python reproduce.py rlhf                 # PPO: Panacea (LS, Tche), rewarded soups: 3 seeds
+    python reproduce.py pama                 # PPO: PAMA, MORLHF and MGDA, one policy each: 3 seeds
+    python reproduce.py stories --stories_init DIR --stories_text FILE      # text rewards on a real tiny Llama
 """
 import subprocess
 import sys
@@ -15,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import eval_front
-from common import ROOT, UserError, flag, read_json, run_main
+from common import ROOT, UserError, flag, pick_device, read_json, run_main
 from plots import draw_fronts
 
 
@@ -23,20 +26,27 @@ from plots import draw_fronts
 class Flags:
     """The script's flags, with defaults and --help texts."""
 
-    what: list[str] = flag([], "results, three, dps, scaling, evolution, beta (one or several)", positional=True)
+    what: list[str] = flag([], "one or several of the above", positional=True)
     seeds: int = flag(3, "seeds 0 to seeds - 1, where several are run")
     out: str = flag("out", "where the runs go")
+    stories_init: str = flag("../shared/material/stories260K", "stories: Hugging Face directory of the base model")
+    stories_text: str = flag("../shared/material/text/tinystories_sample.txt", "stories: a text file of stories")
+    stories_prompt: int = flag(0, "stories: which of the evaluation prompts is shown at five λ")
 
 
-def run(out, name, *flags):
-    """Runs train_dpo.py with these flags unless out/name is finished. Returns its front.json."""
+# found by trial; see docs/log.md
+STORIES = ("--rewards", "dialogue", "narrative", "--eos_id", 1)
+
+
+def run(out, name, *flags, script="train_dpo.py"):
+    """Runs a script with these flags unless out/name is finished. Returns its front.json."""
     path = Path(out) / name
     if not (path / "front.json").exists():
-        command = [sys.executable, str(ROOT / "train_dpo.py"), "--out", str(path), "--log_every", "100"]
+        command = [sys.executable, str(ROOT / script), "--out", str(path), "--log_every", "100"]
         command += map(str, flags)
         print("$ python " + " ".join(command[1:]), flush=True)
         if (code := subprocess.run(command).returncode) != 0:
-            raise UserError(f"{name}: train_dpo.py ended with status {code}")
+            raise UserError(f"{name}: {script} ended with status {code}")
     return read_json(path / "front.json")
 
 
@@ -109,9 +119,53 @@ def beta(flags):
                                         "--beta", b)] for b in (0.1, 1.0)})
 
 
+def rlhf(flags):
+    """PPO, m = 2: Panacea by LS and by Tche, and rewarded soups at the same total steps; the evolution of one front."""
+    ppo = lambda name, *more: [run(flags.out, f"ppo-{name}-seed{s}", *more, "--seed", s, script="train_ppo.py")
+                               for s in range(flags.seeds)]
+    rows = {"panacea ppo ls": ppo("ls"), "panacea ppo tche": ppo("tche", "--aggregate", "tche"),
+            "rs ppo": ppo("rs", "--method", "rs")}
+    summary(rows)
+    draw_fronts([rows["panacea ppo ls"][0], rows["rs ppo"][0]], Path(flags.out) / "rlhf.png")
+    eval_front.main(eval_front.Flags(runs=[str(Path(flags.out) / "ppo-ls-seed0")], evolution=True))
+
+
+def pama(flags):
+    """One policy from the same base at equal steps: PAMA, MORLHF (λ = ½, ½) and MGDA; both rewards, J, KL, and the
+    Pareto-stationarity measure before and after. PAMA's other readings with one seed."""
+    kinds = {"PAMA (V)": (("--aggregate", "pama"), flags.seeds), "MORLHF (½, ½)":
+             (("--method", "dps", "--lam", 0.5, 0.5), flags.seeds), "MGDA": (("--aggregate", "mgda"), flags.seeds),
+             "PAMA (T)": (("--aggregate", "pama", "--pama_reading", "T"), 1),
+             "PAMA (S)": (("--aggregate", "pama", "--pama_reading", "S"), 1)}
+    lines = []
+    for label, (more, seeds) in kinds.items():
+        names = [f"ppo-{label.split(' (½')[0].replace(' ', '').strip('()').lower()}-seed{s}" for s in range(seeds)]
+        fronts = [run(flags.out, name, *more, "--seed", s, script="train_ppo.py") for s, name in enumerate(names)]
+        still = [eval_front.stationarity(Path(flags.out) / name, pick_device("auto")[0]) for name in names]
+        columns = [*np.array([f["scores"][0] for f in fronts]).T, *np.array([f["J"][0] for f in fronts]).T,
+                   np.array([f["kl"][0] for f in fronts]), np.array([s["before"][0][0] for s in still]),
+                   np.array([s["after"][0][0] for s in still])]
+        lines.append(f"{label:16}" + "".join(
+            f" {x.mean():8.3f}" + (f" ± {x.std(ddof=1):.3f}" if len(x) > 1 else " " * 8) for x in columns))
+    base, dims = fronts[0]["base"], fronts[0]["dims"]
+    heads = [*("score_" + d[:8] for d in dims), *("J_" + d[:8] for d in dims), "KL", "‖Σc∇J‖ before", "after"]
+    print("\n" + " " * 16 + "".join(f"{head:>17}" for head in heads))
+    print(f"{'base model':16}" + "".join(f" {x:8.3f}" + " " * 8 for x in [*base["scores"], *base["J"], base["kl"]]))
+    print("\n".join(lines))
+
+
+def stories(flags):
+    """Text rewards on a real tiny Llama: dialogue against narrative, prompts cut from stories (files of one's own)."""
+    run(flags.out, "ppo-stories-seed0", "--init", flags.stories_init, "--prompts", flags.stories_text, *STORIES,
+        script="train_ppo.py")
+    samples = read_json(Path(flags.out) / "ppo-stories-seed0" / "samples.json")
+    for lam, texts in list(zip(samples["lams"], samples["texts"]))[::max(1, (len(samples["lams"]) - 1) // 4)]:
+        print(f"λ = {lam}: {texts[flags.stories_prompt]}\n")
+
+
 def main(flags):
     """Runs what was asked for, in order."""
-    parts = {"results": results, "three": three, "dps": dps, "scaling": scaling, "evolution": evolution, "beta": beta}
+    parts = {f.__name__: f for f in (results, three, dps, scaling, evolution, beta, rlhf, pama, stories)}
     for what in flags.what:
         if what not in parts:
             raise UserError(f"{what!r}: choose among {', '.join(parts)}")

@@ -32,7 +32,7 @@ from data import toy
 from data.prompts import read_prompts, split
 from data.rewards import collapsed
 from data.tokenizers import TokenRow, load_tokenizer, spoken, tokenize
-from data.trees import batch_logprobs, pack, path_logprobs, predicting_states
+from data.trees import TreeBatch, batch_logprobs, pack, path_logprobs, predicting_states
 from heads import Critic
 from model import Transformer, generate
 from objectives import gae, kl_penalized_rewards, noon, ppo_policy_loss, ppo_value_loss, sft_loss
@@ -78,9 +78,8 @@ class Flags:
     ptx_coeff: float = flag(0.0, "weight of the SFT loss beside PPO's (Table 1: 16, for its own scale of rewards)")
     update_iters: int = flag(1, "passes of the policy over a rollout")
     critic_iters: int = flag(8, "passes of the critic over it")
-    beta2: float = flag(0.95, "adam")
     lr: float = flag(2e-3, "peak learning rate of the adapter, then a cosine to 0")
-    critic_lr: float = flag(1e-3, "learning rate of the critic, constant")
+    critic_lr: float = flag(3e-3, "learning rate of the critic, constant (Table 1: 1e-3, for a whole language model)")
     weight_decay: float = flag(0.01, "AdamW's, on U and V only")
     warmup_ratio: float = flag(0.03, "share of the steps with a rising learning rate")
     lora_dim: int = flag(8, "k, the learned rank; the whole rank is k + m, and k + 1 where λ is no input")
@@ -132,13 +131,15 @@ def main(flags):
         prompts, held_out = split(prompts)
         print(f"{' '.join(flags.prompts)}: {len(prompts)} prompts to train on, {len(held_out)} held out; dropped: "
               + ", ".join(f"{n} {why}" for why, n in dropped.items()))
-        if not prompts or not held_out:
+        if not prompts or len(held_out) < 2:
             raise UserError(f"{' '.join(flags.prompts)}: too few prompts: some are held out for the evaluation")
     length = min(flags.max_length, model.config.context_length)
     if flags.max_new_tokens >= length:
         raise UserError(f"--max_new_tokens {flags.max_new_tokens} leave no room for a prompt in {length} tokens")
     rows, cut = tokenize(prompts, tokenizer, length, max_prompt=length - flags.max_new_tokens)
     print("prompts: {prompts}, {prompts_cut} cut".format(**cut))
+    if flags.ptx_coeff and not all(row.responses for row in rows):
+        raise UserError("--ptx_coeff needs prompts that all have their own text: stories, or a field \"response\"")
 
     m, single = len(rewards.dims), flags.aggregate in ("pama", "mgda")  # single: one policy, without a preference
     if single:
@@ -266,7 +267,7 @@ def train(model, path, fixed_lam, prompts, rows, rewards, tokenizer, flags, step
     critic = Critic(model.config.d_model, m, n, generator_for(flags.seed, "critic", member)).to(device)
     adapter = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     everything = adapter + [(f"critic.{name}", p) for name, p in critic.named_parameters()]
-    optimizer = torch.optim.AdamW(parameter_groups(model, flags.weight_decay), lr=flags.lr, betas=(0.9, flags.beta2))
+    optimizer = torch.optim.AdamW(parameter_groups(model, flags.weight_decay), lr=flags.lr, betas=(0.9, 0.99))
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=flags.critic_lr, weight_decay=0.0)
     ideal, first_step = flags.ideal, 0                        # z of Eq. (13): given, or the largest rewards so far
     if resume is not None:
@@ -292,56 +293,36 @@ def train(model, path, fixed_lam, prompts, rows, rewards, tokenizer, flags, step
         # 3. rewards r (B, m), and the scores (B, n) that PPO is run on
         texts, finished = spoken(responses, tokenizer)
         raw = rewards.raw([prompts[j].prompt for j in chosen for _ in range(K)], texts, finished)
-        score = r = rewards.normalise(raw)
-        if flags.aggregate == "tche":
-            if flags.ideal is None:
-                ideal = torch.tensor([*r.tolist(), ideal or r[0].tolist()]).amax(0).tolist()
-            score = scalar_reward(r, lam.cpu(), "tche", torch.tensor(ideal), flags.smooth)[:, None]
-        score = score.float().to(device)
+        r, lam_of = rewards.normalise(raw), lam.repeat_interleave(K, dim=0).cpu()    # (B, m) each: λ of each response
+        if flags.aggregate == "tche" and flags.ideal is None:
+            ideal = torch.tensor([*r.tolist(), ideal or r[0].tolist()]).amax(0).tolist()
+        R = scalar_reward(r, lam_of, "tche" if n == 1 else "ls", ideal and torch.tensor(ideal), flags.smooth)     # (B,)
+        score = (r if n == m else R[:, None]).float().to(device)
         # 4. log-probs of policy and reference, values, advantages: in the minibatches of the update, whose forward pass
         #    then gives the very same numbers, so that the first ratio is exactly 1
         parts = []
         for index in torch.arange(P).split(flags.minibatch // K):
-            part = pack([TokenRow(rows[chosen[p]].prompt, responses[p * K:(p + 1) * K]) for p in index]).to(device)
-            lam_part, mask = lam[index], part.on_path                                 # (p, m), (b, L)
-            use(lam_part)
-            with torch.no_grad():
-                states = predicting_states(model, part)                               # (N, D)
-                old = path_logprobs(model, part, states)                              # (b, L)
-                values = part.along(critic(states, lam_part[part.rows]))              # (b, L, n)
-                with adapters_off(model):
-                    ref = path_logprobs(model, part)
-            token_rewards = kl_penalized_rewards(score[index[0] * K:(index[-1] + 1) * K], old, ref, mask,
-                                                 flags.kl_coeff, flags.clip_range_score)   # (b, L, n)
-            A, returns = gae(token_rewards, values, mask, 1.0, flags.gae_lambda)
-            parts.append((index, part, lam_part, mask, states, old, ref, values, A, returns))
+            batch = pack([TokenRow(rows[chosen[p]].prompt, responses[p * K:(p + 1) * K]) for p in index]).to(device)
+            use(lam[index])
+            of_part = slice(index[0] * K, (index[-1] + 1) * K)                        # its responses among the B
+            parts.append(experience(model, critic, batch, lam_of[of_part].to(device), score[of_part], index, flags))
         # 5. updates of the policy
         first_ratio = None
-        for index, part, lam_part, mask, _, old, _, _, advantages, _ in parts * flags.update_iters:
-            use(lam_part)
-            logp = path_logprobs(model, part)                                         # (b, L)
-            if first_ratio is None:                                                   # 1, or something is wrong
-                first_ratio = (logp - old).abs().max().exp().item()
-            surrogate = lambda A: ppo_policy_loss(logp, old, A, mask, flags.clip_range_ratio)
-            c = None
+        for e in parts * flags.update_iters:
+            use(lam[e.index])
+            logp = path_logprobs(model, e.batch)                                      # (b, L)
+            first_ratio = first_ratio or (logp - e.old).abs().max().exp().item()      # of the step: 1
+            surrogate = lambda A: ppo_policy_loss(logp, e.old, A, e.mask, flags.clip_range_ratio)
             if flags.aggregate == "mgda":
-                c = mgda_backward([surrogate(advantages[..., i])[0] for i in range(m)], [p for _, p in adapter])
-                policy_loss, clipped, moved = surrogate(linear_scalarization(advantages, c.to(advantages)))
-                policy_loss = policy_loss.detach()
+                c = mgda_backward([surrogate(e.advantages[..., i])[0] for i in range(m)], [p for _, p in adapter])
+                policy_loss, clipped, moved = surrogate(linear_scalarization(e.advantages, c.to(e.advantages)))
             else:
-                if flags.aggregate == "pama":
-                    positive = noon(advantages, (logp - old).detach().exp(), flags.clip_range_ratio)
-                    A, c = pama_advantages(positive, mask, flags.pama_reading)
-                elif flags.aggregate == "ls":                                         # Σ λ_i A_i, one λ a response
-                    A = linear_scalarization(advantages, lam_part.repeat_interleave(K, dim=0)[:, None])
-                else:
-                    A = advantages[..., 0]
+                A, c = aggregated(e, logp, flags)                                     # (b, L)
                 policy_loss, clipped, moved = surrogate(A)
                 policy_loss.backward()
-            ptx = 0.0
-            if flags.ptx_coeff:
-                story = pack([rows[chosen[p]] for p in index]).to(device)
-                ptx = sft_loss(batch_logprobs(model, story)).sum() / (story.paths < len(story.targets)).sum()
+            if flags.ptx_coeff:                               # under the λ in place, on the prompts' own texts
+                told = pack([rows[chosen[p]] for p in e.index]).to(device)
+                ptx = sft_loss(batch_logprobs(model, told)).sum() / told.on_path.sum()         # nats a token
                 (flags.ptx_coeff * ptx).backward()
             for g in optimizer.param_groups:
                 g["lr"] = learning_rate(step, steps, flags.lr, flags.warmup_ratio)
@@ -349,35 +330,30 @@ def train(model, path, fixed_lam, prompts, rows, rewards, tokenizer, flags, step
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         # 6. updates of the critic: the policy's states are at hand, so a pass over them costs next to nothing
-        for part in parts * flags.critic_iters:
-            _, part, lam_part, mask, states, _, _, values, _, returns = part
-            value_loss = ppo_value_loss(part.along(critic(states, lam_part[part.rows])), values, returns, mask,
-                                        flags.clip_range_value)
+        for e in parts * flags.critic_iters:
+            V = critic(e.states, e.lam)                                               # (b, L, n)
+            value_loss = ppo_value_loss(V, e.values, e.returns, e.mask, flags.clip_range_value)
             value_loss.backward()
             torch.nn.utils.clip_grad_norm_(critic.parameters(), flags.max_grad_norm)
             critic_optimizer.step()
             critic_optimizer.zero_grad(set_to_none=True)
         # 7. log
-        kl = sum(((old - ref) * mask).sum().item() for _, _, _, mask, _, old, ref, *_ in parts) / B
-        A, V = (torch.cat([part[i][part[3].bool()] for part in parts]) for i in (8, 7))       # (N', n)
-        explained = (1 - A.var(0) / (A + V).var(0)).mean().item()
-        lengths, seconds = [len(y) for y in responses], time.time() - t0
+        kl = sum(((e.old - e.ref) * e.mask).sum().item() for e in parts) / B
         if not (math.isfinite(kl) and math.isfinite(norm.item())):
             raise UserError(f"step {step + 1}: KL is {kl}, the gradient's norm {norm}; lower --lr or --lora_scaling")
-        mean = raw.mean(0).tolist()
-        log.step({"step": step + 1, "member": member, "rewards": mean, "normalised": r.mean(0).tolist(), "kl": kl,
-                  "policy_loss": policy_loss.item(), "value_loss": value_loss.item(), "explained_variance": explained,
-                  "first_ratio": first_ratio, "clip_fraction": clipped.item(), "moved": moved.item(), "ptx": float(ptx),
-                  "weights": None if c is None else c.tolist(), "ideal": ideal, "lam": lam.tolist(),
-                  "length": sum(lengths) / B, "finished": sum(finished) / B,
-                  "collapsed": sum(map(collapsed, responses)) / B,
-                  "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"],
-                  "tokens_per_second": sum(lengths) / seconds, "seconds": seconds},
-                 f"step {step + 1:05d}/{steps:05d} | " + " ".join(f"{d} {x:.3f}" for d, x in zip(rewards.dims, mean))
-                 + f" | kl {kl:.3f} | critic {explained:.2f} | clip {clipped:.3f}"
-                 + ("" if c is None else " | c " + " ".join(f"{x:.2f}" for x in c.tolist()))
-                 + f" | {sum(lengths) / B:.1f} tokens, {sum(finished) / B:.2f} ended | grad {norm.item():.2f} | "
-                 f"{seconds:.2f} s")
+        G_t, left = (torch.cat([x[e.mask.bool()] for e in parts for x in [f(e)]]).var(0)      # (n,): variances of the
+                     for f in (lambda e: e.returns, lambda e: e.returns - e.values))          # returns, and of what is
+        lengths, seconds, mean = [len(y) for y in responses], time.time() - t0, raw.mean(0).tolist()    # left of them
+        record = {"step": step + 1, "member": member, "rewards": mean, "normalised": r.mean(0).tolist(), "kl": kl,
+                  "objective": R.mean().item() - flags.kl_coeff * kl, "policy_loss": policy_loss.item(), "value_loss": value_loss.item(),
+                  "explained_variance": (1 - left / G_t).mean().item(), "first_ratio": first_ratio,
+                  "clip_fraction": clipped.item(), "moved": moved.item(),
+                  "ptx": ptx.item() if flags.ptx_coeff else 0.0, "weights": None if c is None else c.tolist(),
+                  "ideal": ideal, "lam": lam.tolist(), "length": sum(lengths) / B, "finished": sum(finished) / B,
+                  "collapsed": sum(map(collapsed, responses)) / B, "grad_norm": norm.item(),
+                  "lr": optimizer.param_groups[0]["lr"], "tokens_per_second": sum(lengths) / seconds,
+                  "seconds": seconds}
+        log.step(record, line(record, rewards.dims, steps))
         # 8. save
         if step + 1 in snapshot_steps and step + 1 < steps:
             save_adapter(model, out / "snapshots" / f"{path.name}-{step + 1:06d}.safetensors", rewards.dims,
@@ -390,14 +366,62 @@ def train(model, path, fixed_lam, prompts, rows, rewards, tokenizer, flags, step
                  lam=None if fixed_lam is None else fixed_lam.tolist())
 
 
+@dataclass
+class Experience:
+    """What one minibatch of a rollout keeps for its updates. p: prompts   b = p K: responses"""
+    batch: TreeBatch
+    index: torch.Tensor             # (p,) which of the P prompts
+    lam: torch.Tensor               # (b, m)
+    mask: torch.Tensor              # (b, L)
+    states: torch.Tensor            # (b, L, D) hidden states of the policy
+    old: torch.Tensor               # (b, L) log π_old
+    ref: torch.Tensor               # (b, L) log π_ref
+    values: torch.Tensor            # (b, L, n)
+    advantages: torch.Tensor        # (b, L, n)
+    returns: torch.Tensor           # (b, L, n)
+
+
+@torch.no_grad()
+def experience(model, critic, batch, lam, score, index, flags):
+    """Looks at one minibatch of a rollout before anything is updated. lam (b, m), score (b, n) -> Experience"""
+    states = predicting_states(model, batch)                                          # (N, D)
+    old = path_logprobs(model, batch, states)                                         # (b, L)
+    with adapters_off(model):
+        ref = path_logprobs(model, batch)
+    states = batch.along(states)                                                      # (b, L, D)
+    values = critic(states, lam)                                                      # (b, L, n)
+    token_rewards = kl_penalized_rewards(score, old, ref, batch.on_path, flags.kl_coeff, flags.clip_range_score)
+    advantages, returns = gae(token_rewards, values, batch.on_path, 1.0, flags.gae_lambda)
+    return Experience(batch, index, lam, batch.on_path, states, old, ref, values, advantages, returns)
+
+
+def aggregated(e, logp, flags):
+    """The one advantage of a token, (b, L), from its n; and the weights c (n,), where PAMA chose some."""
+    if flags.aggregate == "pama":
+        positive = noon(e.advantages, (logp - e.old).detach().exp(), flags.clip_range_ratio)
+        return pama_advantages(positive, e.mask, flags.pama_reading)
+    if flags.aggregate == "ls":
+        return linear_scalarization(e.advantages, e.lam[:, None]), None               # A_λ = Σ λ_i A_i
+    return e.advantages[..., 0], None                                                 # tche: of its one reward
+
+
 def mgda_backward(losses, parameters):
     """Writes Σ c_i ∇L_i into the parameters' .grad, with the c of the shortest such sum. Returns c (m,) float64."""
-    grads = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+    grads = [torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True) for loss in losses]
     flat = torch.stack([torch.cat([g.flatten() for g in grad]) for grad in grads]).double()    # (m, d)
     c = min_norm_weights(flat @ flat.T)
     for p, *each in zip(parameters, *grads):
         p.grad = sum(w * g for w, g in zip(c.tolist(), each))
     return c
+
+
+def line(r, dims, steps):
+    """One record of metrics.jsonl as a line for people."""
+    return (f"step {r['step']:05d}/{steps:05d} | " + " ".join(f"{d} {x:.3f}" for d, x in zip(dims, r["rewards"]))
+            + f" | kl {r['kl']:.3f} | objective {r['objective']:.3f} | critic {r['explained_variance']:.2f} | clip {r['clip_fraction']:.3f}"
+            + (" | c " + " ".join(f"{x:.2f}" for x in r["weights"]) if r["weights"] else "")
+            + f" | {r['length']:.1f} tokens, {r['finished']:.2f} ended | grad {r['grad_norm']:.2f} | "
+            f"{r['seconds']:.2f} s")
 
 
 if __name__ == "__main__":
