@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import eval_front
 import measure
 import train_ppo
+import train_reward
 import train_sft
 from aggregate import min_norm_weights
 from common import UserError
@@ -209,7 +210,7 @@ def panacea(mini):
         patch.setattr(train_ppo, "generate",
                       lambda *a, **k: sampled.append((a[1], generate(*a, **k))) or sampled[-1][1])
         patch.setattr(train_ppo, "set_preference", lambda model, lam: preferences.append(lam) or use(model, lam))
-        run = go("ls", steps=4, critic_iters=1)
+        run = go("ls", steps=4, lr=8e-3, critic_iters=1)
     return run, sampled, preferences
 
 
@@ -266,8 +267,32 @@ def test_losses_of_the_first_step_in_closed_form(panacea):
     by_rows = -np.mean([(R * d).mean() for R, d in zip((lam * r.numpy()).sum(1), decay)])
     for wrong in (tiled, by_rows):                       # λ of the other prompt; each response's own mean first
         assert abs(wrong - expected) > 0.01 * abs(expected)
+    assert record["objective"] == pytest.approx((lam * r.numpy()).sum(1).mean(), rel=1e-6)       # R_λ; KL is 0
     value_loss = 0.5 * sum(((R * d) ** 2).sum() for row, d in zip(r.tolist(), decay) for R in row) / tokens / 2
     assert record["value_loss"] == pytest.approx(value_loss, rel=1e-4)               # at V = 0, for both heads
+
+
+def test_kl_of_a_later_step(panacea):
+    """Step 3 samples with the adapter of the snapshot after step 2: its KL, one response after the other."""
+    run, sampled, _ = panacea
+    record, (prompts, responses) = metrics(run)[2], sampled[2]
+    base = Transformer.from_pretrained(config_of(run)["base"])
+    model = Transformer.from_pretrained(config_of(run)["base"])
+    load_adapter(model, run / "snapshots/adapter-000002.safetensors")
+
+    @torch.no_grad()
+    def estimate(lams):
+        kl = 0.0
+        for b, (x, y) in enumerate(zip(prompts, responses)):
+            set_preference(model, torch.tensor(lams[b // 4]))
+            policy, ref = (net(torch.tensor([x + y]))[0, len(x) - 1:-1].log_softmax(-1)[torch.arange(len(y)), y].sum()
+                           for net in (model, base))
+            kl += (policy - ref).item() / 8
+        return kl
+
+    assert record["kl"] == pytest.approx(estimate(record["lam"]), rel=0.01)
+    load_adapter(model, run / "adapter.safetensors")     # wrong: the policy as it is after the updates
+    assert abs(estimate(record["lam"]) - record["kl"]) > 0.1 * abs(record["kl"])
 
 
 def test_one_preference_a_prompt_from_rollout_to_update(panacea):
@@ -283,7 +308,7 @@ def test_one_preference_a_prompt_from_rollout_to_update(panacea):
 
 
 def test_same_seed_same_adapter(mini, panacea):
-    again, other = go("again", steps=4, critic_iters=1), go("other", steps=4, critic_iters=1, seed=1)
+    again, other = go("again", steps=4, lr=8e-3, critic_iters=1), go("other", seed=1)
     adapter = lambda run: (run / "adapter.safetensors").read_bytes()
     assert adapter(again) == adapter(panacea[0]) != adapter(other)
     timeless = lambda run: [{k: v for k, v in r.items() if "second" not in k} for r in metrics(run)]
@@ -417,6 +442,55 @@ def test_evolution(mini, panacea):
     assert stored["steps"] == [2, 4] and len(results) == 2 and results[0]["J"] != results[1]["J"]
 
 
+def test_stationarity_of_runs(mini, panacea):
+    soups = go("soups", method="rs", steps=2)
+    results = eval_front.main(eval_front.Flags(runs=[str(panacea[0]), str(soups)], stationarity=True, device="cpu"))
+    data = measure.WorldRewards(["helpful", "harmless"], world_rewards(["helpful", "harmless"], None),
+                                load_tokenizer("toy"), "cpu")
+    model = Transformer.from_pretrained("out/base-tiny-seed0")
+    data.reference(model)
+    norm, c, single = data.stationarity(model, 0.2)
+    for run, result in zip((panacea[0], soups), results):
+        assert json.loads((run / "stationarity.json").read_text()) == json.loads(json.dumps(result))
+        assert len(result["before"]) == 1 and len(result["after"]) == 3              # a model, or soup, for each of 3 λ
+        assert result["before"][0][0] == pytest.approx(norm, rel=1e-5) and 0 < norm <= min(single)
+        assert all(0 < after[0] != norm and sum(after[1]) == pytest.approx(1) for after in result["after"])
+    assert len({after[0] for after in results[0]["after"]}) == 3
+
+
+@pytest.fixture(scope="module")
+def judge(mini):
+    """The directory of a reward model with two dimensions, nearly untrained."""
+    return train_reward.main(train_reward.Flags(size="tiny", steps=5, rows=16, responses=4, n_reference=32, eval=False,
+                                                device="cpu", out="out/judge"))
+
+
+@pytest.mark.parametrize("aggregate", ["ls", "tche"])
+def test_reward_models_are_evaluated_by_the_true_rewards(mini, judge, aggregate):
+    run = go(f"judged-{aggregate}", rewards=[str(judge)], aggregate=aggregate, max_new_tokens=16)
+    config, records = config_of(run), metrics(run)
+    assert config["rewards"] == {"mean": [0, 0], "std": [1, 1], "scale": [1, 1]}     # a reward model brings its own
+    assert config["dims"] == ["helpful", "harmless"] and records[0]["kl"] == 0
+    assert all(r["first_ratio"] == 1 and r["rewards"] == r["normalised"] for r in records)
+    (r,) = eval_front.main(eval_front.Flags(runs=[str(run)], parts=1, device="cpu"))
+    assert r["points_are"] == "normalised J" and 0 <= r["hypervolume_share"] <= 1
+    data = measure.WorldRewards(r["dims"], world_rewards(r["dims"], None), load_tokenizer("toy"), "cpu")
+    model = Transformer.from_pretrained(config["base"])
+    data.reference(model)
+    assert r["base"]["J"] == pytest.approx(data.measure(model, r["beta"])["J"], rel=1e-6)
+
+
+def test_one_dimension_of_a_reward_model(mini, judge):
+    run = go("mixed", rewards=[f"{judge}:harmless", "length"], reward_scale=[5.0, 1.0], reference_samples=16)
+    known = config_of(run)["rewards"]
+    assert config_of(run)["dims"] == ["harmless", "length"] and known["scale"] == [5, 1]
+    assert known["mean"][0] == 0 and known["mean"][1] > 0.3
+    for r in metrics(run):
+        assert r["normalised"][0] == pytest.approx(5 * r["rewards"][0])
+    with pytest.raises(UserError, match="has the dimensions helpful harmless"):
+        named_rewards([f"{judge}:warm", "length"], None, None, "cpu")
+
+
 # ---- bad input ----
 
 BAD = {
@@ -460,6 +534,18 @@ def test_bad_input_writes_nothing(mini, case):
         train_ppo.main(train_ppo.Flags(**SMALL | dict(out="out/bad") | flags))
     assert message in str(error.value) and "\n" not in str(error.value)
     assert sorted(mini.rglob("*")) == before
+
+
+def test_too_few_prompts_to_hold_out(mini):
+    """A standard error needs two of them."""
+    rows = [{"prompt": f"How do I clean a bicycle number {i}?"} for i in range(60)]
+    dump = lambda kept: (mini / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    dump(rows)
+    out = {row.prompt for row in split(read_prompts("few.jsonl")[0])[1]}
+    held = [row for row, read in zip(rows, read_prompts("few.jsonl")[0]) if read.prompt in out]
+    dump([row for row in rows if row not in held][:20] + held[:1])
+    with pytest.raises(UserError, match="too few prompts"):
+        go("few", prompts=["few.jsonl"], init="out/base-tiny-seed0", rewards=["length", "narrative"])
 
 
 def test_ptx_needs_texts(mini):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import eval_front
+import measure
 from data import toy
 
 ROOT = Path(__file__).parents[1]
@@ -95,16 +95,16 @@ def test_evolution(work, panacea):
 def test_world_evaluation_against_plain_loops(work):
     """World.measure on one policy: J by a loop over pairs, scores by a loop over responses, in float64."""
     from data.tokenizers import load_tokenizer
-    world = eval_front.World(["helpful", "concise"], load_tokenizer("toy"), "cpu")
+    world = measure.World(["helpful", "concise"], load_tokenizer("toy"), "cpu")
     g = torch.Generator().manual_seed(7)
     logps = torch.randn(40, toy.N_RESPONSES, generator=g, dtype=torch.float64).log_softmax(-1) - 0.1   # 9.5 % outside
     world.ref = torch.randn(40, toy.N_RESPONSES, generator=g, dtype=torch.float64).log_softmax(-1)
-    beta, real = 0.7, eval_front.world_logprobs
-    eval_front.world_logprobs = lambda model, batches: logps
+    beta, real = 0.7, measure.world_logprobs
+    measure.world_logprobs = lambda model, batches: logps
     try:
         got = world.measure(None, beta)
     finally:
-        eval_front.world_logprobs = real
+        measure.world_logprobs = real
     J, scores = np.zeros(2), np.zeros(2)
     for x, prompt in enumerate(toy.prompts("eval")):
         r = toy.scores(prompt, toy.responses(prompt))[:, [0, 2]]
@@ -136,7 +136,7 @@ def test_rewarded_soup_at_a_vertex_is_its_member_and_averages_between(work):
     name = "blocks.1.mlp.up.weight"
     assert (ends[0][name] - ends[1][name]).abs().max() > 1e-6
     model = Transformer.from_pretrained(work / config["base"])
-    for lam, soup in eval_front.policies(run, config, model, torch.tensor([[1.0, 0.0], [0.25, 0.75]])):
+    for lam, soup in measure.policies(run, config, model, torch.tensor([[1.0, 0.0], [0.25, 0.75]])):
         expected = lam[0] * ends[0][name] + lam[1] * ends[1][name]
         assert torch.allclose(soup.state_dict()[name], expected, atol=1e-7)
 
@@ -327,7 +327,7 @@ def test_two_threads_repeat_bit_for_bit(work):
 
 
 def test_missing_labels_keep_the_weight_of_lambda(work):
-    """Half of the rows label one dimension, half the other: λ = (½, ½) must weigh both alike, for any split into groups."""
+    """Half of the rows label one dimension, half the other: λ = (½, ½) weighs both alike, for any split into groups."""
     rows = [{"prompt": "How do I clean a bicycle?", "response_0": "First look at every part.", "response_1": "No.",
              "better": {"helpful": 0} if i % 2 else {"harmless": 1}} for i in range(8)]
     (work / "half.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -341,8 +341,16 @@ def test_missing_labels_keep_the_weight_of_lambda(work):
 
 
 def test_default_run_names_do_not_collide():
-    from train_dpo import Flags, run_name
-    names = {run_name(flags, ["helpful", "harmless"]) for flags in (
-        Flags(), Flags(lr=1e-3), Flags(seed=1), Flags(method="rs"), Flags(data=["a/pku.jsonl"], init="x/stories260K"))}
+    from common import run_name
+    from train_dpo import Flags
+
+    def name(*files, **flags):
+        flags = Flags(**flags)
+        return run_name(["dpo", *files, flags.method, flags.aggregate, "helpful", "harmless", f"seed{flags.seed}"], flags,
+                        {"method", "aggregate", "data", "eval_data"})
+
+    names = {name(), name(lr=1e-3), name(seed=1), name(method="rs"), name("pku", data=["a/pku.jsonl"],
+                                                                         init="x/stories260K")}
     assert len(names) == 5 and "out/dpo-panacea-ls-helpful-harmless-seed0" in names
     assert "out/dpo-pku-panacea-ls-helpful-harmless-seed0-initstories260K" in names
+    assert name(out="elsewhere", log_every=7, eval=False) == name()      # these do not make another run
