@@ -40,43 +40,55 @@ STORIES, LLAMA = SHARED / "material/text/tinystories_sample.txt", SHARED / "mate
 
 # ---- the critic ----
 
-def states(n=40, d=16, m=2, seed=0):
+def sequences(B=40, L=5, d=16, seed=0):
+    """Random states (B, L, d) and a preference (B, 2) for each response."""
     g = torch.Generator().manual_seed(seed)
-    lam = torch.rand(n, 1, generator=g)
-    return torch.randn(n, d, generator=g), torch.cat([lam, 1 - lam], dim=1)
+    lam = torch.rand(B, 1, generator=g)
+    return torch.randn(B, L, d, generator=g), torch.cat([lam, 1 - lam], dim=1)
+
+
+def trained(critic, states, lam, target, steps=150):
+    optimizer = torch.optim.Adam(critic.parameters(), lr=1e-2)
+    for _ in range(steps):
+        loss = torch.nn.functional.mse_loss(critic(states, lam), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
 
 
 def test_the_critic_starts_at_zero_and_leaves_the_policy_alone():
-    hidden, lam = states()
+    states, lam = sequences()
     critic = Critic(16, 2, 3, torch.Generator().manual_seed(1))
-    hidden.requires_grad_(True)
-    values = critic(hidden, lam)
-    assert values.shape == (40, 3) and values.dtype == torch.float32 and not values.any()
-    for step in range(2):                                # the first moves the last layer alone, which is 0
-        torch.nn.functional.mse_loss(critic(hidden, lam), torch.ones(40, 3)).backward()
-        with torch.no_grad():
-            for p in critic.parameters():
-                p -= 0.1 * p.grad
-    assert hidden.grad is None and all(p.grad.abs().max() > 0 for p in critic.parameters())
-    assert critic(hidden.bfloat16(), lam).dtype == torch.float32
+    states.requires_grad_(True)
+    values = critic(states, lam)
+    assert values.shape == (40, 5, 3) and values.dtype == torch.float32 and not values.any()
+    trained(critic, states, lam, torch.ones(40, 5, 3), steps=2)          # the first moves the last layer alone
+    assert states.grad is None and all(p.grad.abs().max() > 0 for p in critic.parameters())
+    assert critic(states.bfloat16(), lam).dtype == torch.float32
     twin, other = (Critic(16, 2, 3, torch.Generator().manual_seed(seed)).inner.weight for seed in (1, 2))
     assert torch.equal(twin, Critic(16, 2, 3, torch.Generator().manual_seed(1)).inner.weight)
     assert not torch.equal(twin, other)
 
 
-def test_the_critic_learns_what_depends_on_lam_and_on_the_state():
-    hidden, lam = states(n=200)
-    target = torch.stack([3 * lam[:, 0], hidden[:, 0].sign()], dim=1)
-    critic = Critic(16, 2, 2, torch.Generator().manual_seed(1))
-    optimizer = torch.optim.Adam(critic.parameters(), lr=1e-2)
-    for _ in range(150):
-        loss = torch.nn.functional.mse_loss(critic(hidden, lam), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.05 * target.var()                    # wrong: λ is no input, or the state is none
-    ends = [critic(hidden, torch.tensor(end).expand(200, 2))[:, 0].mean() for end in ([0.0, 1.0], [1.0, 0.0])]
+def test_the_critic_learns_what_depends_on_lam_and_on_the_states():
+    states, lam = sequences(B=100)
+    before = torch.cat([torch.zeros(100, 1), states[:, :1, 1].expand(-1, 4)], dim=1)      # what the first state said
+    target = torch.stack([3 * lam[:, :1].expand(-1, 5), states[..., 0].sign(), 2 * before], dim=2)
+    critic = Critic(16, 2, 3, torch.Generator().manual_seed(1))
+    trained(critic, states, lam, target, steps=200)
+    errors = (critic(states, lam) - target).square().mean((0, 1)) / target.var((0, 1))
+    assert errors[0] < 0.1 and errors[1] < 0.2 and errors[2] < 0.03      # wrong: without λ, the state, the earlier ones
+    ends = [critic(states, torch.tensor([end] * 100))[..., 0].mean() for end in ([0.0, 1.0], [1.0, 0.0])]
     assert ends[1] - ends[0] > 2
+    # nothing looks ahead: not padding, nor what the response says later
+    later = states.clone()
+    later[:, 3:] = 7.0
+    values, changed = critic(states, lam), critic(later, lam)
+    assert torch.equal(values[:, :3], changed[:, :3]) and not torch.allclose(values[:, 3:], changed[:, 3:])
+    earlier = states.clone()
+    earlier[:, 0] += 1.0
+    assert not torch.allclose(critic(earlier, lam)[:, 1:], values[:, 1:])
 
 
 def test_mixed_advantages_are_those_of_the_mixed_reward(close):

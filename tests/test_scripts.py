@@ -346,11 +346,11 @@ def test_default_run_names_do_not_collide():
 
     def name(*files, **flags):
         flags = Flags(**flags)
-        return run_name(["dpo", *files, flags.method, flags.aggregate, "helpful", "harmless", f"seed{flags.seed}"], flags,
-                        {"method", "aggregate", "data", "eval_data"})
+        return run_name(["dpo", *files, flags.method, flags.aggregate, "helpful", "harmless", f"seed{flags.seed}"],
+                        flags, {"method", "aggregate", "data", "eval_data"})
 
-    names = {name(), name(lr=1e-3), name(seed=1), name(method="rs"), name("pku", data=["a/pku.jsonl"],
-                                                                         init="x/stories260K")}
+    names = {name(), name(lr=1e-3), name(seed=1), name(method="rs"),
+             name("pku", data=["a/pku.jsonl"], init="x/stories260K")}
     assert len(names) == 5 and "out/dpo-panacea-ls-helpful-harmless-seed0" in names
     assert "out/dpo-pku-panacea-ls-helpful-harmless-seed0-initstories260K" in names
     assert name(out="elsewhere", log_every=7, eval=False) == name()      # these do not make another run
