@@ -20,6 +20,7 @@ from tqdm import tqdm
 from aggregate import simplex_lattice
 from common import UserError, flag, pick_device, read_json, run_main, write_json
 from data import optimum, toy
+from data.rewards import TEXT_REWARDS
 from data.tokenizers import load_tokenizer
 from measure import PreferenceFiles, Samples, World, WorldRewards, policies
 from model import Transformer
@@ -132,18 +133,21 @@ def exact_dpo_front(dims, aggregate, ideal=None, split="eval"):
     return _with_points(lams, J, best, worst) | {"residual": residual, "h": h[:, problem]}
 
 
-def exact_rlhf_front(data, flags):
-    """The same for RLHF, in closed form. data: measure.WorldRewards after reference(); flags: the run's, a dict.
+def exact_rlhf_front(data, flags, everything=False):
+    """The same for RLHF, in closed form. data: measure.WorldRewards after reference(); flags: the run's, a dict;
+    everything: "any other text" is an outcome too.
 
-    Returns dict as exact_dpo_front does, without the residual, and logps (N, X, O) in the place of h. Its scale is that
-    of linear scalarisation for every aggregation. PAMA and MGDA know no preference: their runs stand beside LS's front.
+    Returns dict as exact_dpo_front does, without the residual, and logps (N, X, S or O) in the place of h. Its scale is
+    that of linear scalarisation for every aggregation. PAMA and MGDA know no preference: their runs stand beside LS's.
     """
-    lams, beta = fine_grid(data.r.shape[-1]), flags["kl_coeff"]
-    J, logps = optimum.rlhf_front(lams, data.r, data.ref, beta)
+    r, ref = (data.r_all, data.ref_all) if everything else (data.r, data.ref)
+    lams, beta = fine_grid(r.shape[-1]), flags["kl_coeff"]
+    J, logps = optimum.rlhf_front(lams, r, ref, beta)
     best, worst = J.amax(0), J.amin(0)
     if flags["aggregate"] == "tche":
-        J, logps = optimum.rlhf_front(lams, data.r, data.ref, beta, "tche",
-                                      torch.tensor(flags["ideal"], dtype=torch.float64), flags["smooth"])
+        # a trained reward model's own largest rewards are not these: the true ones then
+        ideal = r.amax((0, 1)) if flags["ideal"] is None else torch.tensor(flags["ideal"], dtype=torch.float64)
+        J, logps = optimum.rlhf_front(lams, r, ref, beta, "tche", ideal, flags["smooth"])
     return _with_points(lams, J, best, worst) | {"logps": logps}
 
 
@@ -184,7 +188,8 @@ def measurements(config, model, tokenizer, device):
                named_rewards(flags["rewards"], known["scale"], model, device))
     rewards = Rewards(dims, rewards.raw, **known)             # the statistics that the run was trained with, always
     samples = Samples(config, rewards, model, tokenizer, device)
-    if flags["prompts"] is None and set(dims) <= set(toy.DIMS):                       # the truth is known
+    text = set(flags["rewards"] or []) & set(TEXT_REWARDS)                            # "concise" is in both
+    if flags["prompts"] is None and set(dims) <= set(toy.DIMS) and not text:          # the truth is known
         true = rewards if flags["rewards"] is None else world_rewards(dims, [1.0] * len(dims))
         return WorldRewards(dims, true, tokenizer, device), samples
     return samples, None
@@ -255,6 +260,10 @@ def evaluate(run, device, parts=None, adapters=None, exact=None):
         same = hypervolume(np.array(exact["points"])[nearest], reference) / exact["hypervolume"]
         result |= {"hypervolume_share": result["hypervolume"] / exact["hypervolume"],
                    "exact": exact | {"scores": exact_scores.tolist(), "share_at_these_lams": same}}
+    if exact and rlhf:                                        # the same share, with all other texts in it
+        strict = exact_rlhf_front(data, flags, everything=True)
+        result |= {"J_all": column["J_all"], "kl_all": column["kl_all"], "hypervolume_share_all": hypervolume(
+            normalise(column["J_all"], strict), reference) / strict["hypervolume"]}
     return result
 
 
@@ -352,6 +361,10 @@ def main(flags):
     if len(results) == 1:
         print(front_table(results[0]))
     print(table(results))
+    for r in results:
+        if "hypervolume_share_all" in r:
+            print(f"{Path(r['run']).name}: share {r['hypervolume_share_all']:.4f} where all other texts count too, "
+                  f"with the score {toy.OUTSIDE:g}")
     if results[0]["exact"]:
         print(f"HV share: of the exact front's hypervolume {results[0]['exact']['hypervolume']:.4f} on "
               f"{len(results[0]['exact']['lams'])} preferences; the exact front itself, at these "
@@ -389,10 +402,10 @@ def stationarity(run, device):
     that is not RLHF on the embedded world.
     """
     config = read_json(run / "config.json")
-    if config["script"] != "train_ppo.py" or config["flags"]["prompts"] is not None:
-        raise UserError(f"{run}: --stationarity takes runs of train_ppo.py on the embedded world")
     model = Transformer.from_pretrained(config["base"], device=device)
     data, _ = measurements(config, model, load_tokenizer(config["tokenizer"]), device)
+    if not isinstance(data, WorldRewards):
+        raise UserError(f"{run}: --stationarity takes runs of train_ppo.py on the embedded world's own dimensions")
     data.reference(model)
     beta, plain, result = config["flags"]["kl_coeff"], Transformer.from_pretrained(config["base"], device=device), {}
     result["before"] = [data.stationarity(plain, beta)]

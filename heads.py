@@ -9,30 +9,34 @@ import torch.nn.functional as F
 
 class Critic(nn.Module):
     """V_i(s, λ) for n objectives: a two-layer network on the policy's hidden state of s, on the mean of its hidden
-    states since the response began, and on λ.
+    states since the response began, on the least likely token so far, and on λ.
 
     # differs: the reference implementation's critic is a second language model. Here the states come from the policy's
     own forward pass, detached, so that the value loss never moves the policy; they depend on λ through the SVD-LoRA
     already, and λ is an input besides, since before training the adapter tells nothing of it. The mean is needed: a
     state says how to go on, and forgets what was said before if that does not matter for it, but rewards do not forget.
+    The least likely token tells a slip of the tongue at once: without it the blame would be spread over other tokens.
     The last layer starts at 0. With n = m heads, linear scalarisation takes V_λ = Σ λ_i V_i, exact as GAE is linear.
     """
 
     def __init__(self, d_model, m, n, generator=None):
         super().__init__()
+        d_in, width = 2 * d_model + 1 + m, 2 * d_model
         self.norm = nn.LayerNorm(d_model, elementwise_affine=False)
-        self.inner, self.outer = nn.Linear(2 * d_model + m, 2 * d_model), nn.Linear(2 * d_model, n)
-        nn.init.normal_(self.inner.weight, std=(2 * d_model + m) ** -0.5, generator=generator)
+        self.inner, self.outer = nn.Linear(d_in, width), nn.Linear(width, n)
+        nn.init.normal_(self.inner.weight, std=d_in ** -0.5, generator=generator)
         for p in (self.inner.bias, self.outer.weight, self.outer.bias):
             nn.init.zeros_(p)
 
-    def forward(self, states, lam):
-        """states (B, L, D): those that predict a response's tokens, in order; lam (B, m), one a response -> values
-        (B, L, n) fp32. No gradient reaches the states."""
+    def forward(self, states, logps, lam):
+        """states (B, L, D): those that predict a response's tokens, in order; logps (B, L): of these tokens when they
+        were sampled; lam (B, m), one a response -> values (B, L, n) fp32. No gradient reaches the states."""
         h = states.detach().float()
         mean = h.cumsum(1) / torch.arange(1, h.shape[1] + 1, device=h.device)[:, None]            # (B, L, D)
+        before = F.pad(logps.detach()[:, :-1], (1, 0))              # V_t knows the tokens before t, not y_t itself
+        slip = before.cummin(1).values.clamp(min=-10)[..., None] / 2                              # (B, L, 1)
         each = lam[:, None].expand(-1, h.shape[1], -1)                                            # (B, L, m)
-        return self.outer(F.gelu(self.inner(torch.cat([self.norm(h), self.norm(mean), each], dim=-1))))
+        return self.outer(F.gelu(self.inner(torch.cat([self.norm(h), self.norm(mean), slip, each], dim=-1))))
 
 
 class RewardModel(nn.Module):

@@ -139,7 +139,8 @@ class PreferenceFiles:
 
 
 class WorldRewards:
-    """RLHF on the embedded world: exact expectations over all its responses and "any other text"."""
+    """RLHF on the embedded world, exactly, in two ways: over its responses alone, policy and reference renormalised to
+    them, with the mass on other texts beside it; and over everything, "any other text" being one more outcome."""
 
     def __init__(self, dims, rewards, tokenizer, device, split="eval"):
         """rewards: rewards.Rewards with the statistics that the run was trained with."""
@@ -149,23 +150,28 @@ class WorldRewards:
         scores = torch.stack([toy.scores(x, toy.responses(x)) for x in prompts])[..., columns]         # (X, S, m)
         self.scores = scores
         outside = torch.full_like(scores[:, :1], toy.OUTSIDE)
-        self.r = rewards.normalise(torch.cat([scores, outside], dim=1))                                # (X, O, m)
+        self.r_all = rewards.normalise(torch.cat([scores, outside], dim=1))                            # (X, O, m)
+        self.r = self.r_all[:, :-1]                                                                    # (X, S, m)
 
     def reference(self, model):
         """Measures the base model once; what measure() needs of it."""
         with adapters_off(model):
-            self.ref = optimum.with_outside(world_logprobs(model, self.batches))                       # (X, O)
+            self.ref_all = optimum.with_outside(world_logprobs(model, self.batches))                   # (X, O)
+        self.ref = self.ref_all[:, :-1].log_softmax(-1)                                                # (X, S)
 
     def measure(self, model, beta):
-        """J = E r − β KL (m,), mean scores (m,) of the responses that are the world's, KL in nats, the others' mass."""
-        logps = optimum.with_outside(world_logprobs(model, self.batches))
+        """Over the world's responses: J = E r − β KL (m,), mean scores (m,) in raw units, KL in nats. Over everything:
+        J_all (m,), kl_all. And outside_mass, what the policy gives to all other texts."""
+        logps_all = optimum.with_outside(world_logprobs(model, self.batches))                          # (X, O)
+        logps = logps_all[:, :-1].log_softmax(-1)                                                      # (X, S)
         J, kl = optimum.rlhf_objectives(logps, self.ref, self.r, beta)
-        return {"J": J.tolist(), "scores": self.mean_scores(logps).tolist(), "kl": kl.item(),
-                "outside_mass": logps[:, -1].exp().mean().item()}
+        J_all, kl_all = optimum.rlhf_objectives(logps_all, self.ref_all, self.r_all, beta)
+        return {"J": J.tolist(), "scores": self.mean_scores(logps).tolist(), "kl": kl.item(), "J_all": J_all.tolist(),
+                "kl_all": kl_all.item(), "outside_mass": logps_all[:, -1].exp().mean().item()}
 
     def mean_scores(self, logps):
-        """E r_i in raw units over the world's responses, renormalised to them. logps: (…, X, O) -> (…, m)"""
-        return torch.einsum("...xs,xsi->...i", logps[..., :-1].softmax(-1), self.scores) / len(self.scores)
+        """E r_i in raw units. logps: (…, X, S), normalised -> (…, m)"""
+        return torch.einsum("...xs,xsi->...i", logps.exp(), self.scores) / len(self.scores)
 
     def stationarity(self, model, beta):
         """How far a plain Transformer is from Pareto-stationary: min over c in the simplex of ‖Σ c_i ∇J_i‖.
@@ -182,7 +188,7 @@ class WorldRewards:
         for i, batch in enumerate(self.batches):
             here = slice(i * per, (i + 1) * per)
             logps = optimum.with_outside(batch_logprobs(model, batch).double().cpu().view(-1, toy.N_RESPONSES))
-            J, _ = optimum.rlhf_objectives(logps, self.ref[here], self.r[here], beta)
+            J, _ = optimum.rlhf_objectives(logps, self.ref_all[here], self.r_all[here], beta)          # of everything
             for j, value in enumerate(J * len(logps) / len(self.r)):
                 grads = torch.autograd.grad(value, matrices, retain_graph=True)
                 total[j] = total[j] + torch.cat([g.flatten() for g in grads]).double()

@@ -71,13 +71,14 @@ class Flags:
     max_length: int = flag(512, "tokens of prompt and response together")
     max_new_tokens: int = flag(64, "a response that has not ended by then is cut off there, and counted")
     # the paper's hyper-parameters (Table 1)
-    kl_coeff: float | None = flag(None, "β of Eq. (12) (default 0.1 on the embedded world, 0.02 otherwise)")
+    kl_coeff: float | None = flag(None, "β of Eq. (12) (default 0.5 on the embedded world, 0.02 otherwise)")
     clip_range_ratio: float = flag(0.2, "ε of PPO's clipped ratio")
     clip_range_score: float = flag(50.0, "a token's reward, KL term and all, is clamped to ± this")
     clip_range_value: float = flag(5.0, "how far the critic may move from its value at the rollout")
     ptx_coeff: float = flag(0.0, "weight of the SFT loss beside PPO's (Table 1: 16, for its own scale of rewards)")
+    ptx_samples: int = flag(4, "embedded world: responses a prompt drawn for PTX from what the base was trained on")
     update_iters: int = flag(1, "passes of the policy over a rollout")
-    critic_iters: int = flag(8, "passes of the critic over it")
+    critic_iters: int = flag(4, "passes of the critic over it")
     lr: float = flag(2e-3, "peak learning rate of the adapter, then a cosine to 0")
     critic_lr: float = flag(3e-3, "learning rate of the critic, constant (Table 1: 1e-3, for a whole language model)")
     weight_decay: float = flag(0.01, "AdamW's, on U and V only")
@@ -86,11 +87,11 @@ class Flags:
     lora_scaling: float = flag(512.0, "the adapter's gain is lora_scaling / lora_dim")
     seed: int = flag(0, "seed of adapter, prompts, preferences and sampling")
     # beside the paper
-    steps: int = flag(400, "rollouts in all, shared evenly by the models of rs and dps")
+    steps: int = flag(300, "rollouts in all, shared evenly by the models of rs and dps")
     batch_size: int = flag(128, "B: responses a rollout")
-    samples: int | None = flag(None, "K: responses to each prompt, under one λ (default 8 on the embedded world, where "
+    samples: int | None = flag(None, "K: responses to each prompt, under one λ (default 16 on the embedded world, where "
                                      "they share most of their computation; else 1, the paper's)")
-    minibatch: int | None = flag(None, "responses an optimizer step (default: half of a rollout)")
+    minibatch: int | None = flag(None, "responses an optimizer step (default: half of a rollout, where it divides)")
     lams_per_step: int | None = flag(None, "G: preferences a rollout, each on the same number of prompts; 1 is the "
                                            "paper's (default: one a prompt)")
     dirichlet_alpha: float = flag(1.0, "preferences are drawn from Dirichlet(alpha) …")
@@ -125,9 +126,10 @@ def main(flags):
                if flags.rewards is None else named_rewards(flags.rewards, flags.reward_scale, model, device))
     check_lengths(flags, rewards.dims)
     defaults(flags, rewards)
-    prompts = [toy.as_row(x, []) for x in toy.prompts("train")]
+    prompts = [toy.as_row(x, toy.responses(x)) for x in toy.prompts("train")]
+    weights = [toy.base_probs(x) for x in toy.prompts("train")]        # of those responses, where PTX draws some
     if flags.prompts is not None:
-        prompts, dropped = read_prompts(flags.prompts, flags.prompt_words)
+        (prompts, dropped), weights = read_prompts(flags.prompts, flags.prompt_words), None
         prompts, held_out = split(prompts)
         print(f"{' '.join(flags.prompts)}: {len(prompts)} prompts to train on, {len(held_out)} held out; dropped: "
               + ", ".join(f"{n} {why}" for why, n in dropped.items()))
@@ -144,7 +146,7 @@ def main(flags):
     m, single = len(rewards.dims), flags.aggregate in ("pama", "mgda")  # single: one policy, without a preference
     if single:
         flags.method, flags.lam = "dps", [1 / m] * m
-    parts = [Path(f).stem for f in flags.prompts or []]
+    parts = [Path(f.partition(":")[0]).stem for f in (flags.prompts or []) + (flags.rewards or []) if "/" in f]
     out = Path(flags.out or run_name(["ppo", *parts, flags.method, flags.aggregate, *rewards.dims, f"seed{flags.seed}"],
                                      given, {"method", "aggregate", "prompts", "rewards"}))
     members = models_of(flags.method, rewards.dims, flags.dps_parts, flags.lam)
@@ -159,7 +161,7 @@ def main(flags):
     steps = flags.steps // len(members)
     for i, (name, lam) in enumerate(members):
         if resume is None or resume["member"] <= i:
-            train(model, out / name, lam, prompts, rows, rewards, tokenizer, flags, steps, i, resume, device)
+            train(model, out / name, lam, prompts, rows, weights, rewards, tokenizer, flags, steps, i, resume, device)
             resume = None
     seconds = sum(json.loads(line)["seconds"] for line in (out / "metrics.jsonl").read_text().splitlines())
     write_json(out / "timing.json", {"train_seconds": seconds})
@@ -173,7 +175,7 @@ def main(flags):
 def check(flags):
     """Raises UserError for flags that do not fit together."""
     for name, low in dict(batch_size=1, samples=1, minibatch=1, lams_per_step=1, steps=1, lora_dim=1, dps_parts=1,
-                          update_iters=1, critic_iters=1, snapshots=0, save_every=1, log_every=1, max_length=2,
+                          update_iters=1, critic_iters=1, ptx_samples=1, snapshots=0, save_every=1, log_every=1, max_length=2,
                           max_new_tokens=1, prompt_words=1, reference_samples=2).items():
         if (value := getattr(flags, name)) is not None and value < low:
             raise UserError(f"--{name} {value}: must be at least {low}")
@@ -199,8 +201,6 @@ def check(flags):
         raise UserError("--lam is the one preference of --method dps; panacea learns all of them")
     if flags.aggregate != "tche" and (flags.ideal is not None or flags.smooth):
         raise UserError("--ideal and --smooth belong to --aggregate tche")
-    if flags.ptx_coeff and flags.prompts is None:
-        raise UserError("--ptx_coeff needs --prompts that bring their own texts (stories, or a field \"response\")")
 
 
 def check_lengths(flags, dims):
@@ -219,13 +219,13 @@ def check_lengths(flags, dims):
 def defaults(flags, rewards):
     """Fills in the flags whose defaults depend on others, and checks that the batch divides."""
     if flags.kl_coeff is None:
-        flags.kl_coeff = 0.2 if flags.rewards is None else 0.02
+        flags.kl_coeff = 0.5 if flags.rewards is None else 0.02
     if flags.samples is None:
-        flags.samples = 8 if flags.prompts is None else 1
+        flags.samples = 16 if flags.prompts is None else 1
     if flags.aggregate == "tche" and flags.ideal is None and flags.rewards is None:
         flags.ideal = world_ideal(rewards).tolist()
     if flags.minibatch is None:
-        flags.minibatch = flags.batch_size
+        flags.minibatch = flags.batch_size // (1 if flags.batch_size // flags.samples % 2 else 2)
     P = flags.batch_size // flags.samples
     if flags.batch_size % flags.samples or P % (flags.lams_per_step or 1):
         raise UserError(f"--batch_size {flags.batch_size} must be a multiple of --samples {flags.samples}, and their "
@@ -255,7 +255,7 @@ def measure_rewards(rewards, model, prompts, rows, tokenizer, flags):
         f"{d} {mean:.3f} ± {std:.3f}" for d, mean, std in zip(rewards.dims, rewards.mean, rewards.std)))
 
 
-def train(model, path, fixed_lam, prompts, rows, rewards, tokenizer, flags, steps, member, resume, device):
+def train(model, path, fixed_lam, prompts, rows, weights, rewards, tokenizer, flags, steps, member, resume, device):
     """Algorithm 1 with PPO for one adapter, written to `path`.safetensors. fixed_lam: None for Panacea, else (m,)."""
     m, B, K, out = len(rewards.dims), flags.batch_size, flags.samples, path.parent
     n, P = 1 if flags.aggregate == "tche" else m, B // K
@@ -290,6 +290,8 @@ def train(model, path, fixed_lam, prompts, rows, rewards, tokenizer, flags, step
         use(lam.repeat_interleave(K, dim=0))
         responses = generate(model, [rows[j].prompt for j in chosen for _ in range(K)], flags.max_new_tokens,
                              eos_id=tokenizer.eos_id, generator=generator_for(flags.seed, "rollout", draw))
+        g = generator_for(flags.seed, "ptx", draw)
+        texts_told = [some_responses(rows[j], weights and weights[j], flags.ptx_samples, g) for j in chosen]
         # 3. rewards r (B, m), and the scores (B, n) that PPO is run on
         texts, finished = spoken(responses, tokenizer)
         raw = rewards.raw([prompts[j].prompt for j in chosen for _ in range(K)], texts, finished)
@@ -320,8 +322,8 @@ def train(model, path, fixed_lam, prompts, rows, rewards, tokenizer, flags, step
                 A, c = aggregated(e, logp, flags)                                     # (b, L)
                 policy_loss, clipped, moved = surrogate(A)
                 policy_loss.backward()
-            if flags.ptx_coeff:                               # under the λ in place, on the prompts' own texts
-                told = pack([rows[chosen[p]] for p in e.index]).to(device)
+            if flags.ptx_coeff:                               # under the λ in place, on texts that are not sampled
+                told = pack([texts_told[p] for p in e.index]).to(device)
                 ptx = sft_loss(batch_logprobs(model, told)).sum() / told.on_path.sum()         # nats a token
                 (flags.ptx_coeff * ptx).backward()
             for g in optimizer.param_groups:
@@ -331,7 +333,7 @@ def train(model, path, fixed_lam, prompts, rows, rewards, tokenizer, flags, step
             optimizer.zero_grad(set_to_none=True)
         # 6. updates of the critic: the policy's states are at hand, so a pass over them costs next to nothing
         for e in parts * flags.critic_iters:
-            V = critic(e.states, e.lam)                                               # (b, L, n)
+            V = critic(e.states, e.old, e.lam)                                        # (b, L, n)
             value_loss = ppo_value_loss(V, e.values, e.returns, e.mask, flags.clip_range_value)
             value_loss.backward()
             torch.nn.utils.clip_grad_norm_(critic.parameters(), flags.max_grad_norm)
@@ -346,7 +348,7 @@ def train(model, path, fixed_lam, prompts, rows, rewards, tokenizer, flags, step
         lengths, seconds, mean = [len(y) for y in responses], time.time() - t0, raw.mean(0).tolist()    # left of them
         record = {"step": step + 1, "member": member, "rewards": mean, "normalised": r.mean(0).tolist(), "kl": kl,
                   "objective": R.mean().item() - flags.kl_coeff * kl, "policy_loss": policy_loss.item(), "value_loss": value_loss.item(),
-                  "explained_variance": (1 - left / G_t).mean().item(), "first_ratio": first_ratio,
+                  "explained_variance": (1 - left / G_t).nan_to_num(0.0).mean().item(), "first_ratio": first_ratio,
                   "clip_fraction": clipped.item(), "moved": moved.item(),
                   "ptx": ptx.item() if flags.ptx_coeff else 0.0, "weights": None if c is None else c.tolist(),
                   "ideal": ideal, "lam": lam.tolist(), "length": sum(lengths) / B, "finished": sum(finished) / B,
@@ -389,7 +391,7 @@ def experience(model, critic, batch, lam, score, index, flags):
     with adapters_off(model):
         ref = path_logprobs(model, batch)
     states = batch.along(states)                                                      # (b, L, D)
-    values = critic(states, lam)                                                      # (b, L, n)
+    values = critic(states, old, lam)                                                 # (b, L, n)
     token_rewards = kl_penalized_rewards(score, old, ref, batch.on_path, flags.kl_coeff, flags.clip_range_score)
     advantages, returns = gae(token_rewards, values, batch.on_path, 1.0, flags.gae_lambda)
     return Experience(batch, index, lam, batch.on_path, states, old, ref, values, advantages, returns)
@@ -403,6 +405,14 @@ def aggregated(e, logp, flags):
     if flags.aggregate == "ls":
         return linear_scalarization(e.advantages, e.lam[:, None]), None               # A_λ = Σ λ_i A_i
     return e.advantages[..., 0], None                                                 # tche: of its one reward
+
+
+def some_responses(row, weights, n, generator):
+    """The TokenRow with n of its responses, drawn by their weights (None: all of them)."""
+    if weights is None:
+        return row
+    drawn = torch.multinomial(weights, n, replacement=True, generator=generator).tolist()
+    return replace(row, responses=[row.responses[s] for s in drawn])
 
 
 def mgda_backward(losses, parameters):

@@ -47,10 +47,18 @@ def sequences(B=40, L=5, d=16, seed=0):
     return torch.randn(B, L, d, generator=g), torch.cat([lam, 1 - lam], dim=1)
 
 
+def slips(states, at=None):
+    """Log-probs (B, L) of tokens that are all likely, but for one of every response where `at` says."""
+    logps = torch.full(states.shape[:2], -0.1)
+    if at is not None:
+        logps[:, at] = -8.0
+    return logps
+
+
 def trained(critic, states, lam, target, steps=150):
     optimizer = torch.optim.Adam(critic.parameters(), lr=1e-2)
     for _ in range(steps):
-        loss = torch.nn.functional.mse_loss(critic(states, lam), target)
+        loss = torch.nn.functional.mse_loss(critic(states, slips(states), lam), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -61,11 +69,11 @@ def test_the_critic_starts_at_zero_and_leaves_the_policy_alone():
     states, lam = sequences()
     critic = Critic(16, 2, 3, torch.Generator().manual_seed(1))
     states.requires_grad_(True)
-    values = critic(states, lam)
+    values = critic(states, slips(states), lam)
     assert values.shape == (40, 5, 3) and values.dtype == torch.float32 and not values.any()
     trained(critic, states, lam, torch.ones(40, 5, 3), steps=2)          # the first moves the last layer alone
     assert states.grad is None and all(p.grad.abs().max() > 0 for p in critic.parameters())
-    assert critic(states.bfloat16(), lam).dtype == torch.float32
+    assert critic(states.bfloat16(), slips(states), lam).dtype == torch.float32
     twin, other = (Critic(16, 2, 3, torch.Generator().manual_seed(seed)).inner.weight for seed in (1, 2))
     assert torch.equal(twin, Critic(16, 2, 3, torch.Generator().manual_seed(1)).inner.weight)
     assert not torch.equal(twin, other)
@@ -77,18 +85,27 @@ def test_the_critic_learns_what_depends_on_lam_and_on_the_states():
     target = torch.stack([3 * lam[:, :1].expand(-1, 5), states[..., 0].sign(), 2 * before], dim=2)
     critic = Critic(16, 2, 3, torch.Generator().manual_seed(1))
     trained(critic, states, lam, target, steps=200)
-    errors = (critic(states, lam) - target).square().mean((0, 1)) / target.var((0, 1))
+    errors = (critic(states, slips(states), lam) - target).square().mean((0, 1)) / target.var((0, 1))
     assert errors[0] < 0.1 and errors[1] < 0.2 and errors[2] < 0.03      # wrong: without λ, the state, the earlier ones
-    ends = [critic(states, torch.tensor([end] * 100))[..., 0].mean() for end in ([0.0, 1.0], [1.0, 0.0])]
+    ends = [critic(states, slips(states), torch.tensor([end] * 100))[..., 0].mean() for end in ([0.0, 1.0], [1.0, 0.0])]
     assert ends[1] - ends[0] > 2
     # nothing looks ahead: not padding, nor what the response says later
     later = states.clone()
     later[:, 3:] = 7.0
-    values, changed = critic(states, lam), critic(later, lam)
+    values, changed = critic(states, slips(states), lam), critic(later, slips(states), lam)
     assert torch.equal(values[:, :3], changed[:, :3]) and not torch.allclose(values[:, 3:], changed[:, 3:])
     earlier = states.clone()
     earlier[:, 0] += 1.0
-    assert not torch.allclose(critic(earlier, lam)[:, 1:], values[:, 1:])
+    assert not torch.allclose(critic(earlier, slips(states), lam)[:, 1:], values[:, 1:])
+
+
+def test_the_critic_knows_the_least_likely_token_so_far():
+    states, lam = sequences()
+    critic = Critic(16, 2, 3, torch.Generator().manual_seed(1))
+    trained(critic, states, lam, torch.ones(40, 5, 3), steps=2)
+    clean, slipped = critic(states, slips(states), lam), critic(states, slips(states, at=2), lam)
+    assert torch.equal(clean[:, :3], slipped[:, :3])                     # wrong: V_t that knows the token y_t itself
+    assert not torch.isclose(clean[:, 3:], slipped[:, 3:]).any(-1).all(-1).any()      # and not of the last token alone
 
 
 def test_mixed_advantages_are_those_of_the_mixed_reward(close):
@@ -200,7 +217,7 @@ def mini(tmp_path_factory):
     toy._world.cache_clear()
 
 
-SMALL = dict(batch_size=8, samples=4, max_new_tokens=24, steps=3, eval=False, snapshots=2, log_every=1000, device="cpu",
+SMALL = dict(batch_size=8, samples=4, minibatch=8, kl_coeff=0.2, max_new_tokens=24, steps=3, eval=False, snapshots=2, log_every=1000, device="cpu",
              size="tiny")
 
 
@@ -528,7 +545,6 @@ BAD = {
     "unknown dimension": (dict(dims=["helpful", "kind"]), "choose each once among"),
     "scale not positive": (dict(reward_scale=[1.0, 0.0]), "--reward_scale takes positive"),
     "no room for a prompt": (dict(max_new_tokens=256), "--max_new_tokens 256 leave no room"),
-    "ptx without prompts": (dict(ptx_coeff=0.1), "--ptx_coeff needs --prompts"),
     "too few steps": (dict(method="dps", steps=10), "shared by 11 models"),
     "no β": (dict(kl_coeff=0.0), "--kl_coeff 0.0: must be positive"),
     "gae_lambda": (dict(gae_lambda=1.5), "--gae_lambda 1.5: must be between 0 and 1"),
@@ -612,7 +628,8 @@ def test_text_rewards_on_stories(mini, capsys, monkeypatch):
     monkeypatch.setattr(train_ppo, "generate",
                         lambda *a, **k: sampled.append((a[1], generate(*a, **k))) or sampled[-1][1])
     run = go("stories", init=str(LLAMA), prompts=["stories.txt"], rewards=["dialogue", "narrative"], eos_id=1,
-             max_new_tokens=16, samples=None, ptx_coeff=0.1, steps=2, reference_samples=32)
+             max_new_tokens=16, samples=None, kl_coeff=None, ptx_coeff=0.1, steps=2,
+             reference_samples=32)
     records, config = metrics(run), config_of(run)
     assert all(r["first_ratio"] == 1 and 0.5 < r["ptx"] < 6 and np.isfinite(r["rewards"]).all() for r in records)
     assert records[0]["kl"] == 0 and np.shape(records[0]["lam"]) == (8, 2)           # K = 1: a λ for every response

@@ -258,33 +258,36 @@ def by_loops(policy, model, small):
 def test_the_base_has_no_kl_and_its_mean_reward(small):
     data, _ = world(small)
     got = data.measure(small[0], BETA)
-    assert got["kl"] == 0 and 0.02 < got["outside_mass"] < 0.6
-    mean = (data.ref.exp()[..., None] * data.r).sum(1).mean(0)
-    assert got["J"] == pytest.approx(mean.tolist(), rel=1e-9)
-    assert (data.r[:, -1] < data.r[:, :-1].amin((0, 1))).all()           # "any other text" is the worst there is
+    assert got["kl"] == got["kl_all"] == 0 and 0.02 < got["outside_mass"] < 0.6
+    for J, ref, r in ((got["J"], data.ref, data.r), (got["J_all"], data.ref_all, data.r_all)):
+        assert torch.allclose(ref.exp().sum(-1), torch.ones(2, dtype=torch.float64))
+        assert J == pytest.approx((ref.exp()[..., None] * r).sum(1).mean(0).tolist(), rel=1e-9)
+    assert (data.r_all[:, -1] < data.r.amin((0, 1))).all()               # "any other text" is the worst there is
 
 
 def test_measure_equals_a_loop_over_responses(small):
     data, policy = world(small)
     got = data.measure(policy, BETA)
     J, scores, kl, outside = by_loops(policy, small[0], small)
-    assert got["J"] == pytest.approx(J.tolist(), rel=1e-4)
+    assert got["J_all"] == pytest.approx(J.tolist(), rel=1e-4)
     assert got["scores"] == pytest.approx(scores, rel=1e-4)              # of the world's responses, in raw units
-    assert got["kl"] == pytest.approx(kl.item(), rel=1e-3) and kl > 0.05
+    assert got["kl_all"] == pytest.approx(kl.item(), rel=1e-3) and kl > 0.05
     assert got["outside_mass"] == pytest.approx(outside.item(), rel=1e-3)
-    free = torch.tensor(got["J"]) + BETA * got["kl"]                     # wrong: the mean over the world's own alone
-    narrow = small[1].normalise(torch.tensor(got["scores"]))
+    narrow = small[1].normalise(torch.tensor(got["scores"]))             # over the world's own responses alone
+    assert (torch.tensor(got["J"]) + BETA * got["kl"]).tolist() == pytest.approx(narrow.tolist(), rel=1e-5)
+    free = torch.tensor(got["J_all"]) + BETA * got["kl_all"]             # wrong: the one for the other
     assert ((free - narrow).abs() > 0.05 * narrow.abs()).all()
 
 
 def test_no_policy_is_measured_above_the_exact_front(small):
     data, policy = world(small)
     lams = simplex_lattice(2, 10)
-    J, logps = rlhf_front(lams, data.r, data.ref, BETA)
-    for net in (policy, small[0]):
-        reached = torch.tensor(data.measure(net, BETA)["J"], dtype=torch.float64)
-        assert (lams @ reached < (lams * J).sum(1) - 0.01).all()
-    assert torch.allclose(rlhf_objectives(logps, data.ref, data.r, BETA)[0], J)
+    for key, r, ref in (("J", data.r, data.ref), ("J_all", data.r_all, data.ref_all)):
+        J, logps = rlhf_front(lams, r, ref, BETA)
+        for net in (policy, small[0]):
+            reached = torch.tensor(data.measure(net, BETA)[key], dtype=torch.float64)
+            assert (lams @ reached < (lams * J).sum(1) - 0.01).all()
+        assert torch.allclose(rlhf_objectives(logps, ref, r, BETA)[0], J)
 
 
 def gradients(policy, small):
@@ -311,7 +314,7 @@ def test_stationarity(small, rows, close):
         with torch.no_grad():
             for p, step in zip(matrices, direction.split([p.numel() for p in matrices])):
                 p += sign * eps * step.view(p.shape)
-        moved.append(torch.tensor(data.measure(policy, BETA)["J"]).double())
+        moved.append(torch.tensor(data.measure(policy, BETA)["J_all"]).double())
     assert close((moved[0] - moved[1]) / (2 * eps), G @ direction, 0.02)
     # c solves the problem: no other mixture of the gradients is shorter
     mixtures = (simplex_lattice(2, 1000) @ G).norm(dim=1)
@@ -329,7 +332,7 @@ def test_stationarity_falls_towards_the_front(small):
     for step in range(80):
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 80)
         logps = with_outside(batch_logprobs(policy, batch).double().view(2, 32))
-        loss = -rlhf_objectives(logps, data.ref, data.r, BETA)[0].mean()
+        loss = -rlhf_objectives(logps, data.ref_all, data.r_all, BETA)[0].mean()
         grads = torch.autograd.grad(loss, matrices)
         for p, g in zip(matrices, grads):
             p.grad = g
