@@ -211,6 +211,8 @@ def evaluate(run, device, parts=None, adapters=None, exact=None):
     if flags.get("eos_id") is not None:
         tokenizer = replace(tokenizer, eos_id=flags["eos_id"])
     data, samples = measurements(config, model, tokenizer, device)
+    if adapters is not None:                                  # along the training, what is exact is enough
+        samples = None
     measure = lambda policy: (samples.measure(policy, beta) if samples else {}) | data.measure(policy, beta)
     for each in (data, samples):
         if each:
@@ -251,7 +253,7 @@ def evaluate(run, device, parts=None, adapters=None, exact=None):
               "script": config["script"], "beta": beta,
               **{k: flags[k] for k in ("method", "aggregate", "steps", "seed")},
               **{k: column.get(k) for k in ("kl", "outside_mass", "scores_se", "length", "ended", "collapsed", "told")}}
-    if rlhf:                                                  # the sampled responses, for samples.json and histograms
+    if "raw" in column:                                       # the sampled responses, for samples.json and histograms
         result["samples"] = {"base": {key: base.pop(key) for key in ("raw", "texts")},
                              **{key: column[key] for key in ("raw", "texts")}}
     if exact:
@@ -320,8 +322,8 @@ class Flags:
     parts: int | None = flag(None, "cut the simplex into so many parts (default 10 for m = 2 and 3)")
     out: str = flag("out/compare", "where the comparison of several runs is written")
     evolution: bool = flag(False, "evaluate every snapshot of the (one) run instead")
-    stationarity: bool = flag(False, "RLHF runs on the embedded world, instead: min ‖Σ c_i ∇J_i‖ of their models, and of "
-                                     "the base before")
+    stationarity: bool = flag(False, "RLHF runs on the embedded world, instead: min ‖Σ c_i ∇J_i‖ of their models, and "
+                                     "of the base before")
     device: str = flag("auto", "cpu, cuda, or auto")
 
 

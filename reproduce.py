@@ -35,7 +35,8 @@ class Flags:
 
 
 # found by trial; see docs/log.md
-STORIES = ("--rewards", "dialogue", "narrative", "--eos_id", 1)
+STORIES = ("--rewards", "dialogue", "narrative", "--eos_id", 1, "--max_new_tokens", 96, "--max_length", 144,
+           "--batch_size", 48, "--steps", 100, "--kl_coeff", 0.1, "--ptx_coeff", 0.1)
 
 
 def run(out, name, *flags, script="train_dpo.py"):
@@ -132,15 +133,17 @@ def rlhf(flags):
 
 def pama(flags):
     """One policy from the same base at equal steps: PAMA, MORLHF (λ = ½, ½) and MGDA; both rewards, J, KL, and the
-    Pareto-stationarity measure before and after. PAMA's other readings with one seed."""
-    kinds = {"PAMA (V)": (("--aggregate", "pama"), flags.seeds), "MORLHF (½, ½)":
-             (("--method", "dps", "--lam", 0.5, 0.5), flags.seeds), "MGDA": (("--aggregate", "mgda"), flags.seeds),
-             "PAMA (T)": (("--aggregate", "pama", "--pama_reading", "T"), 1),
-             "PAMA (S)": (("--aggregate", "pama", "--pama_reading", "S"), 1)}
+    Pareto-stationarity measure before and after. PAMA's other readings with one seed. 75 steps: no front is learned."""
+    kinds = {"PAMA (V)": ("pamav", ("--aggregate", "pama"), flags.seeds),
+             "MORLHF (½, ½)": ("morlhf", ("--method", "dps", "--lam", 0.5, 0.5), flags.seeds),
+             "MGDA": ("mgda", ("--aggregate", "mgda"), flags.seeds),
+             "PAMA (T)": ("pamat", ("--aggregate", "pama", "--pama_reading", "T"), 1),
+             "PAMA (S)": ("pamas", ("--aggregate", "pama", "--pama_reading", "S"), 1)}
     lines = []
-    for label, (more, seeds) in kinds.items():
-        names = [f"ppo-{label.split(' (½')[0].replace(' ', '').strip('()').lower()}-seed{s}" for s in range(seeds)]
-        fronts = [run(flags.out, name, *more, "--seed", s, script="train_ppo.py") for s, name in enumerate(names)]
+    for label, (short, more, seeds) in kinds.items():
+        names = [f"ppo-{short}-seed{s}" for s in range(seeds)]
+        fronts = [run(flags.out, name, *more, "--steps", 75, "--seed", s, script="train_ppo.py")
+                  for s, name in enumerate(names)]
         still = [eval_front.stationarity(Path(flags.out) / name, pick_device("auto")[0]) for name in names]
         columns = [*np.array([f["scores"][0] for f in fronts]).T, *np.array([f["J"][0] for f in fronts]).T,
                    np.array([f["kl"][0] for f in fronts]), np.array([s["before"][0][0] for s in still]),

@@ -11,7 +11,7 @@ P: prompts a step   K: responses to each, so B = P K
 lam: (P, m), one λ a prompt, fixed from the rollout through all updates on it   r: (B, m) rewards, normalised by the
 mean and the standard deviation that they have under the reference policy   β: --kl_coeff
 n is m for linear scalarisation, PAMA and MGDA: one critic head a dimension, every one of them with the whole KL term;
-GAE is linear, so A_λ = Σ λ_i A_i is the advantage of Σ λ_i r_i − β KL. Tchebycheff is not linear: n = 1, its own reward.
+GAE is linear, so A_λ = Σ λ_i A_i is the advantage of Σ λ_i r_i − β KL. Tchebycheff is not: n = 1, for its own reward.
 The reference is the same model with the adapter off. A killed run continues from its last checkpoint, bit for bit.
 """
 import json
@@ -50,7 +50,8 @@ class Flags:
     dims: list[str] | None = flag(None, "these dimensions of the embedded world instead, in this order")
     rewards: list[str] | None = flag(None, "other rewards: names of text rewards, or directories of train_reward.py "
                                            "(directory:dimension for one of several)")
-    reward_scale: list[float] | None = flag(None, "factors on the normalised rewards (the paper's harmless × 5)")
+    reward_scale: list[float] | None = flag(None, "factors on the normalised rewards (the paper's harmless × 5), "
+                                                    "beside a reward model's own")
     method: Literal["panacea", "rs", "dps"] = flag("panacea", "Panacea, rewarded soups, or discrete policy solutions")
     aggregate: Literal["ls", "tche", "pama", "mgda"] = flag(
         "ls", "linear scalarisation, Eq. (12); Tchebycheff, Eq. (13); or, without any preference, PAMA or MGDA")
@@ -89,8 +90,8 @@ class Flags:
     # beside the paper
     steps: int = flag(300, "rollouts in all, shared evenly by the models of rs and dps")
     batch_size: int = flag(128, "B: responses a rollout")
-    samples: int | None = flag(None, "K: responses to each prompt, under one λ (default 16 on the embedded world, where "
-                                     "they share most of their computation; else 1, the paper's)")
+    samples: int | None = flag(None, "K: responses to each prompt, under one λ (default 16 on the embedded world, "
+                                     "where they share most of their computation; else 1, the paper's)")
     minibatch: int | None = flag(None, "responses an optimizer step (default: half of a rollout, where it divides)")
     lams_per_step: int | None = flag(None, "G: preferences a rollout, each on the same number of prompts; 1 is the "
                                            "paper's (default: one a prompt)")
@@ -175,8 +176,8 @@ def main(flags):
 def check(flags):
     """Raises UserError for flags that do not fit together."""
     for name, low in dict(batch_size=1, samples=1, minibatch=1, lams_per_step=1, steps=1, lora_dim=1, dps_parts=1,
-                          update_iters=1, critic_iters=1, ptx_samples=1, snapshots=0, save_every=1, log_every=1, max_length=2,
-                          max_new_tokens=1, prompt_words=1, reference_samples=2).items():
+                          update_iters=1, critic_iters=1, ptx_samples=1, snapshots=0, save_every=1, log_every=1,
+                          max_length=2, max_new_tokens=1, prompt_words=1, reference_samples=2).items():
         if (value := getattr(flags, name)) is not None and value < low:
             raise UserError(f"--{name} {value}: must be at least {low}")
     for name in ("kl_coeff", "clip_range_ratio", "clip_range_score", "clip_range_value", "lr", "critic_lr",
@@ -192,7 +193,8 @@ def check(flags):
     if flags.rewards is None and len(flags.dims or [0] * flags.pref_dim) < 2:
         raise UserError("a front needs at least 2 dimensions: --pref_dim 2, or two names after --dims")
     if flags.prompts is not None and (flags.init is None or flags.rewards is None):
-        raise UserError("--prompts needs --init and --rewards: the embedded world's model and scores know no other text")
+        raise UserError("--prompts needs --init and --rewards: "
+                        "the embedded world's model and scores know no other text")
     if flags.init is not None and flags.prompts is None and not (Path(flags.init) / "base.json").exists():
         raise UserError("--init needs --prompts (and --rewards): this model knows nothing of the embedded world")
     if flags.aggregate in ("pama", "mgda") and flags.method != "panacea":
@@ -332,23 +334,16 @@ def train(model, path, fixed_lam, prompts, rows, weights, rewards, tokenizer, fl
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         # 6. updates of the critic: the policy's states are at hand, so a pass over them costs next to nothing
-        for e in parts * flags.critic_iters:
-            V = critic(e.states, e.old, e.lam)                                        # (b, L, n)
-            value_loss = ppo_value_loss(V, e.values, e.returns, e.mask, flags.clip_range_value)
-            value_loss.backward()
-            torch.nn.utils.clip_grad_norm_(critic.parameters(), flags.max_grad_norm)
-            critic_optimizer.step()
-            critic_optimizer.zero_grad(set_to_none=True)
+        value_loss = update_critic(critic, critic_optimizer, parts * flags.critic_iters, flags)
         # 7. log
         kl = sum(((e.old - e.ref) * e.mask).sum().item() for e in parts) / B
         if not (math.isfinite(kl) and math.isfinite(norm.item())):
             raise UserError(f"step {step + 1}: KL is {kl}, the gradient's norm {norm}; lower --lr or --lora_scaling")
-        G_t, left = (torch.cat([x[e.mask.bool()] for e in parts for x in [f(e)]]).var(0)      # (n,): variances of the
-                     for f in (lambda e: e.returns, lambda e: e.returns - e.values))          # returns, and of what is
         lengths, seconds, mean = [len(y) for y in responses], time.time() - t0, raw.mean(0).tolist()    # left of them
         record = {"step": step + 1, "member": member, "rewards": mean, "normalised": r.mean(0).tolist(), "kl": kl,
-                  "objective": R.mean().item() - flags.kl_coeff * kl, "policy_loss": policy_loss.item(), "value_loss": value_loss.item(),
-                  "explained_variance": (1 - left / G_t).nan_to_num(0.0).mean().item(), "first_ratio": first_ratio,
+                  "objective": R.mean().item() - flags.kl_coeff * kl, "policy_loss": policy_loss.item(),
+                  "value_loss": value_loss,
+                  "explained_variance": explained_variance(parts), "first_ratio": first_ratio,
                   "clip_fraction": clipped.item(), "moved": moved.item(),
                   "ptx": ptx.item() if flags.ptx_coeff else 0.0, "weights": None if c is None else c.tolist(),
                   "ideal": ideal, "lam": lam.tolist(), "length": sum(lengths) / B, "finished": sum(finished) / B,
@@ -397,6 +392,25 @@ def experience(model, critic, batch, lam, score, index, flags):
     return Experience(batch, index, lam, batch.on_path, states, old, ref, values, advantages, returns)
 
 
+def update_critic(critic, optimizer, parts, flags):
+    """One step on each of the parts, a list of Experience. Returns the last value loss."""
+    for e in parts:
+        V = critic(e.states, e.old, e.lam)                                            # (b, L, n)
+        loss = ppo_value_loss(V, e.values, e.returns, e.mask, flags.clip_range_value)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(critic.parameters(), flags.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def explained_variance(parts):
+    """1 − Var(G − V) / Var(G) over all tokens, the mean over the n heads; 0 where all returns are equal."""
+    tokens = lambda key: torch.cat([getattr(e, key)[e.mask.bool()] for e in parts])                # (N', n)
+    returns, values = tokens("returns"), tokens("values")
+    return (1 - (returns - values).var(0) / returns.var(0)).nan_to_num(0.0).mean().item()
+
+
 def aggregated(e, logp, flags):
     """The one advantage of a token, (b, L), from its n; and the weights c (n,), where PAMA chose some."""
     if flags.aggregate == "pama":
@@ -428,7 +442,8 @@ def mgda_backward(losses, parameters):
 def line(r, dims, steps):
     """One record of metrics.jsonl as a line for people."""
     return (f"step {r['step']:05d}/{steps:05d} | " + " ".join(f"{d} {x:.3f}" for d, x in zip(dims, r["rewards"]))
-            + f" | kl {r['kl']:.3f} | objective {r['objective']:.3f} | critic {r['explained_variance']:.2f} | clip {r['clip_fraction']:.3f}"
+            + f" | kl {r['kl']:.3f} | objective {r['objective']:.3f} | critic {r['explained_variance']:.2f}"
+            + f" | clip {r['clip_fraction']:.3f}"
             + (" | c " + " ".join(f"{x:.2f}" for x in r["weights"]) if r["weights"] else "")
             + f" | {r['length']:.1f} tokens, {r['finished']:.2f} ended | grad {r['grad_norm']:.2f} | "
             f"{r['seconds']:.2f} s")
