@@ -31,7 +31,7 @@ class Flags:
     out: str = flag("out", "where the runs go")
     stories_init: str = flag("../shared/material/stories260K", "stories: Hugging Face directory of the base model")
     stories_text: str = flag("../shared/material/text/tinystories_sample.txt", "stories: a text file of stories")
-    stories_prompt: int = flag(0, "stories: which of the evaluation prompts is shown at five λ")
+    stories_prompt: int = flag(3, "stories: which of the evaluation prompts is shown at five λ")
 
 
 # found by trial; see docs/log.md
