@@ -133,12 +133,10 @@ def rlhf(flags):
 
 def pama(flags):
     """One policy from the same base at equal steps: PAMA, MORLHF (λ = ½, ½) and MGDA; both rewards, J, KL, and the
-    Pareto-stationarity measure before and after. PAMA's other readings with one seed. 75 steps: no front is learned."""
+    Pareto-stationarity measure before and after. 75 steps, since no front has to be learned."""
     kinds = {"PAMA (V)": ("pamav", ("--aggregate", "pama"), flags.seeds),
              "MORLHF (½, ½)": ("morlhf", ("--method", "dps", "--lam", 0.5, 0.5), flags.seeds),
-             "MGDA": ("mgda", ("--aggregate", "mgda"), flags.seeds),
-             "PAMA (T)": ("pamat", ("--aggregate", "pama", "--pama_reading", "T"), 1),
-             "PAMA (S)": ("pamas", ("--aggregate", "pama", "--pama_reading", "S"), 1)}
+             "MGDA": ("mgda", ("--aggregate", "mgda"), flags.seeds)}
     lines = []
     for label, (short, more, seeds) in kinds.items():
         names = [f"ppo-{short}-seed{s}" for s in range(seeds)]
