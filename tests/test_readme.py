@@ -35,7 +35,7 @@ def test_the_file_map_is_complete():
 
 
 def test_flags_and_pictures_that_the_texts_name_exist():
-    code = "".join(f.read_text(encoding="utf-8") for f in SOURCES)
+    code = "".join(f.read_text(encoding="utf-8") for f in [*SOURCES, *ROOT.glob("bench/*.py")])
     for text in (README, (ROOT / "docs/log.md").read_text(encoding="utf-8")):
         for flag in set(re.findall(r"--(\w+)", text)):
             assert re.search(rf"^    {flag}: ", code, re.M) or flag == "help", f"no script has --{flag}"
