@@ -26,7 +26,7 @@ from measure import PreferenceFiles, Samples, World, WorldRewards, policies
 from model import Transformer
 from plots import draw_evolution, draw_fronts, draw_histograms
 from rewards import Rewards, named_rewards, world_rewards
-from svd_lora import fingerprint, load_adapter, merged_state_dict, read_adapter_header
+from svd_lora import fingerprint, merged_state_dict, read_adapter_header
 
 # The hypervolume's reference point, the same in every dimension, for each kind of points
 REFERENCE = {"normalised J": -0.1, "implicit-reward accuracy": 0.0, "normalised mean reward": -2.0}

@@ -7,7 +7,6 @@ policies() gives a run's policies, one a preference.
 """
 import math
 
-import numpy as np
 import torch
 
 from aggregate import min_norm_weights

@@ -127,7 +127,7 @@ def main(flags):
                if flags.rewards is None else named_rewards(flags.rewards, flags.reward_scale, model, device))
     check_lengths(flags, rewards.dims)
     defaults(flags, rewards)
-    prompts = [toy.as_row(x, toy.responses(x)) for x in toy.prompts("train")]
+    prompts = [toy.as_row(x, toy.responses(x) if flags.ptx_coeff else []) for x in toy.prompts("train")]
     weights = [toy.base_probs(x) for x in toy.prompts("train")]        # of those responses, where PTX draws some
     if flags.prompts is not None:
         (prompts, dropped), weights = read_prompts(flags.prompts, flags.prompt_words), None
@@ -292,8 +292,9 @@ def train(model, path, fixed_lam, prompts, rows, weights, rewards, tokenizer, fl
         use(lam.repeat_interleave(K, dim=0))
         responses = generate(model, [rows[j].prompt for j in chosen for _ in range(K)], flags.max_new_tokens,
                              eos_id=tokenizer.eos_id, generator=generator_for(flags.seed, "rollout", draw))
-        g = generator_for(flags.seed, "ptx", draw)
-        texts_told = [some_responses(rows[j], weights and weights[j], flags.ptx_samples, g) for j in chosen]
+        if flags.ptx_coeff:
+            g = generator_for(flags.seed, "ptx", draw)
+            texts_told = [some_responses(rows[j], weights and weights[j], flags.ptx_samples, g) for j in chosen]
         # 3. rewards r (B, m), and the scores (B, n) that PPO is run on
         texts, finished = spoken(responses, tokenizer)
         raw = rewards.raw([prompts[j].prompt for j in chosen for _ in range(K)], texts, finished)
