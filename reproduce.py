@@ -134,7 +134,8 @@ def rlhf(flags):
 def pama(flags):
     """One policy from the same base at equal steps: PAMA, MORLHF (λ = ½, ½) and MGDA; both rewards, J, KL, and the
     Pareto-stationarity measure before and after. 75 steps, since no front has to be learned."""
-    kinds = {"PAMA (V)": ("pamav", ("--aggregate", "pama"), flags.seeds),
+    kinds = {**{f"PAMA ({r})": (f"pama{r.lower()}", ("--aggregate", "pama", "--pama_reading", r), flags.seeds)
+                for r in "VTS"},
              "MORLHF (½, ½)": ("morlhf", ("--method", "dps", "--lam", 0.5, 0.5), flags.seeds),
              "MGDA": ("mgda", ("--aggregate", "mgda"), flags.seeds)}
     lines = []
