@@ -19,9 +19,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import fused
 from common import UserError, read_json, write_whole
 from generation import KVCache, generate, sample_token    # here too: whoever has a model wants to generate
 
@@ -74,6 +76,13 @@ SIZES = {   # vocab_size, bos_id and eos_id are replaced by those of the tokeniz
 # ---------------------------------------------------------------------------------------------------------------------
 # The network.
 
+class Linear(nn.Linear):
+    """nn.Linear, by the product that all linear layers here share."""
+
+    def forward(self, x):
+        return fused.linear(x, self.weight, self.bias)
+
+
 class Norm(nn.Module):
     """LayerNorm (weight, bias) or RMSNorm (weight alone) over the last dimension."""
 
@@ -86,7 +95,7 @@ class Norm(nn.Module):
     def forward(self, x):
         if self.bias is not None:
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return fused.rms_norm(x, self.weight, self.eps)
 
 
 def rope_frequencies(config, device=None):
@@ -102,12 +111,6 @@ def rope_frequencies(config, device=None):
     return (1 - smooth) * freq / s["factor"] + smooth * freq
 
 
-def rotate(x, cos, sin):
-    """Rotary position embedding, half-split layout. x: (B, H, T, C), cos and sin: (B or 1, 1, T, C/2) in fp32."""
-    a, b = x.chunk(2, dim=-1)                                                         # bf16 · fp32 is computed in fp32
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-
-
 class Attention(nn.Module):
     """Causal multi-head attention with grouped key/value heads and an optional KV cache."""
 
@@ -115,25 +118,29 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         q_dim, kv_dim = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-        self.q = nn.Linear(config.d_model, q_dim, bias=config.qkv_bias)
-        self.k = nn.Linear(config.d_model, kv_dim, bias=config.qkv_bias)
-        self.v = nn.Linear(config.d_model, kv_dim, bias=config.qkv_bias)
-        self.o = nn.Linear(q_dim, config.d_model, bias=config.out_bias)
+        self.q = Linear(config.d_model, q_dim, bias=config.qkv_bias)
+        self.k = Linear(config.d_model, kv_dim, bias=config.qkv_bias)
+        self.v = Linear(config.d_model, kv_dim, bias=config.qkv_bias)
+        self.o = Linear(q_dim, config.d_model, bias=config.out_bias)
 
     def forward(self, x, rope, mask, cache):
         B, T, _ = x.shape
-        q = self.q(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)          # (B, H, T, C)
-        k = self.k(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)       # (B, K, T, C)
-        v = self.v(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        q, k, v = self.q(x), self.k(x), self.v(x)                                     # (B, T, H·C), (B, T, K·C) twice
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q, k = fused.rope_(q, *rope), fused.rope_(k, *rope)
+        q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)                  # (B, H, T, C)
+        k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)               # (B, K, T, C)
+        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
         if cache is not None and cache.decoding:
             y = cache.attend(q, k, v, mask)                                           # T = 1, all S slots
         else:
             if cache is not None:
                 k, v = cache.append(k, v)                                             # (B, K, T, C) -> (B, K, S, C)
+            if mask is not None and q.is_cuda and self.n_kv_head != self.n_head:
+                # with a mask, CUDA's memory-efficient kernel wants a key head for each query head
+                k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                               enable_gqa=self.n_kv_head != self.n_head)
+                                               enable_gqa=k.shape[1] != self.n_head)
         return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -144,13 +151,13 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = config.activation
         if self.activation == "swiglu":
-            self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.out_bias)
-        self.up = nn.Linear(config.d_model, config.d_ff, bias=config.out_bias)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.out_bias)
+            self.gate = Linear(config.d_model, config.d_ff, bias=config.out_bias)
+        self.up = Linear(config.d_model, config.d_ff, bias=config.out_bias)
+        self.down = Linear(config.d_ff, config.d_model, bias=config.out_bias)
 
     def forward(self, x):
         if self.activation == "swiglu":
-            return self.down(F.silu(self.gate(x)) * self.up(x))
+            return self.down(fused.swiglu(self.gate(x), self.up(x)))
         return self.down(F.gelu(self.up(x), approximate="tanh" if self.activation == "gelu_tanh" else "none"))
 
 
@@ -172,13 +179,14 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.checkpoint_blocks = False                        # training: memory of one block instead of all, 4/3 the work
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         if config.positions == "learned":
             self.pos_embed = nn.Embedding(config.context_length, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = Norm(config)
         if not config.tied:
-            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.head = Linear(config.d_model, config.vocab_size, bias=False)
 
     def init_weights(self, generator):
         """GPT-2's initialisation: N(0, 0.02²); what is added to the residual stream, smaller by sqrt(2 n_layer)."""
@@ -215,14 +223,17 @@ class Transformer(nn.Module):
             x = x + self.pos_embed(positions)
         else:
             angle = positions[..., None] * rope_frequencies(self.config, x.device)    # (T,) or (B, T) -> (…, T, C/2)
-            angle = angle.view(-1, 1, T, angle.shape[-1])                             # (B or 1, 1, T, C/2)
+            angle = angle.view(-1, T, angle.shape[-1])                                # (B or 1, T, C/2)
             rope = angle.cos(), angle.sin()
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, mask, cache.layer(i) if cache is not None else None)
+            if self.checkpoint_blocks and torch.is_grad_enabled():      # keep x alone, make the rest again in backward
+                x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, None, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, cache.layer(i) if cache is not None else None)
         if cache is not None:
             cache.length += T
         x = self.norm(x)
-        return x if return_hidden else F.linear(x, self.head_weight)
+        return x if return_hidden else fused.linear(x, self.head_weight)
 
     # -------------------------------------------------------------------------------------------- reading and writing
 

@@ -9,12 +9,6 @@ import torch
 import torch.nn.functional as F
 
 
-def token_logprobs(hidden, weight, target):
-    """log p(target) under softmax(hidden · weightᵀ). hidden (N, D), weight (V, D), target (N,) -> (N,) fp32."""
-    logits = hidden.float() @ weight.float().T      # (N, V): logits rounded to bf16 would cost 0.03 nats a response
-    return logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)
-
-
 def response_logprobs(token_logps, paths):
     """log π(y|x) = Σ_t log π(y_t | x, y_<t): sums every response's own tokens.
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import fused
 from common import UserError, write_json, write_whole
 from model import Transformer, hf_name
 
@@ -54,19 +54,20 @@ class SVDLoRALinear(nn.Module):
             return torch.cat([self.sigma, self.s * lam])
         return torch.cat([self.sigma.expand(len(lam), -1), self.s * lam], dim=1)[:, None, :]           # (B, 1, r)
 
-    def forward(self, x):                                                                              # (B, T, d_in)
-        y = F.linear(x, self.weight, self.bias)                                                        # (B, T, d_out)
+    def forward(self, x):                                             # (B, T, d_in) -> (B, T, d_out)
         if not self.enabled:
-            return y
-        V, d, Ut = self.factors(x.dtype)
-        return y + ((x @ V) * d) @ Ut                                                                  # x V: (B, T, r)
+            return fused.linear(x, self.weight, self.bias)
+        return fused.svd_lora_linear(x, self.weight, self.U, self.V, self.scaled_values(), self.bias)
+
+    def scaled_values(self):
+        """gain · d at the preference that is set: (r,), or (B, 1, r) for one preference a row."""
+        if self.lam is None and self.m > 0:
+            raise RuntimeError("no preference is set: call set_preference(model, lam) first")
+        return self.gain * self.singular_values(self.lam)
 
     def factors(self, dtype):
         """V (d_in, r), gain · d (r,) or (B, 1, r), and Uᵀ (r, d_out), as forward multiplies them."""
-        if self.lam is None and self.m > 0:
-            raise RuntimeError("no preference is set: call set_preference(model, lam) first")
-        d = self.gain * self.singular_values(self.lam)
-        return self.V.to(dtype), d.to(dtype), self.U.T.to(dtype)
+        return self.V.to(dtype), self.scaled_values().to(dtype), self.U.T.to(dtype)
 
     def delta(self, lam):
         """gain · U diag(d) Vᵀ for one preference (m,): (d_out, d_in) in fp32."""

@@ -31,8 +31,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aggregate import min_norm_weights, pama_weights, simplex_lattice
 from common import UserError, flag, run_main
+from fused import linear_logprob
 from model import SIZES, Transformer
-from objectives import token_logprobs
 from svd_lora import inject_svd_lora, set_preference, svd_lora_layers
 
 TINY = SIZES["tiny"]
@@ -97,7 +97,7 @@ def policy_losses(model, n, flags, generator):
     """n policy-gradient losses −mean_t A_{i,t} log π(y_t) over one forward. -> (n,)"""
     tokens = torch.randint(model.config.vocab_size, (flags.rows, flags.length + 1), generator=generator)
     hidden = model(tokens[:, :-1], return_hidden=True).flatten(0, 1)                      # (rows · length, D)
-    logp = token_logprobs(hidden, model.head_weight, tokens[:, 1:].flatten())
+    logp = linear_logprob(hidden, model.head_weight, tokens[:, 1:].flatten())
     return -(sample_advantages(n, len(logp), generator) * logp).mean(1)
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from objectives import response_logprobs, token_logprobs
+from fused import linear_logprob
+from objectives import response_logprobs
 
 
 @dataclass
@@ -115,10 +116,10 @@ def predicting_states(model, batch):
 def path_logprobs(model, batch, states=None):
     """log π(y_t | x, y_<t) of every response's every token: (R, L) fp32, 0 on padding. states: (N, D), if at hand."""
     states = predicting_states(model, batch) if states is None else states
-    return batch.along(token_logprobs(states, model.head_weight, batch.targets))
+    return batch.along(linear_logprob(states, model.head_weight, batch.targets))
 
 
 def batch_logprobs(model, batch):
     """log π(y|x) of every response of a TreeBatch: (R,) fp32."""
-    return response_logprobs(token_logprobs(predicting_states(model, batch), model.head_weight, batch.targets),
+    return response_logprobs(linear_logprob(predicting_states(model, batch), model.head_weight, batch.targets),
                              batch.paths)

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from objectives import dpo_loss, implicit_accuracy, response_logprobs, sft_loss, token_logprobs
+from fused import linear_logprob
+from objectives import dpo_loss, implicit_accuracy, response_logprobs, sft_loss
 
 betas = pytest.mark.parametrize("beta", [0.1, 0.5])
 
@@ -23,11 +24,11 @@ def normal(*shape, seed=0):
 
 # ---- log-probs ----
 
-def test_token_logprobs_by_hand():
+def test_linear_logprob_by_hand():
     hidden, weight = torch.tensor([[1.0, 0], [0, 2]]), torch.tensor([[math.log(3), 0], [0, 0], [0, math.log(2)]])
-    logps = token_logprobs(hidden, weight, torch.tensor([0, 2]))         # softmax (3, 1, 1) / 5 and (1, 1, 4) / 6
+    logps = linear_logprob(hidden, weight, torch.tensor([0, 2]))         # softmax (3, 1, 1) / 5 and (1, 1, 4) / 6
     assert logps.dtype == torch.float32 and torch.allclose(logps, torch.tensor([3 / 5, 4 / 6]).log(), atol=1e-6)
-    assert token_logprobs(hidden.bfloat16(), weight.bfloat16(), torch.tensor([0, 2])).dtype == torch.float32
+    assert linear_logprob(hidden.bfloat16(), weight.bfloat16(), torch.tensor([0, 2])).dtype == torch.float32
 
 
 def test_response_logprobs_by_hand():
@@ -39,11 +40,11 @@ def test_response_logprobs_by_hand():
 def test_sequence_logprobs_and_gradients_equal_the_oracle(oracle, close):
     o = oracle("seq_logprob")
     hidden = o["hidden"].requires_grad_(True)
-    tokens = token_logprobs(hidden[:, :-1].flatten(0, 1), o["head"], o["ids"][:, 1:].flatten())
+    tokens = linear_logprob(hidden[:, :-1].flatten(0, 1), o["head"], o["ids"][:, 1:].flatten())
     mask = o["completion_mask"][:, 1:]
     logps = response_logprobs(tokens, paths_of(mask))
     assert close(tokens.view(4, 8), o["token_logps"], 1e-6) and close(logps, o["seq_logps"], 1e-6)
-    (gradient,) = torch.autograd.grad(logps @ torch.tensor([1.0, -2.0, 0.5, 3.0]), hidden)
+    (gradient,) = torch.autograd.grad(logps @ torch.tensor([1.0, -2.0, 0.5, 3.0]).to(logps), hidden)
     assert close(gradient, o["grad_hidden_for_weights_1_m2_half_3"], 1e-5)
     predicts = F.pad(mask, (0, 1)).bool()                                # the positions that predict a response token
     assert (gradient[~predicts] == 0).all() and (gradient[predicts].norm(dim=-1) > 0.01).all()

@@ -1,0 +1,385 @@
+"""fused.py - the operations that training spends its time in, each beside its plain-PyTorch definition.
+
+    linear              y = x W0ᵀ + b                                            through the faster library on a CPU
+    svd_lora_linear     y = x W0ᵀ + b + ((x V) · d) Uᵀ,   Panacea Eq. (9)        keeps x alone for the backward pass
+    linear_logprob      log softmax(h Wᵀ)[target]                                never holds the (N, V) logits
+    rms_norm, rope_, swiglu                                                      one pass each over their tensors
+
+N = B·T: tokens   D: width   V: vocabulary   r = k + m: rank   W0 (d_out, d_in): frozen, maybe quantised (quantize.py)
+U: (d_out, r)   V: (d_in, r)   d: (r,), or (B, 1, r) with one preference a row
+
+Every `*_plain` function defines its operation and is what the tests hold the fused one to, with float64 as the judge.
+The backward passes are written by hand. On CUDA the parts that are bound by memory are Triton kernels (kernels.py);
+large products stay with the vendor's library, which no kernel of ours would beat.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+ONEDNN_FROM = 2 ** 16       # weights smaller than this lose more by oneDNN's overhead than they gain
+ROWS, TILE = 1024, 4096     # linear_logprob on a CPU: tokens and vocabulary entries at a time, 16 MB of logits
+GUESS = 256                 # vocabulary entries from which it guesses log Z beforehand
+CUDA_LOGITS = 2 ** 28       # linear_logprob on CUDA: elements of the logits held at a time (1 GiB in fp32)
+
+
+def use_kernels(x):
+    """Whether x is worked on by kernels.py: on CUDA. (Tests replace this to run the kernels in Triton's interpreter.)"""
+    return x.is_cuda
+
+
+def dense(W, dtype):
+    """A frozen weight as a (d_out, d_in) matrix: itself, or a QuantizedWeight dequantised for the moment."""
+    return W if isinstance(W, torch.Tensor) else W.dense(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear layers.
+
+def onednn_takes(weight):
+    """Whether a CPU product with this weight goes through oneDNN: for fp32 up to twice as fast as F.linear's library on
+    some processors, and for thin matrices more, at the same precision. The operator is torch's own but private, so its
+    absence is no error: F.linear computes the same."""
+    return (weight.device.type == "cpu" and weight.numel() >= ONEDNN_FROM and torch.backends.mkldnn.is_available()
+            and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+            and (weight.dtype == torch.float32 or
+                 weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
+def product(x, W, bias=None):
+    """x Wᵀ + b without autograd. x: (…, d_in), W: (d_out, d_in), of any strides -> (…, d_out)"""
+    if onednn_takes(W) and x.dtype == W.dtype and x.numel() > 0:
+        return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
+    return F.linear(x, W, bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, W, bias):
+        ctx.W = None if isinstance(W, torch.Tensor) else W                            # quantised: dequantised again
+        trained = ctx.W is None and W.requires_grad                                   # a frozen W0 needs no x
+        ctx.save_for_backward(x if trained else None, W if ctx.W is None else None)
+        return product(x, dense(W, x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):                                                             # (…, d_out)
+        x, W = ctx.saved_tensors
+        dx = dW = db = None
+        if ctx.needs_input_grad[0]:
+            dx = product(g, dense(ctx.W if W is None else W, g.dtype).T)              # g W: (…, d_in)
+        if ctx.needs_input_grad[1]:
+            dW = product(g.flatten(0, -2).T, x.flatten(0, -2).T)                      # gᵀ x: (d_out, d_in)
+        if ctx.needs_input_grad[2]:
+            db = g.flatten(0, -2).sum(0)
+        return dx, dW, db
+
+
+def linear(x, W, bias=None):
+    """y = x Wᵀ + b. x: (…, d_in), W: (d_out, d_in) or a QuantizedWeight, bias: (d_out,) or None -> (…, d_out)
+
+    The same as F.linear, which it is wherever nothing is gained. Gradients for x, W (unless quantised) and bias; a
+    frozen W keeps no x.
+    """
+    if isinstance(W, torch.Tensor) and not onednn_takes(W):
+        return F.linear(x, W, bias)
+    return _Linear.apply(x, W, bias)
+
+
+def svd_lora_linear_plain(x, W, U, V, d, bias=None):
+    """The definition, Panacea Eq. (9) with gain · cat(σ, s·λ) in d: x W0ᵀ + b + ((x V) · d) Uᵀ."""
+    return F.linear(x, W, bias) + ((x @ V.to(x.dtype)) * d.to(x.dtype)) @ U.T.to(x.dtype)
+
+
+class _SVDLoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, W, U, V, d, bias):
+        ctx.W = None if isinstance(W, torch.Tensor) else W
+        ctx.save_for_backward(x, W if ctx.W is None else None, U, V, d)               # x is the layer's input: no copy
+        y = product(x, dense(W, x.dtype), bias)                                       # (B, T, d_out)
+        return _up_(y, _down(x, V, d), U)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):                                                             # (B, T, d_out)
+        x, W, U, V, d = ctx.saved_tensors
+        a, e = _down(x, V), _down(g, U)                                               # x V and g U: (B, T, r)
+        z = e * d.to(e.dtype)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = _up_(product(g, dense(ctx.W if W is None else W, g.dtype).T), z, V)  # g W0 + ((g U) · d) Vᵀ
+        flat = lambda t: t.flatten(0, -2)                                             # (B, T, n) -> (N, n)
+        dU = (flat(g).T @ flat(a * d.to(a.dtype)).to(g.dtype)).to(U.dtype)            # gᵀ ((x V) · d): (d_out, r)
+        dV = (flat(x).T @ flat(z).to(x.dtype)).to(V.dtype)                            # xᵀ ((g U) · d): (d_in, r)
+        dd = a.to(d.dtype) * e.to(d.dtype)                                            # Σ over tokens of (g U) · (x V):
+        dd = flat(dd).sum(0) if d.ndim == 1 else dd.sum(1, keepdim=True)              # (r,), or (B, 1, r)
+        return dx, None, dU, dV, dd, None
+
+
+def _down(x, V, d=None):
+    """(x V) · d: (…, d_in) -> (…, r)."""
+    if use_kernels(x):
+        import kernels
+        rows = x.shape[-2] if d is not None and d.ndim > 1 else 1
+        d = d if d is None or d.ndim == 1 else d.flatten(0, -2)                       # (r,) or (B, r)
+        return kernels.svd_lora_down(x.flatten(0, -2), V, d, rows).view(*x.shape[:-1], -1)
+    h = x @ V.to(x.dtype)
+    return h if d is None else h * d.to(h.dtype)
+
+
+def _up_(y, h, U):
+    """y + h Uᵀ, in place. y: (…, d_out), h: (…, r)"""
+    flat = y.flatten(0, -2)
+    if use_kernels(y):
+        import kernels
+        kernels.svd_lora_up_(flat, h.flatten(0, -2), U)
+    else:
+        flat.addmm_(h.flatten(0, -2).to(y.dtype), U.T.to(y.dtype))
+    return y
+
+
+def svd_lora_linear(x, W, U, V, d, bias=None):
+    """y = x W0ᵀ + b + ((x V) · d) Uᵀ, Panacea Eq. (9); the gain is in d.
+
+    x: (B, T, d_in), or (N, d_in) for a shared d   W: (d_out, d_in) or a QuantizedWeight, never trained   U: (d_out, r)
+    V: (d_in, r)   d: (r,), or (B, 1, r) with one preference a row   bias: (d_out,) or None, never trained
+    Returns (…, d_out). Gradients for x, U, V and d. What the backward pass keeps is x and the parameters: x V and g U,
+    (B, T, r) each, are made again, a hundredth of the layer's work.
+    """
+    return _SVDLoRALinear.apply(x, W, U, V, d, bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log-probabilities of tokens.
+
+def linear_logprob_plain(hidden, weight, target, entropy=False):
+    """The definition: log softmax(h Wᵀ)[target] and the entropy of that distribution, by way of all (N, V) logits."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)                           # float64 stays float64
+    logps = (hidden.to(wide) @ weight.to(wide).T).log_softmax(-1)                     # (N, V)
+    logp = logps.gather(1, target[:, None])[:, 0]
+    return (logp, -(logps.exp() * logps).sum(-1)) if entropy else logp
+
+
+class _LinearLogprob(torch.autograd.Function):
+    """Per token, with l_v = h·W_v and p = softmax(l):
+
+        log p(target) = l_target − log Z        ∂/∂h = W_target − A        A = Σ_v p_v W_v
+        H = log Z − Σ_v p_v l_v                 ∂/∂h = −(Σ_v p_v l_v W_v − (Σ_v p_v l_v) A)
+
+    A is an attention of h over the rows of W as keys and as values. So ∂/∂h is summed up tile by tile of the
+    vocabulary while log Z is, and kept: (N, D). The backward pass multiplies it by g, and no logit is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target, entropy):
+        run = _logprob_rows_cuda if use_kernels(hidden) else _logprob_rows_cpu
+        logp, H, dlogp, dH = run(hidden, weight, target, ctx.needs_input_grad[0], entropy)
+        ctx.save_for_backward(dlogp, dH, *((hidden, weight, target, logp) if ctx.needs_input_grad[1] else ()))
+        return (logp, H) if entropy else logp
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g, gH=None):                                                    # (N,) each
+        dlogp, dH, *rest = ctx.saved_tensors
+        dh = dW = None
+        if ctx.needs_input_grad[0]:
+            dh = g.to(dlogp.dtype)[:, None] * dlogp
+            if gH is not None:
+                dh.addcmul_(gH.to(dH.dtype)[:, None], dH)
+        if ctx.needs_input_grad[1]:                           # a trained head: Σ_n g_n (onehot − p) hᵀ, logits again
+            hidden, weight, target, logp = rest
+            assert gH is None, "the entropy's gradient is for a frozen head"
+            dW = torch.zeros_like(weight, dtype=torch.float32)
+            for rows in torch.arange(len(hidden), device=hidden.device).split(ROWS):
+                h = hidden[rows]
+                logits = product(h, weight).float()                                   # (rows, V)
+                p = (logits - logits.logsumexp(1, keepdim=True)).exp_().mul_(-g[rows, None])
+                p.scatter_add_(1, target[rows, None], g[rows, None].float())
+                dW += product(p.to(h.dtype).T, h.T)                                   # (V, D)
+            dW = dW.to(weight.dtype)
+        return dh, dW, None, None
+
+
+def _logprob_rows_cpu(hidden, weight, target, want_grad, entropy):
+    """logp (N,) fp32, entropy (N,) or None, ∂logp/∂h (N, D) and ∂entropy/∂h, or None each. No autograd."""
+    N, V = len(hidden), len(weight)
+    logp, H = torch.empty(N), torch.empty(N) if entropy else None
+    dlogp = torch.empty_like(hidden) if want_grad else None
+    dH = torch.empty_like(hidden) if want_grad and entropy else None
+    for i in range(0, N, ROWS):
+        h, here = hidden[i:i + ROWS], slice(i, i + ROWS)                              # (n, D)
+        W_target = weight[target[here]].to(h.dtype)
+        # The product subtracts c ≈ log Z as its bias, before it rounds: so a bf16 logit has the error of its distance
+        # from c, not of its size. c is a guess from the target and some of the vocabulary; any c gives the same sums.
+        l_target = (h.float() * W_target.float()).sum(1)                              # (n,) fp32
+        c = torch.logaddexp(l_target, product(h, weight[:GUESS]).float().logsumexp(1))
+        top, Z = torch.zeros(len(h)), torch.zeros(len(h))     # running maximum of l − c (or 0), Σ exp(l − c − top)
+        S = torch.zeros(len(h)) if entropy else None                                  # Σ exp(l − c − top) (l − c)
+        A = torch.zeros(h.shape) if want_grad else None                               # Σ exp(l − c − top) W
+        B = torch.zeros(h.shape) if dH is not None else None                          # Σ exp(l − c − top) (l − c) W
+        for j in range(0, V, TILE):
+            W = weight[j:j + TILE]                                                    # (v, D)
+            l = (product(W, h, -c) if onednn_takes(h) else product(W, h) - c).float()                         # (v, n)
+            higher = torch.maximum(top, l.amax(0))
+            shrink = (top - higher).exp()
+            e = (l - higher if entropy else l.sub_(higher)).exp_()                    # (v, n)
+            Z = Z * shrink + e.sum(0)
+            if B is not None:                                 # its two sums cancel: they are made in fp32
+                W = W.float()
+            if want_grad:
+                A = A.mul_(shrink[:, None]).add_(product(e.T.to(W.dtype), W.T))       # (n, v) (v, D)
+            if entropy:
+                S = S * shrink + (e := e.mul_(l)).sum(0)
+            if B is not None:
+                B = B.mul_(shrink[:, None]).add_(product(e.T, W.T))
+            top = higher
+        log_Z = top + Z.log()                                                         # log Z − c
+        logp[here] = l_target - c - log_Z
+        if want_grad:
+            A /= Z[:, None]
+            dlogp[here] = W_target - A
+        if entropy:
+            mean = S / Z                                                              # Σ p (l − c)
+            H[here] = log_Z - mean
+        if dH is not None:
+            dH[here] = A.mul_(mean[:, None]).sub_(B.div_(Z[:, None]))
+    return logp, H, dlogp, dH
+
+
+def _logprob_rows_cuda(hidden, weight, target, want_grad, entropy):
+    """The same, for some rows and the whole vocabulary at a time: the kernel turns logits into ∂logp/∂logits in one
+    pass, in place, and a product with W makes ∂logp/∂h of them."""
+    import kernels
+    parts = []
+    for h, y in zip(*(t.split(max(1, CUDA_LOGITS // len(weight))) for t in (hidden, target))):
+        logits = (torch.mm(h, weight.T, out_dtype=torch.float32) if h.is_cuda and h.dtype != torch.float32 else
+                  h.float() @ weight.float().T)                                       # (n, V) fp32
+        logp, H, onehot_p, dH = kernels.logprob_rows(logits, y, want_grad, entropy, h.dtype)
+        parts.append((logp, H, onehot_p @ weight.to(h.dtype) if want_grad else None,
+                      dH @ weight.to(h.dtype) if dH is not None else None))
+    return [torch.cat(x) if x[0] is not None else None for x in zip(*parts)]
+
+
+def linear_logprob(hidden, weight, target, entropy=False):
+    """log p(target) under softmax(hidden · weightᵀ), without ever holding the (N, V) logits.
+
+    hidden: (N, D)   weight: (V, D), hidden's dtype   target: (N,) int64   Returns (N,) fp32; with entropy=True also the
+    entropy of each distribution, (N,) fp32 nats. Gradients for hidden, by logp and by the entropy, and for a trained
+    weight, by logp. Sums are in fp32. (float64 stays float64, by the definition.)
+    """
+    if hidden.dtype == torch.float64 or len(hidden) == 0:
+        return linear_logprob_plain(hidden, weight, target, entropy)
+    return _LinearLogprob.apply(hidden, weight, target, entropy)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Llama's elementwise parts.
+
+def rms_norm_plain(x, weight, eps):
+    """The definition: x / sqrt(mean x² + ε) · weight, over the last dimension."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        flat = x.flatten(0, -2)
+        if use_kernels(x):
+            import kernels
+            y, rstd = kernels.rms_norm_forward(flat, weight, eps)
+        else:
+            wide = flat.float()
+            rstd = wide.square().mean(-1).add_(eps).rsqrt_()                          # (N,)
+            y = (wide * rstd[:, None]).mul_(weight).to(x.dtype)
+        ctx.save_for_backward(x, weight, rstd)
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, weight, rstd = ctx.saved_tensors
+        flat, gflat, want = x.flatten(0, -2), g.flatten(0, -2), ctx.needs_input_grad[1]
+        if use_kernels(x):
+            import kernels
+            dx, dweight = kernels.rms_norm_backward(gflat, flat, weight, rstd, want)
+        else:
+            # with n = x·rstd and q = g·weight:  dx = rstd (q − n · mean(q n))
+            n, q = flat.float() * rstd[:, None], gflat.float() * weight
+            dweight = (gflat.float() * n).sum(0) if want else None
+            dx = q.addcmul_(n, (q * n).mean(-1, keepdim=True), value=-1).mul_(rstd[:, None]).to(x.dtype)
+        return dx.view(x.shape), dweight.to(weight.dtype) if want else None, None
+
+
+def rms_norm(x, weight, eps):
+    """RMSNorm over the last dimension, in fp32 inside. x: (…, D), weight: (D,) -> (…, D), x's dtype. Keeps x and one
+    number a token. float64 stays float64, by the definition."""
+    return rms_norm_plain(x, weight, eps) if x.dtype == torch.float64 else _RMSNorm.apply(x, weight, eps)
+
+
+def rope_plain(x, cos, sin):
+    """The definition: rotary embedding, half-split layout. x: (B, T, H, C), cos and sin: (B or 1, T, C/2) fp32."""
+    (a, b), cos, sin = x.chunk(2, dim=-1), cos[:, :, None], sin[:, :, None]           # bf16 · fp32 is computed in fp32
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        ctx.mark_dirty(x)
+        return _rotate_(x, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return _rotate_(g.clone(), *ctx.saved_tensors, -1), None, None                # a rotation's transpose: back
+
+
+def _rotate_(x, cos, sin, sign):
+    heads = x.unflatten(-1, (-1, 2 * cos.shape[-1]))                                  # (B, T, H·C) -> (B, T, H, C)
+    if use_kernels(x):
+        import kernels
+        kernels.rotate_(heads, cos, sin, sign)
+    else:
+        heads.copy_(rope_plain(heads, cos, sign * sin))
+    return x
+
+
+def rope_(x, cos, sin):
+    """Rotary position embedding in place. x: (B, T, H·C), the projection of H heads; cos, sin: (B or 1, T, C/2) fp32.
+    Nothing of x is kept: the backward pass rotates back."""
+    return _Rope.apply(x, cos, sin)
+
+
+def swiglu_plain(gate, up):
+    """The definition: silu(gate) · up."""
+    return F.silu(gate) * up
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        if use_kernels(gate):
+            import kernels
+            return kernels.swiglu_forward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        gate, up = ctx.saved_tensors
+        if use_kernels(gate):
+            import kernels
+            return kernels.swiglu_backward(g, gate, up)
+        s = gate.sigmoid()
+        silu = gate * s
+        dup = g * silu
+        # silu' = s + silu (1 − s); written over what is no longer needed
+        return s.addcmul_(silu, 1 - s).mul_(g).mul_(up), dup
+
+
+def swiglu(gate, up):
+    """silu(gate) · up, elementwise. Keeps gate and up, not silu(gate) too."""
+    return _SwiGLU.apply(gate, up)
