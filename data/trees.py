@@ -29,6 +29,7 @@ class TreeBatch:
     pairs: torch.Tensor         # (P, 2)          the compared responses, as indices into the R
     pair_row: torch.Tensor      # (P,)            the row of each pair
     better: torch.Tensor        # (P, m)          0: the first is better, 1: the second, -1: no label
+    nodes: torch.Tensor         # (B,)            how many of a row's T are nodes; the others are padding
 
     def to(self, device):
         """The same batch on another device."""
@@ -51,59 +52,81 @@ class TreeBatch:
         return padded.index_select(0, self.paths.flatten()).view(*self.paths.shape, *x.shape[1:])
 
 
-def pack(rows):
-    """Packs TokenRows (data.tokenizers) into one TreeBatch. Every prompt has at least one token."""
+def pack(rows, multiple=1):
+    """Packs TokenRows (data.tokenizers) into one TreeBatch. Every prompt has at least one token.
+
+    multiple: T is padded up to a multiple of it, so that few different shapes occur.
+    """
     trees = [_tree(row.prompt, row.responses) for row in rows]
-    B, T = len(rows), max(len(tokens) for tokens, *_ in trees)
+    B, longest = len(rows), max(len(tokens) for tokens, *_ in trees)
+    T = -(-longest // multiple) * multiple
+    N, R = sum(len(targets) for *_, targets, _ in trees), sum(len(row.responses) for row in rows)
+    L = max((len(path) for *_, row_paths in trees for path in row_paths), default=0)
     tokens, positions = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
     mask = np.zeros((B, 1, T, T), bool)
     mask[:, 0, np.arange(T), np.arange(T)] = True                             # padding sees itself: no softmax is empty
-    parents, targets, paths, pairs, pair_row, better = [], [], [], [], [], []
-    for b, (row, (nodes, parent, edges, row_paths)) in enumerate(zip(rows, trees)):
+    causal = np.tri(longest, dtype=bool)
+    paths = np.full((R, L), N, np.int64)
+    parents, targets, pairs, pair_row, better, edges, r = [], [], [], [], [], 0, 0
+    for b, (row, (nodes, chains, predicting, predicted, row_paths)) in enumerate(zip(rows, trees)):
         tokens[b, :len(nodes)] = nodes
-        for t, p in enumerate(parent):                                        # a parent stands before its children
-            if p >= 0:
-                positions[b, t] = positions[b, p] + 1
-                mask[b, 0, t] |= mask[b, 0, p]
-        offset = len(targets)
-        parents += [b * T + node for node, _ in edges]
-        targets += [token for _, token in edges]
-        pairs += [(len(paths) + first, len(paths) + second) for first, second in row.pairs]
+        for start, end, parent in chains:                                     # a parent stands before its children
+            n = end - start
+            if parent >= 0:
+                positions[b, start:end] = positions[b, parent] + 1
+                mask[b, 0, start:end] = mask[b, 0, parent]                    # what the parent sees …
+            positions[b, start:end] += np.arange(n)
+            mask[b, 0, start:end, start:end] = causal[:n, :n]                 # … and the chain up to the node itself
+        parents.append(b * T + predicting)
+        targets.append(predicted)
+        pairs += [(r + first, r + second) for first, second in row.pairs]
         pair_row += [b] * len(row.pairs)
         better += row.better
-        paths += [[offset + e for e in path] for path in row_paths]
-    N, L = len(targets), max(map(len, paths))
+        for path in row_paths:
+            paths[r, :len(path)] = edges + path
+            r += 1
+        edges += len(predicted)
     tensor = lambda x, *shape: torch.tensor(x, dtype=torch.int64).reshape(*shape)
     return TreeBatch(torch.from_numpy(tokens), torch.from_numpy(positions), torch.from_numpy(mask),
-                     tensor(parents, N), tensor(targets, N), tensor([p + [N] * (L - len(p)) for p in paths], -1, L),
-                     tensor(pairs, -1, 2), tensor(pair_row, -1),
-                     tensor(better, len(better), -1 if better else 0))
+                     torch.from_numpy(np.concatenate(parents)), torch.from_numpy(np.concatenate(targets)),
+                     torch.from_numpy(paths), tensor(pairs, -1, 2), tensor(pair_row, -1),
+                     tensor(better, len(better), -1 if better else 0), tensor([len(nodes) for nodes, *_ in trees], -1))
 
 
 def _tree(prompt, responses):
-    """One prompt and its responses as a tree.
+    """One prompt and its responses as a tree, in numpy: no loop over tokens.
 
-    Returns nodes (their tokens), parent (of each node, -1 at the root), edges (predicting node, token), and for each
-    response its list of edges. A token that nothing follows is predicted but never read: it is an edge and no node.
+    Returns nodes (their tokens); chains, a list of (start, end, parent): nodes start to end − 1 follow each other, the
+    first of them after the node `parent` (-1: the root); of each edge the predicting node and the predicted token; and
+    for each response its edges. A token that nothing follows is predicted but never read: it is an edge and no node.
     """
-    nodes, parent = list(prompt), list(range(-1, len(prompt) - 1))
-    edges, edge_of, child = [], {}, {}
-    paths = []
-    for response in responses:
-        at, path = len(prompt) - 1, []                                        # at: the node predicting the next token
-        for i, token in enumerate(response):
-            if (at, token) not in edge_of:
-                edge_of[at, token] = len(edges)
-                edges.append((at, token))
-            path.append(edge_of[at, token])
-            if i + 1 < len(response):
-                if (at, token) not in child:
-                    child[at, token] = len(nodes)
-                    nodes.append(token)
-                    parent.append(at)
-                at = child[at, token]
-        paths.append(path)
-    return nodes, parent, edges, paths
+    R, L = len(responses), max(map(len, responses), default=0)
+    lengths = np.array([len(response) for response in responses], np.int64)
+    ids = np.full((R, L), -1, np.int64)                                       # -1 - r: padding equals no token
+    for r, response in enumerate(responses):
+        ids[r, :len(response)], ids[r, len(response):] = response, -1 - r
+    nodes, chains, n = [np.array(prompt, np.int64)], [(0, len(prompt), -1)], len(prompt)
+    node_of, edge_of = np.zeros((R, L), np.int64), np.zeros((R, L), np.int64)  # of each token of each response
+    predicting, predicted, e = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
+    for r, length in enumerate(lengths.tolist()):
+        edges = held = 0                                # how many of its first tokens have an edge, and a node, already
+        if r:
+            common = np.logical_and.accumulate(ids[:r] == ids[r], axis=1).sum(1)          # (r,) with each one before it
+            edges, held = int(common.max()), max(0, int(np.minimum(common, lengths[:r] - 1).max()))
+            edge_of[r, :edges] = edge_of[common.argmax(), :edges]
+            node_of[r, :held] = node_of[np.minimum(common, lengths[:r] - 1).argmax(), :held]
+        new = max(0, length - 1 - held)
+        node_of[r, held:held + new] = np.arange(n, n + new)
+        edge_of[r, edges:length] = np.arange(e, e + length - edges)
+        before = np.concatenate([[len(prompt) - 1], node_of[r, :max(0, length - 1)]])     # the node before each token
+        if new:
+            nodes.append(ids[r, held:held + new])
+            chains.append((n, n + new, int(before[held])))
+        predicting.append(before[edges:length])
+        predicted.append(ids[r, edges:length])
+        n, e = n + new, e + length - edges
+    return (np.concatenate(nodes), chains, np.concatenate(predicting), np.concatenate(predicted),
+            [edge_of[r, :length] for r, length in enumerate(lengths)])
 
 
 def predicting_states(model, batch):

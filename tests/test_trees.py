@@ -162,3 +162,46 @@ def test_to_moves_every_tensor():
     moved = batch.to("meta")
     assert all(getattr(moved, name).device.type == "meta" and getattr(moved, name).shape == getattr(batch, name).shape
                for name in vars(batch))
+
+
+def by_nodes(row):
+    """The tree of one row, token by token: nodes, the parent of each, edges (node, token) and every response's edges."""
+    nodes, parent = list(row.prompt), list(range(-1, len(row.prompt) - 1))
+    edges, child, paths = {}, {}, []
+    for response in row.responses:
+        at, path = len(row.prompt) - 1, []
+        for i, token in enumerate(response):
+            path.append(edges.setdefault((at, token), len(edges)))
+            if i + 1 < len(response):
+                if (at, token) not in child:
+                    child[at, token] = len(nodes)
+                    nodes.append(token)
+                    parent.append(at)
+                at = child[at, token]
+        paths.append(path)
+    return nodes, parent, list(edges), paths
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pack_equals_a_loop_over_tokens(seed):
+    for row in random_rows(seed):
+        batch = pack([row])
+        nodes, parent, edges, paths = by_nodes(row)
+        depth, sees = [], torch.zeros(len(nodes), len(nodes), dtype=torch.bool)
+        for t, p in enumerate(parent):
+            depth.append(depth[p] + 1 if p >= 0 else 0)
+            sees[t] = sees[p] if p >= 0 else False
+            sees[t, t] = True
+        assert batch.tokens[0].tolist() == nodes and batch.positions[0].tolist() == depth
+        assert torch.equal(batch.mask[0, 0], sees)
+        assert list(zip(batch.parents.tolist(), batch.targets.tolist())) == edges
+        assert [[e for e in path if e < len(edges)] for path in batch.paths.tolist()] == paths
+
+
+def test_padding_to_a_multiple(tiny, close):
+    plain, padded = pack(ROWS), pack(ROWS, multiple=16)
+    assert plain.tokens.shape == (3, 11) and padded.tokens.shape == (3, 16) and padded.mask.shape == (3, 1, 16, 16)
+    assert plain.nodes.tolist() == padded.nodes.tolist() == [9, 5, 11]
+    assert torch.equal(plain.rows, padded.rows) and not torch.equal(plain.parents, padded.parents)
+    model = tiny()
+    assert close(batch_logprobs(model, padded), batch_logprobs(model, plain), 1e-5)
