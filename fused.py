@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-ONEDNN_FROM = 2 ** 16       # weights smaller than this lose more by oneDNN's overhead than they gain
+ONEDNN_FROM = 2 ** 16       # products of matrices smaller than this lose more by oneDNN's overhead than they gain
 ROWS, TILE = 1024, 4096     # linear_logprob on a CPU: tokens and vocabulary entries at a time, 16 MB of logits
 GUESS = 256                 # vocabulary entries from which it guesses log Z beforehand
 CUDA_LOGITS = 2 ** 28       # linear_logprob on CUDA: elements of the logits held at a time (1 GiB in fp32)
@@ -37,19 +37,20 @@ def dense(W, dtype):
 # ---------------------------------------------------------------------------------------------------------------------
 # Linear layers.
 
-def onednn_takes(weight):
-    """Whether a CPU product with this weight goes through oneDNN: for fp32 up to twice as fast as F.linear's library on
-    some processors, and for thin matrices more, at the same precision. The operator is torch's own but private, so its
-    absence is no error: F.linear computes the same."""
-    return (weight.device.type == "cpu" and weight.numel() >= ONEDNN_FROM and torch.backends.mkldnn.is_available()
+def onednn_takes(x, W):
+    """Whether a CPU product of these goes through oneDNN: for fp32 up to twice as fast as F.linear's library on some
+    processors, for thin matrices up to twenty times, at the same precision. The operator is torch's own but private,
+    so its absence is no error: F.linear computes the same."""
+    return (x.device.type == "cpu" and max(x.numel(), W.numel()) >= ONEDNN_FROM and x.numel() > 0
+            and x.dtype == W.dtype and torch.backends.mkldnn.is_available()
             and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-            and (weight.dtype == torch.float32 or
-                 weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+            and (x.dtype == torch.float32 or
+                 x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 def product(x, W, bias=None):
     """x Wᵀ + b without autograd. x: (…, d_in), W: (d_out, d_in), of any strides -> (…, d_out)"""
-    if onednn_takes(W) and x.dtype == W.dtype and x.numel() > 0:
+    if onednn_takes(x, W):
         return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
     return F.linear(x, W, bias)
 
@@ -82,7 +83,7 @@ def linear(x, W, bias=None):
     The same as F.linear, which it is wherever nothing is gained. Gradients for x, W (unless quantised) and bias; a
     frozen W keeps no x.
     """
-    if isinstance(W, torch.Tensor) and not onednn_takes(W):
+    if isinstance(W, torch.Tensor) and not onednn_takes(x, W):
         return F.linear(x, W, bias)
     return _Linear.apply(x, W, bias)
 
@@ -110,8 +111,9 @@ class _SVDLoRALinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = _up_(product(g, dense(ctx.W if W is None else W, g.dtype).T), z, V)  # g W0 + ((g U) · d) Vᵀ
         flat = lambda t: t.flatten(0, -2)                                             # (B, T, n) -> (N, n)
-        dU = (flat(g).T @ flat(a * d.to(a.dtype)).to(g.dtype)).to(U.dtype)            # gᵀ ((x V) · d): (d_out, r)
-        dV = (flat(x).T @ flat(z).to(x.dtype)).to(V.dtype)                            # xᵀ ((g U) · d): (d_in, r)
+        # gᵀ ((x V) · d), (d_out, r), and xᵀ ((g U) · d), (d_in, r); both transposed, as a CPU is faster at them
+        dU = product(flat(a * d.to(a.dtype)).to(g.dtype).T, flat(g).T).T.to(U.dtype)
+        dV = product(flat(z).to(x.dtype).T, flat(x).T).T.to(V.dtype)
         dd = a.to(d.dtype) * e.to(d.dtype)                                            # Σ over tokens of (g U) · (x V):
         dd = flat(dd).sum(0) if d.ndim == 1 else dd.sum(1, keepdim=True)              # (r,), or (B, 1, r)
         return dx, None, dU, dV, dd, None
@@ -124,7 +126,7 @@ def _down(x, V, d=None):
         rows = x.shape[-2] if d is not None and d.ndim > 1 else 1
         d = d if d is None or d.ndim == 1 else d.flatten(0, -2)                       # (r,) or (B, r)
         return kernels.svd_lora_down(x.flatten(0, -2), V, d, rows).view(*x.shape[:-1], -1)
-    h = x @ V.to(x.dtype)
+    h = product(x, V.T.to(x.dtype))
     return h if d is None else h * d.to(h.dtype)
 
 
@@ -220,7 +222,7 @@ def _logprob_rows_cpu(hidden, weight, target, want_grad, entropy):
         B = torch.zeros(h.shape) if dH is not None else None                          # Σ exp(l − c − top) (l − c) W
         for j in range(0, V, TILE):
             W = weight[j:j + TILE]                                                    # (v, D)
-            l = (product(W, h, -c) if onednn_takes(h) else product(W, h) - c).float()                         # (v, n)
+            l = (product(W, h, -c) if onednn_takes(W, h) else product(W, h) - c).float()                      # (v, n)
             higher = torch.maximum(top, l.amax(0))
             shrink = (top - higher).exp()
             e = (l - higher if entropy else l.sub_(higher)).exp_()                    # (v, n)
