@@ -106,13 +106,13 @@ class _SVDLoRALinear(torch.autograd.Function):
     def backward(ctx, g):                                                             # (B, T, d_out)
         x, W, U, V, d = ctx.saved_tensors
         a, e = _down(x, V), _down(g, U)                                               # x V and g U: (B, T, r)
-        z = e * d.to(e.dtype)
+        z = e * d                                                                     # in d's fp32
         dx = None
         if ctx.needs_input_grad[0]:
             dx = _up_(product(g, dense(ctx.W if W is None else W, g.dtype).T), z, V)  # g W0 + ((g U) · d) Vᵀ
         flat = lambda t: t.flatten(0, -2)                                             # (B, T, n) -> (N, n)
         # gᵀ ((x V) · d), (d_out, r), and xᵀ ((g U) · d), (d_in, r); both transposed, as a CPU is faster at them
-        dU = product(flat(a * d.to(a.dtype)).to(g.dtype).T, flat(g).T).T.to(U.dtype)
+        dU = product(flat(a * d).to(g.dtype).T, flat(g).T).T.to(U.dtype)
         dV = product(flat(z).to(x.dtype).T, flat(x).T).T.to(V.dtype)
         dd = a.to(d.dtype) * e.to(d.dtype)                                            # Σ over tokens of (g U) · (x V):
         dd = flat(dd).sum(0) if d.ndim == 1 else dd.sum(1, keepdim=True)              # (r,), or (B, 1, r)
@@ -127,7 +127,7 @@ def _down(x, V, d=None):
         d = d if d is None or d.ndim == 1 else d.flatten(0, -2)                       # (r,) or (B, r)
         return kernels.svd_lora_down(x.flatten(0, -2), V, d, rows).view(*x.shape[:-1], -1)
     h = product(x, V.T.to(x.dtype))
-    return h if d is None else h * d.to(h.dtype)
+    return h if d is None else h * d
 
 
 def _up_(y, h, U):
@@ -222,7 +222,7 @@ def _logprob_rows_cpu(hidden, weight, target, want_grad, entropy):
         B = torch.zeros(h.shape) if dH is not None else None                          # Σ exp(l − c − top) (l − c) W
         for j in range(0, V, TILE):
             W = weight[j:j + TILE]                                                    # (v, D)
-            l = (product(W, h, -c) if onednn_takes(W, h) else product(W, h) - c).float()                      # (v, n)
+            l = (product(W, h, -c) if onednn_takes(W, h) else W.float() @ h.float().T - c).float()            # (v, n)
             higher = torch.maximum(top, l.amax(0))
             shrink = (top - higher).exp()
             e = (l - higher if entropy else l.sub_(higher)).exp_()                    # (v, n)
