@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 ONEDNN_FROM = 2 ** 16       # products of matrices smaller than this lose more by oneDNN's overhead than they gain
-ROWS, TILE = 1024, 4096     # linear_logprob on a CPU: tokens and vocabulary entries at a time, 16 MB of logits
+ROWS, TILE = 1024, 1024     # linear_logprob on a CPU: tokens and vocabulary entries at a time, 4 MB of logits
 GUESS = 256                 # vocabulary entries from which it guesses log Z beforehand
 CUDA_LOGITS = 2 ** 28       # linear_logprob on CUDA: elements of the logits held at a time (1 GiB in fp32)
 
