@@ -25,6 +25,7 @@ from data.tokenizers import load_tokenizer
 from measure import PreferenceFiles, Samples, World, WorldRewards, policies
 from model import Transformer
 from plots import draw_evolution, draw_fronts, draw_histograms
+from quantize import dense_state_dict
 from rewards import Rewards, named_rewards, world_rewards
 from svd_lora import fingerprint, merged_state_dict, read_adapter_header
 
@@ -204,7 +205,7 @@ def evaluate(run, device, parts=None, adapters=None, exact=None):
     flags, dims = config["flags"], config["dims"]
     m, rlhf = len(dims), config["script"] == "train_ppo.py"
     beta = flags["kl_coeff" if rlhf else "beta"]
-    model = Transformer.from_pretrained(config["base"], device=device)
+    model = Transformer.from_pretrained(config["base"], device=device, quantize=flags.get("quantize"))
     if fingerprint(model) != config["fingerprint"]:
         raise UserError(f"{config['base']} is not the base model that {run} was trained on")
     tokenizer = load_tokenizer(config["tokenizer"])
@@ -346,7 +347,7 @@ def main(flags):
             raise UserError(f"{run}: the training has not ended; run its command again to resume it")
         # runs that share all of this share their exact front
         key = str([config[k] for k in ("script", "base", "dims")]
-                  + [config["flags"].get(k) for k in ("aggregate", "ideal", "smooth", "kl_coeff")])
+                  + [config["flags"].get(k) for k in ("aggregate", "ideal", "smooth", "kl_coeff", "quantize")])
         r = evaluate(run, device, flags.parts, exact=fronts.get(key))
         fronts[key] = r["exact"]
         if results and any(r[k] != results[0][k] for k in ("script", "points_are", "beta")):
@@ -404,12 +405,13 @@ def stationarity(run, device):
     that is not RLHF on the embedded world.
     """
     config = read_json(run / "config.json")
-    model = Transformer.from_pretrained(config["base"], device=device)
+    model = Transformer.from_pretrained(config["base"], device=device, quantize=config["flags"].get("quantize"))
     data, _ = measurements(config, model, load_tokenizer(config["tokenizer"]), device)
     if not isinstance(data, WorldRewards):
         raise UserError(f"{run}: --stationarity takes runs of train_ppo.py on the embedded world's own dimensions")
     data.reference(model)
-    beta, plain, result = config["flags"]["kl_coeff"], Transformer.from_pretrained(config["base"], device=device), {}
+    beta, plain, result = config["flags"]["kl_coeff"], Transformer(model.config).to(model.embed.weight), {}
+    plain.load_state_dict(dense_state_dict(model))
     result["before"] = [data.stationarity(plain, beta)]
     result["after"] = []
     for lam, policy in policies(run, config, model, simplex_lattice(len(config["dims"]), 2).float()):

@@ -13,6 +13,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from fused import dense
+from quantize import QuantizedLinear, QuantizedWeight
+
 PACK_FROM = 2 ** 16         # weights smaller than this lose more by oneDNN's overhead than they gain
 PACK_STEPS = 16             # repacking costs about as much as this many steps save
 SYNC_EVERY = 16             # steps between two looks at whether all rows have ended, where a look stalls the device
@@ -72,11 +75,14 @@ class FastLinear(nn.Module):
     """x Wᵀ + b, and with factors = (V, d, Uᵀ) + ((x V) · d) Uᵀ: a Linear or SVDLoRALinear that will not be trained.
 
     pack: copy the weights into the layout that is multiplied fastest. Vᵀ then lies under W: one product for both.
+    A QuantizedWeight is dequantised once, into that copy, or without `pack` at every step.
     """
 
     def __init__(self, weight, bias=None, factors=None, pack=False):
         super().__init__()
-        self.d_out, self.folded, self.factors = len(weight), pack and factors is not None, factors
+        if pack and isinstance(weight, QuantizedWeight):
+            weight = weight.dense()
+        self.d_out, self.folded, self.factors = weight.shape[0], pack and factors is not None, factors
         if self.folded:
             weight = torch.cat([weight, factors[0].T])                                # (d_out + r, d_in)
             bias = F.pad(bias, (0, len(weight) - self.d_out)) if bias is not None else None
@@ -88,7 +94,7 @@ class FastLinear(nn.Module):
         if self.packed:
             y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         else:
-            y = F.linear(x, self.weight, self.bias)
+            y = F.linear(x, dense(self.weight, x.dtype), self.bias)
         if self.factors is None:
             return y
         V, d, Ut = self.factors                                                       # d: (r,) or (B, 1, r)
@@ -102,7 +108,7 @@ def fast_copy(module, pack):
     if hasattr(module, "factors"):                                                    # SVDLoRALinear
         factors = module.factors(module.weight.dtype) if module.enabled else None
         return FastLinear(module.weight, module.bias, factors, pack)
-    if isinstance(module, nn.Linear):
+    if isinstance(module, (nn.Linear, QuantizedLinear)):
         return FastLinear(module.weight, module.bias, None, pack)
     twin = copy.copy(module)
     twin._modules = {name: fast_copy(child, pack) for name, child in module._modules.items()}
@@ -221,7 +227,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     prompts: list of token lists, of any lengths >= 1; a row's logits do not depend on the others. eos_id: default the
     config's; -1 never stops. generator: on any device; the same seed gives the same tokens.
     graph: replay the decode step as a CUDA graph (None: on CUDA). pack: repack the weights for this call, which takes
-    their memory once more until it ends (None: on a CPU, where max_new_tokens makes it worth while).
+    their memory once more, a quantised base's as if it were dense, until it ends (None: on a CPU, where max_new_tokens
+    makes it worth while).
     Returns a list of token lists, the new tokens alone; one that ends in EOS stopped by itself.
     """
     config, device = model.config, model.embed.weight.device

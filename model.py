@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 import fused
 from common import UserError, read_json, write_whole
 from generation import KVCache, generate, sample_token    # here too: whoever has a model wants to generate
+from quantize import QuantizedLinear, checked_kind, quantize_weight
 
 
 @dataclass
@@ -238,14 +239,15 @@ class Transformer(nn.Module):
     # -------------------------------------------------------------------------------------------- reading and writing
 
     @classmethod
-    def from_pretrained(cls, path, dtype=None, device="cpu"):
+    def from_pretrained(cls, path, dtype=None, device="cpu", quantize=None):
         """Reads a Hugging Face directory: config.json and its *.safetensors (one file, or shards).
 
         The model is built without memory (meta device) and filled tensor by tensor, so only one extra tensor exists at
-        a time. dtype: None keeps the stored one. Raises UserError naming the tensor if one is missing, unexpected or
-        of the wrong shape, and for architectures that are not one of the table at the top of this file.
+        a time. dtype: None keeps the stored one. quantize: "int8" or "nf4" for every Linear in the blocks, on `device`
+        and from the values as they are stored. Raises UserError naming the tensor if one is missing, unexpected or of
+        the wrong shape, and for architectures that are not one of the table at the top of this file.
         """
-        path = Path(path)
+        path, kind = Path(path), checked_kind(quantize)
         config = config_from_hf(read_json(path / "config.json"), path / "config.json")
         with torch.device("meta"):
             model = cls(config)
@@ -262,10 +264,16 @@ class Transformer(nn.Module):
                 shape = shape[::-1] if transposed else shape
                 if tensor.shape != shape:
                     raise UserError(f"{file}: tensor {key!r} has shape {tuple(tensor.shape)}, config.json asks {shape}")
-                tensor = (tensor.T if transposed else tensor).to(dtype or tensor.dtype)
+                tensor = tensor.T if transposed else tensor
                 for name, part in zip(names, tensor.chunk(len(names))):               # q, k, v of GPT-2's c_attn
                     owner, _, leaf = name.rpartition(".")
-                    setattr(model.get_submodule(owner), leaf, nn.Parameter(part.contiguous()))
+                    layer, as_dtype = model.get_submodule(owner), dtype or part.dtype
+                    if kind and isinstance(layer, nn.Linear) and owner.startswith("blocks.") and leaf == "weight":
+                        weight = quantize_weight(part, kind, as_dtype, f"{file}: tensor {key!r}")
+                        model.set_submodule(owner, QuantizedLinear(weight, layer.bias))
+                    else:
+                        setattr(layer, leaf, nn.Parameter(part.to(as_dtype).contiguous()))
+                del tensor, part                                                      # before the next one is read
         if missing:
             raise UserError(f"{path}: {len(missing)} tensors that config.json asks for are missing, the first is "
                             f"{next(iter(missing))!r}")
@@ -309,7 +317,7 @@ def hf_name(name, config):
     table = _GPT2_NAMES if _is_gpt2(config) else _LLAMA_NAMES
     stem, _, leaf = name.rpartition(".")
     if leaf not in ("weight", "bias"):
-        raise ValueError(f"{name} has no place in a Hugging Face directory: merge adapters into the weights first")
+        raise ValueError(f"{name} has no place in a Hugging Face directory: merge adapters, dequantise weights first")
     if not stem.startswith("blocks."):
         return f"{table[stem]}.{leaf}"
     blocks, i, part = stem.split(".", 2)
@@ -319,7 +327,7 @@ def hf_name(name, config):
 def _hf_names(model):
     """{their tensor: [our parameters in it]}. Only GPT-2's c_attn holds more than one of ours: q, k, v side by side."""
     out = {}
-    for name, _ in model.named_parameters():
+    for name in model.state_dict():
         out.setdefault(hf_name(name, model.config), []).append(name)
     return out
 

@@ -5,6 +5,7 @@
 m: number of objectives   k: learned rank   r = k + m   lam: preference λ on the simplex, (m,) or one per row (B, m)
 U: (d_out, r)   V: (d_in, r)   sigma: (k,) learned   s: () learned, one per matrix, scales λ   gain: lora_scaling / k
 W0, b are frozen. σ = s = 0 at the start, so a fresh adapter changes nothing; U, V ~ N(0, 0.02²).
+W0 may be quantised (a QuantizedWeight, quantize.py).
 
 Because λ enters through d alone, rows of one batch can have different preferences: d is then (B, 1, r).
 Not in paper: gain (from the reference hyper-parameter lora_scaling = 512 at k = 8; the divisor is k, not r).
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 import fused
 from common import UserError, write_json, write_whole
 from model import Transformer, hf_name
+from quantize import QuantizedLinear, dense_state_dict, quantize_like
 
 
 class SVDLoRALinear(nn.Module):
@@ -84,7 +86,7 @@ def inject_svd_lora(model, k=8, m=2, lora_scaling=512.0, pref_scaling=None, gene
     model.requires_grad_(False)
     for block in model.blocks:
         for name, linear in [(n, mod) for n, mod in block.named_modules()
-                             if isinstance(mod, (nn.Linear, SVDLoRALinear))]:
+                             if isinstance(mod, (nn.Linear, QuantizedLinear, SVDLoRALinear))]:
             parent, _, leaf = name.rpartition(".")
             setattr(block.get_submodule(parent), leaf,
                     SVDLoRALinear(linear, k, m, lora_scaling / k, pref_scaling, generator))
@@ -123,7 +125,7 @@ def shared_base(model):
     """A second Transformer on the very same frozen tensors, to carry another adapter: no second copy in memory."""
     adapter = set(adapter_state(model))
     with torch.device("meta"):
-        twin = Transformer(model.config)
+        twin = quantize_like(Transformer(model.config), model)
     base = {name: p for name, p in model.state_dict(keep_vars=True).items() if name not in adapter}
     twin.load_state_dict(base, assign=True)
     return twin.requires_grad_(False)
@@ -166,15 +168,17 @@ def parameter_groups(model, weight_decay):
 def merged_state_dict(model, lam=None):
     """A copy of the weights with the adapter merged at λ (m,): W(λ) = W0 + gain·U diag(σ, s·λ) Vᵀ, Eq. (9).
 
-    It loads into a plain Transformer of the same config. The model itself is not changed. lam: None where m = 0.
+    It loads into a plain Transformer of the same config: a quantised W0 becomes dense. The model itself is not changed.
+    lam: None where m = 0.
     """
     layers = svd_lora_layers(model)
     m = next(iter(layers.values())).m
     lam = None if m == 0 else check_preference(lam, m).to(next(iter(layers.values())).sigma.device)
     adapter = set(adapter_state(model))
-    weights = {name: p.clone() for name, p in model.state_dict().items() if name not in adapter}
+    weights = {name: p for name, p in dense_state_dict(model).items() if name not in adapter}
     for name, layer in layers.items():
-        weights[name + ".weight"] = (layer.weight.float() + layer.delta(lam)).to(layer.weight.dtype)
+        W0 = weights[name + ".weight"]
+        weights[name + ".weight"] = (W0.float() + layer.delta(lam)).to(W0.dtype)
     return weights
 
 
