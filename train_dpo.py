@@ -4,13 +4,14 @@
     python train_dpo.py --pref_dim 2 --aggregate tche       # Tchebycheff instead of linear scalarisation
     python train_dpo.py --pref_dim 2 --method rs            # baselines: rewarded soups; dps: one model a preference
     python train_dpo.py --pref_dim 2 --init <Hugging Face directory> --data train.jsonl --eval_data eval.jsonl
+    torchrun --nproc_per_node 8 train_dpo.py …              # the same on several GPUs; --parallel fsdp: a sharded base
 
 G: preferences a step (--lams_per_step)   B: data rows a step   P: compared pairs in them   m: dimensions
 lam: (G, m) on the simplex   losses: (G, m), the mean DPO loss of each dimension under each preference
 One forward serves all m dimensions: they differ in their labels alone. The reference is the same model with the adapter
 off; its log-probs are computed once. A killed run continues from its last checkpoint, bit for bit.
+Of several processes (rank of world) each takes its share of the rows; losses are means over all of them.
 """
-import json
 import math
 import time
 from dataclasses import asdict, dataclass, replace
@@ -21,21 +22,21 @@ import torch
 
 import eval_front
 from aggregate import linear_scalarization, models_of, sample_preference, tchebycheff
-from common import (Log, UserError, epoch_batch, flag, generator_for, learning_rate, load_state, pick_device,
-                    prepare_run, run_main, run_name, save_state, versions, write_json)
+from common import (Log, RunFlags, UserError, all_sum, check_ranges, epoch_batch, flag, generator_for, init_distributed,
+                    learning_rate, load_state, matmul_ceiling, model_flops, pick_device, prepare_run, ranks,
+                    reduce_gradients, report_speed, run_main, run_name, save_state, versions, with_value)
 from data import toy
 from data.preferences import read_preferences
-from data.tokenizers import load_tokenizer, tokenize
+from data.tokenizers import tokenize
 from data.trees import batch_logprobs, pack
-from model import Transformer
 from objectives import dpo_on_pairs
 from svd_lora import (adapters_off, fingerprint, inject_svd_lora, orthogonality_penalty, parameter_groups, save_adapter,
                       set_preference)
-from train_sft import find_base
+from train_sft import find_base, load_base
 
 
 @dataclass
-class Flags:
+class Flags(RunFlags):
     """The script's flags, with defaults and --help texts."""
 
     # what is trained
@@ -79,22 +80,21 @@ class Flags:
     pref_scaling: float | None = flag(None, "ablation: s fixed at this value instead of learned (Fig. 7)")
     orth_coeff: float = flag(0.0, "coefficient of AdaLoRA's orthogonality penalty")
     max_grad_norm: float = flag(1.0, "gradient clipping")
-    # running
-    out: str | None = flag(None, "run directory (default out/<what this run is>)")
-    device: str = flag("auto", "cpu, cuda, or auto")
-    log_every: int = flag(20, "print a line every so many steps")
-    save_every: int = flag(200, "write a checkpoint every so many steps")
+    # running; more in common.RunFlags
+    compile: bool = flag(False, "compile the blocks: a slow start, then faster steps")
     snapshots: int = flag(8, "adapters kept along the way, for the front's evolution")
-    eval: bool = flag(True, "evaluate the front at the end")
 
 
 def main(flags):
     """Trains one run (one adapter, or the several of rs and dps) and evaluates its front. Returns the run directory."""
-    device, dtype = pick_device(flags.device)
+    device, dtype = pick_device(flags.device, flags.precision)
+    rank, world, device = init_distributed(device)
     given = replace(flags)
     if flags.lams_per_step is None:
         flags.lams_per_step = 8 if flags.aggregate == "ls" else 1
-    check(flags)
+    check(flags, world)
+    print(f"device: {device}, {world} process(es), base in {dtype}, matrix products at up to "
+          f"{matmul_ceiling(device, dtype) / 1e12:.3g} TFLOP/s".replace("torch.", ""))
     rows, dims, base, tokenizer_name = prepare_data(flags, device)
     m, toy_world = len(dims), flags.data is None
     if flags.beta is None:
@@ -102,14 +102,9 @@ def main(flags):
     if flags.steps is None:
         flags.steps = 400 if toy_world else max(1, round(flags.epochs * len(rows) / flags.batch_size))
 
-    model = Transformer.from_pretrained(base, dtype=dtype, device=device)
-    model.requires_grad_(False)
+    model, tokenizer = load_base(base, tokenizer_name, flags, device, dtype)
     if flags.lr is None:
         flags.lr = 2e-3 if toy_world else 1e-3 if model.config.d_model < 512 else 2e-4
-    tokenizer = load_tokenizer(tokenizer_name)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the base model {base} only "
-                        f"{model.config.vocab_size}: name the model's own with --tokenizer")
     token_rows, cut = tokenize(rows, tokenizer, min(flags.max_length, model.config.context_length))
     print("data: {} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut"
           .format(len(rows), **cut))
@@ -125,17 +120,20 @@ def main(flags):
               **versions()}
     resume = prepare_run(out, config)
 
+    # T is padded to multiples where each new shape costs: compilation, or a fresh set of kernels
+    multiple = 64 if flags.compile or device.type == "cuda" else 1
     # log π_ref of every response, once. A row's log-probs are kept in a list of (responses,) tensors.
-    reference = reference_logprobs(model, token_rows, flags.batch_size, device)
+    reference = reference_logprobs(model, token_rows, flags.batch_size, multiple, device)
 
     steps = flags.steps // len(members)
     for i, (name, lam) in enumerate(members):
         if resume is None or resume["member"] <= i:
-            train(model, out / name, lam, token_rows, reference, dims, flags, steps, i, resume, device)
+            train(model, out / name, lam, token_rows, reference, dims, flags, steps, i, resume, multiple, device)
             resume = None
-    seconds = sum(json.loads(line)["seconds"] for line in (out / "metrics.jsonl").read_text().splitlines())
-    # seconds lie apart from all else, so that the same seed on the same machine gives the same files
-    write_json(out / "timing.json", {"train_seconds": seconds})
+    if rank > 0:
+        return out
+    del model, reference
+    seconds = report_speed(out, device, dtype, world)
     print(f"trained {len(members)} adapter(s) of {steps} steps in {seconds:.0f} s: {out}")
     if flags.eval:
         eval_front.main(eval_front.Flags(runs=[str(out)], device=flags.device))
@@ -143,26 +141,22 @@ def main(flags):
     return out
 
 
-def check(flags):
-    """Raises UserError for flags that do not fit together."""
+def check(flags, world):
+    """Raises UserError for flags that do not fit together. world: the number of processes."""
     G, B, A = flags.lams_per_step, flags.batch_size, flags.accumulate
     m = len(flags.dims) if flags.dims else flags.pref_dim
     if m < 2:
         raise UserError("a front needs at least 2 dimensions: --pref_dim 2, or two names after --dims")
-    for name, low in dict(batch_size=1, lams_per_step=1, accumulate=1, steps=1, rows=1, responses=2, lora_dim=1,
-                          dps_parts=1, snapshots=0, save_every=1, log_every=1, max_length=2).items():
-        if (value := getattr(flags, name)) is not None and value < low:
-            raise UserError(f"--{name} {value}: must be at least {low}")
-    for name in ("beta", "lr", "epochs", "lora_scaling", "max_grad_norm", "dirichlet_alpha"):
-        if (value := getattr(flags, name)) is not None and not 0 < value < float("inf"):
-            raise UserError(f"--{name} {value}: must be positive")
-    for name in ("vertex_share", "warmup_ratio"):
-        if not 0 <= getattr(flags, name) <= 1:
-            raise UserError(f"--{name} {getattr(flags, name)}: must be between 0 and 1")
+    check_ranges(flags, dict(batch_size=1, lams_per_step=1, accumulate=1, steps=1, rows=1, responses=2, lora_dim=1,
+                             dps_parts=1, snapshots=0, save_every=1, log_every=1, max_length=2),
+                 positive=("beta", "lr", "epochs", "lora_scaling", "max_grad_norm", "dirichlet_alpha"),
+                 shares=("vertex_share", "warmup_ratio"), not_negative=("weight_decay", "orth_coeff"))
     if flags.responses > toy.N_RESPONSES:
         raise UserError(f"--responses {flags.responses}: the embedded world has {toy.N_RESPONSES} to a prompt")
     if B % G or B % A:
         raise UserError(f"--batch_size {B} must be a multiple of --lams_per_step {G} and of --accumulate {A}")
+    if B // A % world:
+        raise UserError(f"--batch_size {B} / --accumulate {A} must be a multiple of the number of processes, {world}")
     if flags.aggregate == "tche" and G % A:
         raise UserError(f"Tchebycheff takes the maximum of means, so no preference may be split between micro-batches: "
                         f"--lams_per_step {G} must be a multiple of --accumulate {A}")
@@ -191,21 +185,26 @@ def prepare_data(flags, device):
     return rows, dims, base, tokenizer
 
 
-def train(model, path, fixed_lam, rows, reference, dims, flags, steps, member, resume, device):
+def train(model, path, fixed_lam, rows, reference, dims, flags, steps, member, resume, multiple, device):
     """Algorithm 1 for one adapter, written to `path`.safetensors. fixed_lam: None for Panacea, else this member's λ."""
-    m, B, out = len(dims), flags.batch_size, path.parent
+    m, B, out, (rank, world) = len(dims), flags.batch_size, path.parent, ranks()
     G = flags.lams_per_step if fixed_lam is None else 1
     k, pref_m = (flags.lora_dim, m) if fixed_lam is None else (flags.lora_dim + 1, 0)
     # inject divides by its rank: scaled so that the gain is lora_scaling / lora_dim for every method
     inject_svd_lora(model, k, pref_m, flags.lora_scaling / flags.lora_dim * k, flags.pref_scaling,
                     generator_for(flags.seed, "adapter", member))
     parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    adapter_size = sum(p.numel() for _, p in parameters)
     optimizer = torch.optim.AdamW(parameter_groups(model, flags.weight_decay), lr=flags.lr, betas=(0.9, 0.95))
     aggregate = linear_scalarization if flags.aggregate == "ls" else lambda L, lam: tchebycheff(L, lam, flags.ideal)
     first_step = 0
     if resume is not None:
         load_state(out / "state.safetensors", parameters, optimizer)
         first_step = resume["step"]
+    if flags.compile:
+        compile_blocks(model)
+    # the embedded world's rows are alike; those of files are sorted into batches of about one length
+    lengths = None if flags.data is None else row_lengths(rows)
     snapshot_steps = {round(steps * (j + 1) / flags.snapshots) for j in range(flags.snapshots)}
     log = Log(out / "metrics.jsonl", steps, first_step, flags.log_every, path.name)
 
@@ -215,60 +214,65 @@ def train(model, path, fixed_lam, rows, reference, dims, flags, steps, member, r
         lam = (fixed_lam.expand(G, m) if fixed_lam is not None else
                sample_preference(G, m, flags.dirichlet_alpha, flags.vertex_share,
                                  generator_for(flags.seed, "lambda", step)))
-        lam = lam.to(device)
         # 2. batch
-        chosen_rows = epoch_batch(len(rows), B, flags.seed, member * steps + step).tolist()
-        group = torch.arange(B, device=device) // (B // G)                            # (B,): the group of each row
-        # labels a dimension has under each preference, over all micro-batches: the denominators of the means
-        labels = torch.zeros(G, m, device=device)
+        chosen_rows = epoch_batch(len(rows), B, flags.seed, member * steps + step, lengths).tolist()
+        group = torch.arange(B) // (B // G)                                           # (B,): the group of each row
+        # labels a dimension has under each preference, in the whole batch: the denominators of the means
+        labels = torch.zeros(G, m)
         for b, j in enumerate(chosen_rows):
-            labels[group[b]] += (torch.tensor(rows[j].better, device=device) >= 0).sum(0)
+            labels[group[b]] += (torch.tensor(rows[j].better) >= 0).sum(0)
+        labels = labels.to(device)
         # ls is linear: sharing the batch's mean count weighs dimension i by λ_i however unevenly its labels are spread.
         # tche takes the maximum of each preference's own means; a dimension without any label there cannot be it
         counts = labels.sum(0, keepdim=True) / G if flags.aggregate == "ls" else labels
         counts = counts.clamp(min=1e-9)
         absent = -1e9 * (labels == 0) if flags.aggregate == "tche" else 0.0
-        total, losses, hits, tokens = 0.0, torch.zeros(G, m, device=device), torch.zeros(m, device=device), 0
+        total, losses, sums = 0.0, torch.zeros(G, m, device=device), torch.zeros(m + 2, device=device)
         for micro in torch.arange(B).chunk(flags.accumulate):
-            batch = pack([rows[chosen_rows[b]] for b in micro]).to(device)
+            mine = micro[rank::world]                                                 # this process's rows of it
+            batch = pack([rows[chosen_rows[b]] for b in mine], multiple)
+            tokens, predicted = int(batch.nodes.sum()), len(batch.targets)
+            batch = batch.to(device)
             if pref_m:
-                set_preference(model, lam[group[micro.to(device)]])                   # one λ a row
-            # 3. losses (G, m)
+                set_preference(model, lam[group[mine]])                               # one λ a row
+            # 3. losses (G, m): this process's share of them, and their values, the sums of all shares
             pi = batch_logprobs(model, batch)                                         # (R,) log π(y|x)
-            ref = torch.cat([reference[chosen_rows[b]] for b in micro]).to(device)    # (R,) log π_ref(y|x)
+            ref = torch.cat([reference[chosen_rows[b]] for b in mine]).to(device)     # (R,) log π_ref(y|x)
             loss, correct, known = dpo_on_pairs(pi, ref, batch.pairs, batch.better, flags.beta)   # (P, m) each
-            pair_group = group[micro.to(device)][batch.pair_row]                      # (P,)
-            micro_losses = torch.zeros(G, m, device=device).index_add(0, pair_group, loss * known) / counts
+            pair_group = group[mine].to(device)[batch.pair_row]                       # (P,)
+            share = torch.zeros(G, m, device=device).index_add(0, pair_group, loss * known) / counts
+            micro_losses = with_value(share, all_sum(share.detach().clone()))
             # 4. aggregate: (G, m) -> (G,) -> mean over preferences. What other micro-batches hold is 0 here: linear
             #    scalarisation is additive, and for Tchebycheff every preference lies within one micro-batch (check())
-            objective = aggregate(micro_losses + absent, lam).sum() / G
-            if flags.orth_coeff:
-                objective = objective + flags.orth_coeff * orthogonality_penalty(model) / flags.accumulate
-            # 5. backward
-            objective.backward()
-            total += objective.item()
+            objective = aggregate(micro_losses + absent, lam.to(device)).sum() / G
+            penalty = flags.orth_coeff * orthogonality_penalty(model) / flags.accumulate if flags.orth_coeff else 0.0
+            # 5. backward. Every process has the whole penalty: its gradient is divided, for gradients are summed
+            (objective + penalty / world).backward()
+            total += (objective + penalty).detach()
             losses += micro_losses.detach()
-            hits += (correct * known).sum(0)
-            tokens += batch.tokens.numel()
-        if not math.isfinite(total):
+            sums += torch.cat([(correct * known).sum(0), sums.new_tensor([tokens, predicted])])
+        reduce_gradients([p for _, p in parameters])
+        *hits, tokens, predicted = all_sum(sums).tolist()
+        if not math.isfinite(total := total.item()):
             raise UserError(f"step {step + 1}: the loss is {total}; lower --lr or --lora_scaling")
         # 6. clip, step
         for g in optimizer.param_groups:
             g["lr"] = learning_rate(step, steps, flags.lr, flags.warmup_ratio)
-        norm = torch.nn.utils.clip_grad_norm_([p for _, p in parameters], flags.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_([p for _, p in parameters], flags.max_grad_norm).item()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # 7. log: means over the whole batch
-        mean = (losses * counts).sum(0) / labels.sum(0).clamp(min=1)                  # (m,)
-        accuracy = hits / labels.sum(0).clamp(min=1)
+        mean = ((losses * counts).sum(0) / labels.sum(0).clamp(min=1)).tolist()       # (m,)
+        accuracy = (torch.tensor(hits) / labels.sum(0).clamp(min=1).cpu()).tolist()
         seconds = time.time() - t0
-        log.step({"step": step + 1, "member": member, "loss": total, "losses": mean.tolist(),
-                  "accuracy": accuracy.tolist(), "lam": lam.tolist(), "grad_norm": norm.item(),
-                  "lr": optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / seconds, "seconds": seconds},
+        log.step({"step": step + 1, "member": member, "loss": total, "losses": mean, "accuracy": accuracy,
+                  "lam": lam.tolist(), "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "tokens": int(tokens),
+                  "flops": model_flops(model.config, int(tokens), int(predicted), adapter_size),
+                  "tokens_per_second": tokens / seconds, "seconds": seconds},
                  f"step {step + 1:05d}/{steps:05d} | loss {total:.4f} | "
-                 + " ".join(f"{dim} {x:.3f}" for dim, x in zip(dims, mean.tolist())) + " | acc "
-                 + " ".join(f"{x:.2f}" for x in accuracy.tolist())
-                 + f" | grad {norm.item():.2f} | {tokens / seconds / 1e3:.1f}k tok/s")
+                 + " ".join(f"{dim} {x:.3f}" for dim, x in zip(dims, mean)) + " | acc "
+                 + " ".join(f"{x:.2f}" for x in accuracy)
+                 + f" | grad {norm:.2f} | {tokens / seconds / 1e3:.1f}k tok/s")
         # 8. save
         if step + 1 in snapshot_steps and step + 1 < steps:
             save_adapter(model, out / "snapshots" / f"{path.name}-{step + 1:06d}.safetensors", dims, step=step + 1)
@@ -279,17 +283,37 @@ def train(model, path, fixed_lam, rows, reference, dims, flags, steps, member, r
                  lam=None if fixed_lam is None else fixed_lam.tolist())
 
 
+def compile_blocks(model):
+    """torch.compile for each block, in place. Shapes are static, one compilation each: T comes in multiples."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for block in model.blocks:
+        block.compile(dynamic=False)
+
+
+def row_lengths(rows):
+    """About how many nodes the tree of each TokenRow has: (n,)."""
+    return torch.tensor([len(row.prompt) + sum(map(len, row.responses)) for row in rows])
+
+
 @torch.no_grad()
-def reference_logprobs(model, rows, batch_size, device):
-    """log π_ref of every response: a list with one (responses,) CPU tensor a row."""
+def reference_logprobs(model, rows, batch_size, multiple, device):
+    """log π_ref of every response: a list with one (responses,) CPU tensor a row.
+
+    Rows are taken in the order of their lengths, so that little is padding; each process takes its share.
+    """
+    (rank, world), n = ranks(), len(rows)
+    order = row_lengths(rows).argsort(stable=True).tolist()
+    sizes = [len(row.responses) for row in rows]
+    out = list(torch.zeros(sum(sizes)).split(sizes))
     with adapters_off(model):
-        out = []
-        for i in range(0, len(rows), batch_size):
-            batch = pack(rows[i:i + batch_size]).to(device)
-            logps = batch_logprobs(model, batch).cpu()
-            out += list(logps.split([len(row.responses) for row in rows[i:i + batch_size]]))
-    return out
+        for i in range(0, n, batch_size):
+            mine = order[i:i + batch_size][rank::world] or order[:1]       # a share may be empty, but no forward pass:
+            batch = pack([rows[j] for j in mine], multiple).to(device)     # with fsdp the processes make it together
+            logps = batch_logprobs(model, batch).cpu().split([sizes[j] for j in mine])
+            for j, logp in zip(order[i:i + batch_size][rank::world], logps):
+                out[j] = logp
+    return list(all_sum(torch.cat(out).to(device)).cpu().split(sizes))
 
 
 if __name__ == "__main__":
-    run_main(main, Flags, __doc__)
+    run_main(main, Flags, __doc__, several=True)

@@ -14,7 +14,6 @@ n is m for linear scalarisation, PAMA and MGDA: one critic head a dimension, eve
 GAE is linear, so A_λ = Σ λ_i A_i is the advantage of Σ λ_i r_i − β KL. Tchebycheff is not: n = 1, for its own reward.
 The reference is the same model with the adapter off. A killed run continues from its last checkpoint, bit for bit.
 """
-import json
 import math
 import time
 from dataclasses import asdict, dataclass, replace
@@ -26,23 +25,24 @@ import torch
 import eval_front
 from aggregate import (linear_scalarization, min_norm_weights, models_of, pama_advantages, sample_preference,
                        scalar_reward)
-from common import (Log, UserError, epoch_batch, flag, generator_for, learning_rate, load_state, pick_device,
-                    prepare_run, run_main, run_name, save_state, versions, write_json)
+from common import (Log, RunFlags, UserError, check_ranges, epoch_batch, flag, generator_for, learning_rate, load_state,
+                    matmul_ceiling, model_flops, pick_device, prepare_run, report_speed, run_main, run_name, save_state,
+                    versions)
 from data import toy
 from data.prompts import read_prompts, split
 from data.rewards import collapsed
-from data.tokenizers import TokenRow, load_tokenizer, spoken, tokenize
+from data.tokenizers import TokenRow, spoken, tokenize
 from data.trees import TreeBatch, batch_logprobs, pack, path_logprobs, predicting_states
 from heads import Critic
-from model import Transformer, generate
+from model import generate
 from objectives import gae, kl_penalized_rewards, noon, ppo_policy_loss, ppo_value_loss, sft_loss
 from rewards import named_rewards, world_ideal, world_rewards
 from svd_lora import adapters_off, fingerprint, inject_svd_lora, parameter_groups, save_adapter, set_preference
-from train_sft import find_base
+from train_sft import find_base, load_base
 
 
 @dataclass
-class Flags:
+class Flags(RunFlags):
     """The script's flags, with defaults and --help texts."""
 
     # what is trained
@@ -101,28 +101,21 @@ class Flags:
     gae_lambda: float = flag(0.95, "λ of generalised advantage estimation; γ is 1")
     max_grad_norm: float = flag(1.0, "gradient clipping, of the adapter and of the critic")
     reference_samples: int = flag(256, "responses of the reference policy that text rewards are normalised on")
-    # running
-    out: str | None = flag(None, "run directory (default out/<what this run is>)")
-    device: str = flag("auto", "cpu, cuda, or auto")
-    log_every: int = flag(20, "print a line every so many steps")
+    # running; more in common.RunFlags
     save_every: int = flag(100, "write a checkpoint every so many steps")
     snapshots: int = flag(8, "adapters kept along the way, for the front's evolution")
-    eval: bool = flag(True, "evaluate the front at the end")
 
 
 def main(flags):
     """Trains one run (one adapter, or the several of rs and dps) and evaluates its front. Returns the run directory."""
-    device, dtype = pick_device(flags.device)
+    device, dtype = pick_device(flags.device, flags.precision)
     given = replace(flags)
     check(flags)
+    matmul_ceiling(device, dtype)                                      # now, while nothing else runs
     base, tokenizer_name = find_base(flags.init, flags.size, flags.tokenizer, device)
-    model = Transformer.from_pretrained(base, dtype=dtype, device=device).requires_grad_(False)
-    tokenizer = load_tokenizer(tokenizer_name)
+    model, tokenizer = load_base(base, tokenizer_name, flags, device, dtype)
     if flags.eos_id is not None:
         tokenizer = replace(tokenizer, eos_id=flags.eos_id)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the base model {base} only "
-                        f"{model.config.vocab_size}: name the model's own with --tokenizer")
     rewards = (world_rewards(toy.choose_dims(flags.dims, flags.pref_dim), flags.reward_scale)
                if flags.rewards is None else named_rewards(flags.rewards, flags.reward_scale, model, device))
     check_lengths(flags, rewards.dims)
@@ -164,8 +157,7 @@ def main(flags):
         if resume is None or resume["member"] <= i:
             train(model, out / name, lam, prompts, rows, weights, rewards, tokenizer, flags, steps, i, resume, device)
             resume = None
-    seconds = sum(json.loads(line)["seconds"] for line in (out / "metrics.jsonl").read_text().splitlines())
-    write_json(out / "timing.json", {"train_seconds": seconds})
+    seconds = report_speed(out, device, dtype)
     print(f"trained {len(members)} adapter(s) of {steps} steps in {seconds:.0f} s: {out}")
     if flags.eval:
         eval_front.main(eval_front.Flags(runs=[str(out)], device=flags.device))
@@ -175,21 +167,13 @@ def main(flags):
 
 def check(flags):
     """Raises UserError for flags that do not fit together."""
-    for name, low in dict(batch_size=1, samples=1, minibatch=1, lams_per_step=1, steps=1, lora_dim=1, dps_parts=1,
-                          update_iters=1, critic_iters=1, ptx_samples=1, snapshots=0, save_every=1, log_every=1,
-                          max_length=2, max_new_tokens=1, prompt_words=1, reference_samples=2).items():
-        if (value := getattr(flags, name)) is not None and value < low:
-            raise UserError(f"--{name} {value}: must be at least {low}")
-    for name in ("kl_coeff", "clip_range_ratio", "clip_range_score", "clip_range_value", "lr", "critic_lr",
-                 "lora_scaling", "max_grad_norm", "dirichlet_alpha"):
-        if (value := getattr(flags, name)) is not None and not 0 < value < float("inf"):
-            raise UserError(f"--{name} {value}: must be positive")
-    for name in ("ptx_coeff", "smooth", "weight_decay"):
-        if not 0 <= getattr(flags, name) < float("inf"):
-            raise UserError(f"--{name} {getattr(flags, name)}: must not be negative")
-    for name in ("vertex_share", "warmup_ratio", "gae_lambda"):
-        if not 0 <= getattr(flags, name) <= 1:
-            raise UserError(f"--{name} {getattr(flags, name)}: must be between 0 and 1")
+    check_ranges(flags, dict(batch_size=1, samples=1, minibatch=1, lams_per_step=1, steps=1, lora_dim=1, dps_parts=1,
+                             update_iters=1, critic_iters=1, ptx_samples=1, snapshots=0, save_every=1, log_every=1,
+                             max_length=2, max_new_tokens=1, prompt_words=1, reference_samples=2),
+                 positive=("kl_coeff", "clip_range_ratio", "clip_range_score", "clip_range_value", "lr", "critic_lr",
+                           "lora_scaling", "max_grad_norm", "dirichlet_alpha"),
+                 shares=("vertex_share", "warmup_ratio", "gae_lambda"),
+                 not_negative=("ptx_coeff", "smooth", "weight_decay"))
     if flags.rewards is None and len(flags.dims or [0] * flags.pref_dim) < 2:
         raise UserError("a front needs at least 2 dimensions: --pref_dim 2, or two names after --dims")
     if flags.prompts is not None and (flags.init is None or flags.rewards is None):
@@ -268,6 +252,7 @@ def train(model, path, fixed_lam, prompts, rows, weights, rewards, tokenizer, fl
                     generator=generator_for(flags.seed, "adapter", member))
     critic = Critic(model.config.d_model, m, n, generator_for(flags.seed, "critic", member)).to(device)
     adapter = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    adapter_size = sum(p.numel() for _, p in adapter)
     everything = adapter + [(f"critic.{name}", p) for name, p in critic.named_parameters()]
     optimizer = torch.optim.AdamW(parameter_groups(model, flags.weight_decay), lr=flags.lr, betas=(0.9, 0.99))
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=flags.critic_lr, weight_decay=0.0)
@@ -275,6 +260,7 @@ def train(model, path, fixed_lam, prompts, rows, weights, rewards, tokenizer, fl
     if resume is not None:
         load_state(out / "state.safetensors", everything, optimizer, critic_optimizer)
         first_step, ideal = resume["step"], resume["ideal"]
+    multiple = 64 if device.type == "cuda" else 1             # T in multiples: few shapes, few sets of kernels
     snapshot_steps = {round(steps * (j + 1) / flags.snapshots) for j in range(flags.snapshots)}
     log = Log(out / "metrics.jsonl", steps, first_step, flags.log_every, path.name)
 
@@ -303,11 +289,18 @@ def train(model, path, fixed_lam, prompts, rows, weights, rewards, tokenizer, fl
             ideal = torch.tensor([*r.tolist(), ideal or r[0].tolist()]).amax(0).tolist()
         R = scalar_reward(r, lam_of, "tche" if n == 1 else "ls", ideal and torch.tensor(ideal), flags.smooth)     # (B,)
         score = (r if n == m else R[:, None]).float().to(device)
+        count = lambda tokens, predicted, base: model_flops(model.config, tokens, predicted, adapter_size, base)
+        drawn = sum(map(len, responses))
+        flops = count(drawn + K * sum(len(rows[j].prompt) for j in chosen), drawn, 2)
         # 4. log-probs of policy and reference, values, advantages: in the minibatches of the update, whose forward pass
         #    then gives the very same numbers, so that the first ratio is exactly 1
         parts = []
         for index in torch.arange(P).split(flags.minibatch // K):
-            batch = pack([TokenRow(rows[chosen[p]].prompt, responses[p * K:(p + 1) * K]) for p in index]).to(device)
+            batch = pack([TokenRow(rows[chosen[p]].prompt, responses[p * K:(p + 1) * K]) for p in index], multiple)
+            tokens, predicted = int(batch.nodes.sum()), len(batch.targets)
+            # policy and reference forward, then the updates
+            flops += 2 * count(tokens, predicted, 2) + flags.update_iters * count(tokens, predicted, 4)
+            batch = batch.to(device)
             use(lam[index])
             of_part = slice(index[0] * K, (index[-1] + 1) * K)                        # its responses among the B
             parts.append(experience(model, critic, batch, lam_of[of_part].to(device), score[of_part], index, flags))
@@ -326,7 +319,9 @@ def train(model, path, fixed_lam, prompts, rows, weights, rewards, tokenizer, fl
                 policy_loss, clipped, moved = surrogate(A)
                 policy_loss.backward()
             if flags.ptx_coeff:                               # under the λ in place, on texts that are not sampled
-                told = pack([texts_told[p] for p in e.index]).to(device)
+                told = pack([texts_told[p] for p in e.index], multiple)
+                flops += count(int(told.nodes.sum()), len(told.targets), 4)
+                told = told.to(device)
                 ptx = sft_loss(batch_logprobs(model, told)).sum() / told.on_path.sum()         # nats a token
                 (flags.ptx_coeff * ptx).backward()
             for g in optimizer.param_groups:
@@ -349,8 +344,8 @@ def train(model, path, fixed_lam, prompts, rows, weights, rewards, tokenizer, fl
                   "ptx": ptx.item() if flags.ptx_coeff else 0.0, "weights": None if c is None else c.tolist(),
                   "ideal": ideal, "lam": lam.tolist(), "length": sum(lengths) / B, "finished": sum(finished) / B,
                   "collapsed": sum(map(collapsed, responses)) / B, "grad_norm": norm.item(),
-                  "lr": optimizer.param_groups[0]["lr"], "tokens_per_second": sum(lengths) / seconds,
-                  "seconds": seconds}
+                  "lr": optimizer.param_groups[0]["lr"], "tokens": sum(lengths), "flops": flops,
+                  "tokens_per_second": sum(lengths) / seconds, "seconds": seconds}
         log.step(record, line(record, rewards.dims, steps))
         # 8. save
         if step + 1 in snapshot_steps and step + 1 < steps:

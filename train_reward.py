@@ -25,23 +25,24 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import (Log, UserError, epoch_batch, flag, generator_for, learning_rate, load_state, pick_device,
-                    prepare_run, read_json, run_main, run_name, save_state, versions, write_json, write_whole)
+from common import (Log, RunFlags, UserError, check_ranges, epoch_batch, flag, generator_for, learning_rate, load_state,
+                    matmul_ceiling, model_flops, pick_device, prepare_run, read_json, report_speed, run_main, run_name,
+                    save_state, versions, write_json, write_whole)
 from data import toy
 from data.preferences import Row, read_preferences
 from data.tokenizers import load_tokenizer, spoken, tokenize
 from data.trees import pack
 from generation import generate
 from heads import RewardModel
-from model import Transformer
 from objectives import bradley_terry_loss
 from svd_lora import (adapters_off, fingerprint, inject_svd_lora, load_adapter, parameter_groups, save_adapter,
                       shared_base)
-from train_dpo import prepare_data
+from train_dpo import prepare_data, row_lengths
+from train_sft import load_base
 
 
 @dataclass
-class Flags:
+class Flags(RunFlags):
     """The script's flags, with defaults and --help texts."""
 
     # what is trained
@@ -76,19 +77,15 @@ class Flags:
     # the reference samples
     n_reference: int = flag(256, "responses of the frozen base that set mean and standard deviation of the rewards")
     max_new_tokens: int = flag(64, "tokens of a reference sample; one that is cut has no EOS")
-    # running
-    out: str | None = flag(None, "run directory (default out/reward-<what this run is>)")
-    device: str = flag("auto", "cpu, cuda, or auto")
-    log_every: int = flag(20, "print a line every so many steps")
-    save_every: int = flag(200, "write a checkpoint every so many steps")
-    eval: bool = flag(True, "measure the held-out accuracy")
+    # running: common.RunFlags
 
 
 def main(flags):
     """Trains one reward model, measures it, fixes its normalisation, writes the run directory. Returns its path."""
-    device, dtype = pick_device(flags.device)
+    device, dtype = pick_device(flags.device, flags.precision)
     given = replace(flags)
     check(flags)
+    matmul_ceiling(device, dtype)                                      # now, while nothing else runs
     rows, dims, base, tokenizer_name = prepare_data(flags, device)
     m, toy_world = len(dims), flags.data is None
     flags.reward_scale = flags.reward_scale or [1.0] * m
@@ -96,13 +93,9 @@ def main(flags):
         raise UserError(f"--reward_scale has {len(flags.reward_scale)} factors; the dimensions are {' '.join(dims)}")
     if flags.steps is None:
         flags.steps = 200 if toy_world else max(1, round(flags.epochs * len(rows) / flags.batch_size))
-    backbone = Transformer.from_pretrained(base, dtype=dtype, device=device)
+    backbone, tokenizer = load_base(base, tokenizer_name, flags, device, dtype)
     if flags.lr is None:
         flags.lr = 2e-3 if toy_world else 1e-3 if backbone.config.d_model < 512 else 2e-4
-    tokenizer = load_tokenizer(tokenizer_name)
-    if tokenizer.vocab_size > backbone.config.vocab_size:
-        raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the base model {base} only "
-                        f"{backbone.config.vocab_size}: name the model's own with --tokenizer")
     max_length = min(flags.max_length, backbone.config.context_length)
     if flags.max_new_tokens >= max_length:
         raise UserError(f"--max_new_tokens {flags.max_new_tokens} leaves no room for a prompt in {max_length} tokens")
@@ -122,7 +115,8 @@ def main(flags):
     resume = prepare_run(out, config)
     inject_svd_lora(backbone, flags.lora_dim, 0, flags.lora_scaling, generator=generator_for(flags.seed, "adapter"))
     model = RewardModel(backbone, m)
-    train(model, token_rows, dims, flags, out, resume, device)
+    multiple = 64 if device.type == "cuda" else 1                      # T in multiples: few shapes, few sets of kernels
+    train(model, token_rows, dims, flags, out, resume, multiple, device)
     save_adapter(backbone, out / "adapter.safetensors", dims)
     head = {"head.weight": model.head.weight.detach().cpu()}
     write_whole(out / "heads.safetensors", lambda f: save_file(head, f))
@@ -139,9 +133,7 @@ def main(flags):
                         "raise --steps or --lr")
     report |= {"mean": raw.mean(0).tolist(), "std": raw.std(0, correction=0).tolist(),
                "reference_finished": sum(s["finished"] for s in samples) / len(samples)}
-    seconds = sum(json.loads(line)["seconds"] for line in (out / "metrics.jsonl").read_text().splitlines())
-    # seconds lie apart from all else, so that the same seed on the same machine gives the same files
-    write_json(out / "timing.json", {"train_seconds": seconds})
+    seconds = report_speed(out, device, dtype)
     write_json(out / "reward.json", report)                            # last: a directory that has it is a finished run
     for i, dim in enumerate(dims):
         line = f"{dim}: mean {report['mean'][i]:.3f}, std {report['std'][i]:.3f} on {len(samples)} reference samples"
@@ -159,19 +151,12 @@ def main(flags):
 
 def check(flags):
     """Raises UserError for flags that do not fit together."""
-    for name, low in dict(batch_size=1, steps=1, rows=1, eval_rows=1, responses=2, lora_dim=1, n_reference=2,
-                          max_new_tokens=1, save_every=1, log_every=1, max_length=2).items():
-        if (value := getattr(flags, name)) is not None and value < low:
-            raise UserError(f"--{name} {value}: must be at least {low}")
-    for name in ("lr", "epochs", "lora_scaling", "max_grad_norm"):
-        if (value := getattr(flags, name)) is not None and not 0 < value < float("inf"):
-            raise UserError(f"--{name} {value}: must be positive")
+    check_ranges(flags, dict(batch_size=1, steps=1, rows=1, eval_rows=1, responses=2, lora_dim=1, n_reference=2,
+                             max_new_tokens=1, save_every=1, log_every=1, max_length=2),
+                 positive=("lr", "epochs", "lora_scaling", "max_grad_norm"), shares=("warmup_ratio",),
+                 not_negative=("weight_decay",))
     if not all(0 < x < float("inf") for x in flags.reward_scale or []):
         raise UserError(f"--reward_scale {' '.join(map(str, flags.reward_scale))}: every factor must be positive")
-    if not 0 <= flags.warmup_ratio <= 1:
-        raise UserError(f"--warmup_ratio {flags.warmup_ratio}: must be between 0 and 1")
-    if not 0 <= flags.weight_decay < float("inf"):
-        raise UserError(f"--weight_decay {flags.weight_decay}: must not be negative")
     if flags.responses > toy.N_RESPONSES:
         raise UserError(f"--responses {flags.responses}: the embedded world has {toy.N_RESPONSES} to a prompt")
     if flags.data is not None and flags.init is None:
@@ -183,12 +168,15 @@ def check(flags):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training.
 
-def train(model, rows, dims, flags, out, resume, device):
+def train(model, rows, dims, flags, out, resume, multiple, device):
     """The loop. model: a RewardModel, trained in place; rows: TokenRows; resume: header of a state file, or None."""
     parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     heads = {"params": [model.head.weight], "weight_decay": flags.weight_decay}
     optimizer = torch.optim.AdamW([*parameter_groups(model.backbone, flags.weight_decay), heads], lr=flags.lr,
                                   betas=(0.9, 0.95))
+    adapter_size = sum(p.numel() for _, p in parameters) - model.head.weight.numel()
+    # the embedded world's rows are alike; those of files are sorted into batches of about one length
+    lengths = None if flags.data is None else row_lengths(rows)
     first_step = 0
     if resume is not None:
         load_state(out / "state.safetensors", parameters, optimizer)
@@ -198,7 +186,9 @@ def train(model, rows, dims, flags, out, resume, device):
     for step in range(first_step, flags.steps):
         t0 = time.time()
         # 1. batch
-        batch, last = pack_ends([rows[j] for j in epoch_batch(len(rows), flags.batch_size, flags.seed, step).tolist()])
+        chosen = epoch_batch(len(rows), flags.batch_size, flags.seed, step, lengths).tolist()
+        batch, last = pack_ends([rows[j] for j in chosen], multiple)
+        tokens = int(batch.nodes.sum())
         batch, last = batch.to(device), last.to(device)
         # 2. rewards of all responses, all dimensions
         raw = model(batch.tokens, last, batch.positions, batch.mask)                  # (R, m)
@@ -212,7 +202,7 @@ def train(model, rows, dims, flags, out, resume, device):
         # 5. clip, step
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, flags.steps, flags.lr, flags.warmup_ratio)
-        norm = torch.nn.utils.clip_grad_norm_([p for _, p in parameters], flags.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_([p for _, p in parameters], flags.max_grad_norm).item()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # 6. log: means over the labels of each dimension; None where the batch has no label of it
@@ -221,25 +211,27 @@ def train(model, rows, dims, flags, out, resume, device):
         losses, accuracy = means(pair_losses), means(correct)
         show = lambda x, digits: "-" if x is None else f"{x:.{digits}f}"
         log.step({"step": step + 1, "member": 0, "loss": loss.item(), "losses": losses, "accuracy": accuracy,
-                  "labels": labels, "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"],
-                  "tokens_per_second": batch.tokens.numel() / seconds, "seconds": seconds},
+                  "labels": labels, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "tokens": tokens,
+                  "flops": model_flops(model.backbone.config, tokens, 0, adapter_size),
+                  "tokens_per_second": tokens / seconds, "seconds": seconds},
                  f"step {step + 1:05d}/{flags.steps:05d} | loss {loss.item():.4f} | "
                  + " ".join(f"{dim} {show(x, 3)}" for dim, x in zip(dims, losses)) + " | acc "
                  + " ".join(show(x, 2) for x in accuracy)
-                 + f" | grad {norm.item():.2f} | {batch.tokens.numel() / seconds / 1e3:.1f}k tok/s")
+                 + f" | grad {norm:.2f} | {tokens / seconds / 1e3:.1f}k tok/s")
         # 7. save
         if (step + 1) % flags.save_every == 0 or step + 1 == flags.steps:
             save_state(out / "state.safetensors", parameters, optimizer, step=step + 1, member=0)
     log.close()
 
 
-def pack_ends(rows):
-    """TokenRows -> (TreeBatch, last): last (R,) holds the index b·T + t of the last token of every response.
+def pack_ends(rows, multiple=1):
+    """TokenRows -> (TreeBatch, last): last (R,) holds the index b·T + t of the last token of every response. multiple:
+    as in pack.
 
     A tree has no node for a token that nothing follows. So a token is put behind every response: it is predicted and
     never read itself, and what predicts it is the response's true last token.
     """
-    batch = pack([replace(row, responses=[ids + [0] for ids in row.responses]) for row in rows])
+    batch = pack([replace(row, responses=[ids + [0] for ids in row.responses]) for row in rows], multiple)
     lengths = (batch.paths < len(batch.targets)).sum(1, keepdim=True)                 # (R, 1)
     return batch, batch.parents[batch.paths.gather(1, lengths - 1)[:, 0]]
 
@@ -343,8 +335,9 @@ def load_reward_model(path, policy=None, device="cpu"):
     if policy is not None and fingerprint(policy) == config["fingerprint"]:
         backbone = shared_base(policy)
     else:
-        device, dtype = pick_device(str(device))
-        backbone = Transformer.from_pretrained(config["base"], dtype=dtype, device=device)
+        as_trained = Flags(**{k: config["flags"][k] for k in ("precision", "quantize") if k in config["flags"]})
+        device, dtype = pick_device(str(device), as_trained.precision)
+        backbone, _ = load_base(config["base"], config["tokenizer"], as_trained, device, dtype)
     load_adapter(backbone, path / "adapter.safetensors", config["dims"])
     model = RewardModel(backbone, len(config["dims"]))
     model.load_state_dict(load_file(path / "heads.safetensors"), strict=False)

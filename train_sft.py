@@ -5,13 +5,14 @@
 A GPT-2 of the named size is trained from scratch on prompts of data/toy.py and responses drawn as base_probs says, with
 the objective J_SFT = E log π(y|x) per token. The result is a Hugging Face directory that transformers reads too.
 """
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from common import (UserError, Log, epoch_batch, flag, generator_for, learning_rate, pick_device, run_main,
-                    versions, write_json)
+from common import (UserError, Log, check_ranges, epoch_batch, first_alone, flag, generator_for, learning_rate,
+                    matmul_ceiling, model_flops, pick_device, report_speed, run_main, versions, write_json)
 from data import toy
 from data.tokenizers import load_tokenizer, tokenize
 from data.trees import batch_logprobs, pack
@@ -41,10 +42,9 @@ def main(flags):
     """Trains, reports how well the model knows the world, and writes the directory. Returns its path."""
     if flags.size not in SIZES:
         raise UserError(f"--size {flags.size}: choose one of {', '.join(SIZES)}")
-    for name in ("steps", "batch_size", "responses", "log_every"):
-        if getattr(flags, name) < 1:
-            raise UserError(f"--{name} {getattr(flags, name)}: must be at least 1")
-    device, _ = pick_device(flags.device)
+    check_ranges(flags, dict(steps=1, batch_size=1, responses=1, log_every=1), positive=("lr",),
+                 shares=("warmup_ratio",), not_negative=("weight_decay",))
+    device, dtype = pick_device(flags.device, "fp32")                  # all weights train
     out = Path(flags.out or f"out/base-{flags.size}-seed{flags.seed}")
     tokenizer = load_tokenizer("toy")
     config = replace(SIZES[flags.size], vocab_size=tokenizer.vocab_size, bos_id=None, eos_id=tokenizer.eos_id)
@@ -54,6 +54,7 @@ def main(flags):
     peak = (3e-3 if flags.size == "tiny" else 6e-4) if flags.lr is None else flags.lr
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": flags.weight_decay},
                                    {"params": rest, "weight_decay": 0.0}], lr=peak, betas=(0.9, 0.95))
+    matmul_ceiling(device, dtype)                                      # now, while nothing else runs
     prompts = toy.prompts("train")
     world = tokenize([toy.as_row(x, toy.responses(x)) for x in prompts], tokenizer, config.context_length)[0]
     probs = [toy.base_probs(x) for x in prompts]
@@ -61,26 +62,32 @@ def main(flags):
     (out / "metrics.jsonl").unlink(missing_ok=True)
     log = Log(out / "metrics.jsonl", flags.steps, every=flags.log_every, desc="sft")
     for step in range(flags.steps):
+        t0 = time.time()
         # 1. batch: prompts in turn, responses drawn from the base distribution
         g, rows = generator_for(flags.seed, "sft", step), []
         for j in epoch_batch(len(prompts), flags.batch_size, flags.seed, step).tolist():
             drawn = torch.multinomial(probs[j], flags.responses, replacement=True, generator=g).tolist()
             rows.append(replace(world[j], responses=[world[j].responses[s] for s in drawn]))
-        batch = pack(rows).to(device)
+        batch = pack(rows)
+        tokens, flops = int(batch.nodes.sum()), model_flops(config, int(batch.nodes.sum()), len(batch.targets), base=6)
+        batch = batch.to(device)
         # 2. loss per response token
-        tokens = (batch.paths < len(batch.targets)).sum()
-        loss = sft_loss(batch_logprobs(model, batch)).sum() / tokens
+        loss = sft_loss(batch_logprobs(model, batch)).sum() / batch.on_path.sum()
         # 3. backward, clip, step
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, flags.steps, peak, flags.warmup_ratio)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # 4. log
-        log.step({"step": step + 1, "loss": loss.item(), "grad_norm": norm.item()},
-                 f"step {step + 1:05d}/{flags.steps:05d} | loss {loss.item():.4f} nats/token | grad {norm.item():.2f}")
-    seconds = log.close()
+        seconds = time.time() - t0
+        log.step({"step": step + 1, "loss": loss.item(), "grad_norm": norm, "tokens": tokens, "flops": flops,
+                  "tokens_per_second": tokens / seconds, "seconds": seconds},
+                 f"step {step + 1:05d}/{flags.steps:05d} | loss {loss.item():.4f} nats/token | grad {norm:.2f} | "
+                 f"{tokens / seconds / 1e3:.1f}k tok/s")
+    log.close()
+    seconds = report_speed(out, device, dtype)
 
     # How far the base is from what it was trained on, exactly, on unseen prompts
     unseen = toy.prompts("eval")
@@ -111,8 +118,22 @@ def find_base(init, size, tokenizer, device):
 
     Without --init it is the embedded world's base model: 125m on a GPU, else tiny.
     """
-    base = init or str(base_model(size or ("125m" if device.type == "cuda" else "tiny"), 0, str(device)))
+    size = size or ("125m" if device.type == "cuda" else "tiny")
+    base = init or str(first_alone(lambda: base_model(size, 0, str(device))))
     return base, tokenizer or ("toy" if (Path(base) / "base.json").exists() else base)
+
+
+def load_base(base, tokenizer_name, flags, device, dtype):
+    """The frozen base model and its tokenizer, as the flags say: --quantize, --checkpoint. Raises UserError where the
+    tokenizer has ids that the model does not have."""
+    more = {} if flags.quantize == "none" else {"quantize": flags.quantize}
+    model = Transformer.from_pretrained(base, dtype=dtype, device=device, **more).requires_grad_(False)
+    model.checkpoint_blocks = flags.checkpoint
+    tokenizer = load_tokenizer(tokenizer_name)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the base model {base} only "
+                        f"{model.config.vocab_size}: name the model's own with --tokenizer")
+    return model, tokenizer
 
 
 if __name__ == "__main__":

@@ -53,7 +53,8 @@ def test_sft_learns_and_writes_a_model_directory(work):
     base = work / "out/base-tiny-seed0"
     losses = [record["loss"] for record in metrics(base)]
     assert abs(losses[0] - math.log(835)) < 0.3 and losses[-1] < losses[0] - 0.05    # ln V at random weights, then less
-    assert {f.name for f in base.iterdir()} == {"config.json", "model.safetensors", "base.json", "metrics.jsonl"}
+    assert {f.name for f in base.iterdir()} == {"config.json", "model.safetensors", "base.json", "metrics.jsonl",
+                                               "timing.json"}
 
 
 def test_dpo_run_directory(panacea):
