@@ -13,6 +13,7 @@ off; its log-probs are computed once. A killed run continues from its last check
 Of several processes (rank of world) each takes its share of the rows; losses are means over all of them.
 """
 import math
+import os
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ import eval_front
 from aggregate import linear_scalarization, models_of, sample_preference, tchebycheff
 from common import (Log, RunFlags, UserError, all_sum, check_ranges, epoch_batch, flag, generator_for, init_distributed,
                     learning_rate, load_state, matmul_ceiling, model_flops, pick_device, prepare_run, ranks,
-                    reduce_gradients, report_speed, run_main, run_name, save_state, versions, with_value)
+                    reduce_gradients, report_speed, run_main, run_name, save_state, shard, versions, with_value)
 from data import toy
 from data.preferences import read_preferences
 from data.tokenizers import tokenize
@@ -82,6 +83,8 @@ class Flags(RunFlags):
     max_grad_norm: float = flag(1.0, "gradient clipping")
     # running; more in common.RunFlags
     compile: bool = flag(False, "compile the blocks: a slow start, then faster steps")
+    parallel: Literal["ddp", "fsdp"] = flag(
+        "ddp", "under torchrun: a copy of the base in every process, or shares of it (--eval then reads it whole)")
     snapshots: int = flag(8, "adapters kept along the way, for the front's evolution")
 
 
@@ -102,7 +105,9 @@ def main(flags):
     if flags.steps is None:
         flags.steps = 400 if toy_world else max(1, round(flags.epochs * len(rows) / flags.batch_size))
 
-    model, tokenizer = load_base(base, tokenizer_name, flags, device, dtype)
+    # a base to be sharded is read into main memory: it may be too large for one GPU
+    fsdp, home = flags.parallel == "fsdp", torch.device("cpu") if flags.parallel == "fsdp" else device
+    model, tokenizer = load_base(base, tokenizer_name, flags, home, dtype)
     if flags.lr is None:
         flags.lr = 2e-3 if toy_world else 1e-3 if model.config.d_model < 512 else 2e-4
     token_rows, cut = tokenize(rows, tokenizer, min(flags.max_length, model.config.context_length))
@@ -122,12 +127,16 @@ def main(flags):
 
     # T is padded to multiples where each new shape costs: compilation, or a fresh set of kernels
     multiple = 64 if flags.compile or device.type == "cuda" else 1
+    if fsdp:
+        shard(model, device)
     # log π_ref of every response, once. A row's log-probs are kept in a list of (responses,) tensors.
     reference = reference_logprobs(model, token_rows, flags.batch_size, multiple, device)
 
     steps = flags.steps // len(members)
     for i, (name, lam) in enumerate(members):
         if resume is None or resume["member"] <= i:
+            if fsdp:                                                   # a sharded model takes no adapter any more
+                model, _ = load_base(base, tokenizer_name, flags, home, dtype)
             train(model, out / name, lam, token_rows, reference, dims, flags, steps, i, resume, multiple, device)
             resume = None
     if rank > 0:
@@ -157,6 +166,10 @@ def check(flags, world):
         raise UserError(f"--batch_size {B} must be a multiple of --lams_per_step {G} and of --accumulate {A}")
     if B // A % world:
         raise UserError(f"--batch_size {B} / --accumulate {A} must be a multiple of the number of processes, {world}")
+    if flags.parallel == "fsdp" and "RANK" not in os.environ:
+        raise UserError("--parallel fsdp shares the base among processes: start it with torchrun --nproc_per_node N")
+    if flags.parallel == "fsdp" and (flags.quantize != "none" or flags.compile):
+        raise UserError("--parallel fsdp goes neither with --quantize nor with --compile: use --parallel ddp")
     if flags.aggregate == "tche" and G % A:
         raise UserError(f"Tchebycheff takes the maximum of means, so no preference may be split between micro-batches: "
                         f"--lams_per_step {G} must be a multiple of --accumulate {A}")
@@ -193,6 +206,8 @@ def train(model, path, fixed_lam, rows, reference, dims, flags, steps, member, r
     # inject divides by its rank: scaled so that the gain is lora_scaling / lora_dim for every method
     inject_svd_lora(model, k, pref_m, flags.lora_scaling / flags.lora_dim * k, flags.pref_scaling,
                     generator_for(flags.seed, "adapter", member))
+    if flags.parallel == "fsdp":
+        shard(model, device)
     parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     adapter_size = sum(p.numel() for _, p in parameters)
     optimizer = torch.optim.AdamW(parameter_groups(model, flags.weight_decay), lr=flags.lr, betas=(0.9, 0.95))

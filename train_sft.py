@@ -126,8 +126,7 @@ def find_base(init, size, tokenizer, device):
 def load_base(base, tokenizer_name, flags, device, dtype):
     """The frozen base model and its tokenizer, as the flags say: --quantize, --checkpoint. Raises UserError where the
     tokenizer has ids that the model does not have."""
-    more = {} if flags.quantize == "none" else {"quantize": flags.quantize}
-    model = Transformer.from_pretrained(base, dtype=dtype, device=device, **more).requires_grad_(False)
+    model = Transformer.from_pretrained(base, dtype=dtype, device=device, quantize=flags.quantize).requires_grad_(False)
     model.checkpoint_blocks = flags.checkpoint
     tokenizer = load_tokenizer(tokenizer_name)
     if tokenizer.vocab_size > model.config.vocab_size:
