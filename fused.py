@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 ONEDNN_FROM = 2 ** 16       # products of matrices smaller than this lose more by oneDNN's overhead than they gain
 ROWS, TILE = 1024, 1024     # linear_logprob on a CPU: tokens and vocabulary entries at a time, 4 MB of logits
 GUESS = 256                 # vocabulary entries from which it guesses log Z beforehand
-CUDA_LOGITS = 2 ** 28       # linear_logprob on CUDA: elements of the logits held at a time (1 GiB in fp32)
+CUDA_LOGITS = 2 ** 26       # linear_logprob on CUDA: elements of the logits held at a time (256 MiB in fp32)
 
 
 def use_kernels(x):
@@ -50,9 +50,11 @@ def onednn_takes(x, W):
 
 def product(x, W, bias=None):
     """x Wᵀ + b without autograd. x: (…, d_in), W: (d_out, d_in), of any strides -> (…, d_out)"""
-    if onednn_takes(x, W):
-        return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
-    return F.linear(x, W, bias)
+    flat = x.flatten(0, -2)                                                           # (N, d_in)
+    y = (torch.ops.mkldnn._linear_pointwise(flat, W, bias, "none", [], "") if onednn_takes(x, W) else
+         F.linear(flat, W, bias))
+    # not a view: autograd lets nobody change a view in place that a Function returns, and rope_ does
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(W)))
 
 
 class _Linear(torch.autograd.Function):

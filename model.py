@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import fused
-from common import UserError, read_json, write_whole
+from common import UserError, read_json, write_json, write_whole
 from generation import KVCache, generate, sample_token    # here too: whoever has a model wants to generate
 from quantize import QuantizedLinear, checked_kind, quantize_weight
 
@@ -180,7 +180,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = False                        # training: memory of one block instead of all, 4/3 the work
+        self.checkpoint_blocks = False                        # training: memory of one block instead of all; 3/2 the work
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         if config.positions == "learned":
             self.pos_embed = nn.Embedding(config.context_length, config.d_model)
@@ -219,6 +219,8 @@ class Transformer(nn.Module):
         if mask is None and held > 0:           # SDPA's own causal mask would align the first query with the first key
             mask = torch.ones(T, held + T, dtype=torch.bool, device=tokens.device).tril(held)         # (T, S)
         x = self.embed(tokens)                                                        # (B, T) -> (B, T, D)
+        if mask is not None and mask.dtype == torch.bool:     # once, and not in every layer, each keeping its own
+            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
         rope = None
         if self.config.positions == "learned":
             x = x + self.pos_embed(positions)
@@ -279,14 +281,34 @@ class Transformer(nn.Module):
                             f"{next(iter(missing))!r}")
         return model
 
-    def save_pretrained(self, path):
-        """Writes config.json and model.safetensors, which transformers reads as GPT-2, Llama or Qwen2."""
-        path, weights, tensors = Path(path), self.state_dict(), {}
+    def save_pretrained(self, path, shard_bytes=None):
+        """Writes config.json and model.safetensors, which transformers reads as GPT-2, Llama or Qwen2.
+
+        shard_bytes: start a new file, model-0000i-of-0000n.safetensors, where one would get larger; only one file's
+        tensors are copied at a time, and an index names the file of each. None: one file.
+        """
+        path, weights, shards, size = Path(path), self.state_dict(), [{}], 0
         text = json.dumps(config_to_hf(self.config, self.embed.weight.dtype), indent=2)
         for key, names in _hf_names(self).items():
-            parts = [weights[name].T if _is_transposed(name, self.config) else weights[name] for name in names]
-            tensors[key] = (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]).cpu().contiguous()
-        write_whole(path / "model.safetensors", lambda f: save_file(tensors, f, metadata={"format": "pt"}))
+            n = sum(weights[name].nbytes for name in names)
+            if shard_bytes and shards[-1] and size + n > shard_bytes:
+                shards.append({})
+                size = 0
+            shards[-1][key], size = names, size + n
+        files = ["model.safetensors"] if len(shards) == 1 else [
+            f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        for file, shard in zip(files, shards):
+            tensors = {}
+            for key, names in shard.items():
+                parts = [weights[name].T if _is_transposed(name, self.config) else weights[name] for name in names]
+                tensors[key] = (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]).cpu().contiguous()
+            write_whole(path / file, lambda f: save_file(tensors, f, metadata={"format": "pt"}))
+        for old in {*path.glob("model*.safetensors*")} - {path / file for file in files}:     # of an earlier writing
+            old.unlink()
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())},
+                     "weight_map": {key: file for file, shard in zip(files, shards) for key in shard}}
+            write_json(path / "model.safetensors.index.json", index)
         write_whole(path / "config.json", lambda f: Path(f).write_text(text + "\n"))
 
 

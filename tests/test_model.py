@@ -148,6 +148,23 @@ def test_round_trip_is_bit_equal(family, tied, dtype, tiny, tmp_path):
     assert same_weights(Transformer.from_pretrained(tmp_path, dtype=torch.float64), model.double())
 
 
+@families
+def test_shards(family, tiny, tmp_path):
+    model = tiny(family)
+    model.save_pretrained(tmp_path, shard_bytes=20_000)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2 and all(f.stat().st_size < 25_000 for f in files)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert {k: f.name for f in files for k in load_file(f)} == index["weight_map"]
+    assert same_weights(model, Transformer.from_pretrained(tmp_path))
+    files[1].rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=files[1].name):
+        Transformer.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)                           # as one file again: nothing of the shards is left
+    assert [f.name for f in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+    assert same_weights(model, Transformer.from_pretrained(tmp_path))
+
+
 def test_memory_is_taken_once(tiny, tmp_path):
     """From bf16 to fp32, so that every tensor is made anew; built on the CPU first it would be twice that."""
     class Allocations(TorchDispatchMode):

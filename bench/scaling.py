@@ -1,0 +1,197 @@
+"""scaling.py - memory and time of a DPO step from the model's shape alone; the table of docs/scaling.md.
+
+    python bench/scaling.py                                        # the table
+    python bench/scaling.py --check                                # the formulas against a real step on this machine
+
+A step has B pairs of L tokens, half of them the prompt, which a pair shares: 1.5 B L tokens run through the blocks, B L
+are predicted. D: width   H, K: query and key heads   C: head width   F: MLP width   r = k + m: rank   N: parameters
+
+weights        bytes of the frozen base, by precision; embeddings and head are never quantised
+adapter        16 bytes a parameter: fp32 value, gradient, and AdamW's two moments
+activations    what a block keeps for the backward pass, a token: both norms' inputs and outputs, q, k, v, the
+               attention's output, the MLP's inner ones: 4 D + 2 H C + 2 K C + 3 F numbers for Llama, 4 D + 2 H C +
+               2 K C + 2 F for GPT-2, and a few in fp32 of the norms and of attention. With checkpointing one block's, and
+               D numbers a token and block
+scratch        linear_logprob's chunk of logits in fp32 and once more in the compute dtype, and for a quantised base one
+               dequantised matrix; for fsdp two gathered blocks
+time           model FLOPs: 4 N a token with a frozen base (2 N forward, 2 N for the activations' gradient), and
+               checkpointing's 2 N once more, at a sustained rate that is assumed (--tflops), not measured
+"""
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import fused
+from common import flag, model_flops, peak_memory, run_main
+from data.tokenizers import TokenRow
+from data.trees import batch_logprobs, pack
+from model import SIZES, Transformer
+from svd_lora import inject_svd_lora, set_preference
+
+BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5 + 2 / 64}      # nf4: a scale of 2 bytes for 64 values
+SETTINGS = [   # size, precision of the blocks, checkpointing, devices, how the base is spread
+    ("125m", "fp32", False, 1, ""), ("125m", "bf16", False, 1, ""),
+    ("1b", "bf16", False, 1, ""), ("1b", "bf16", True, 1, ""), ("1b", "nf4", True, 1, ""),
+    ("llama2-7b", "bf16", False, 1, ""), ("llama2-7b", "bf16", True, 1, ""), ("llama2-7b", "int8", True, 1, ""),
+    ("llama2-7b", "nf4", True, 1, ""), ("llama2-7b", "bf16", True, 8, "ddp"), ("llama2-7b", "bf16", True, 8, "fsdp"),
+    ("llama2-13b", "bf16", False, 1, ""), ("llama2-13b", "bf16", True, 1, ""), ("llama2-13b", "nf4", True, 1, ""),
+    ("llama2-70b", "bf16", True, 8, "fsdp"), ("llama2-70b", "int8", True, 1, ""), ("llama2-70b", "nf4", True, 1, ""),
+]
+
+
+@dataclass
+class Flags:
+    """The script's flags, with defaults and --help texts."""
+
+    pairs: int = flag(8, "pairs a step, over all devices")
+    length: int = flag(512, "tokens of a response with its prompt; half of them are the prompt")
+    rank: int = flag(10, "k + m")
+    tflops: float = flag(400.0, "assumed sustained rate of a device, for the seconds")
+    check: bool = flag(False, "compare with a real step: what the backward pass keeps, and the peak")
+
+
+def block_matrices(c):
+    """[(d_out, d_in)] of a block's linear layers."""
+    q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+    mlp = [(c.d_ff, c.d_model)] * (2 if c.activation == "swiglu" else 1) + [(c.d_model, c.d_ff)]
+    return [(q, c.d_model), (kv, c.d_model), (kv, c.d_model), (c.d_model, q)] + mlp
+
+
+def adapter_parameters(c, rank):
+    """U and V of every matrix, and the singular values (k and a scale: counted as rank)."""
+    return c.n_layer * sum((d_out + d_in + 1) * rank for d_out, d_in in block_matrices(c))
+
+
+def weight_bytes(c, precision):
+    """(bytes of the blocks' matrices, bytes of embeddings, head, norms and biases)."""
+    blocks = c.n_layer * sum(d_out * d_in for d_out, d_in in block_matrices(c))
+    tables = c.vocab_size * c.d_model * (1 if c.tied else 2) + (c.context_length * c.d_model) * (c.positions == "learned")
+    return blocks * BYTES[precision], tables * (4 if precision == "fp32" else 2)
+
+
+def block_activations(c, compute_bytes):
+    """Bytes that one block keeps, a token."""
+    swiglu, layernorm = c.activation == "swiglu", c.norm == "layernorm"
+    numbers = (4 * c.d_model + 2 * c.n_head * c.head_dim + 2 * c.n_kv_head * c.head_dim
+               + (3 if swiglu else 2) * c.d_ff)
+    return numbers * compute_bytes + 4 * (c.n_head + (4 if layernorm else 2))
+
+
+def memory(c, precision, checkpoint, devices, spread, flags):
+    """Bytes of one device by part: weights, adapter, activations, scratch."""
+    compute = 4 if precision == "fp32" else 2
+    pairs = flags.pairs / devices
+    tokens, predicted = 1.5 * pairs * flags.length, pairs * flags.length
+    blocks, tables = weight_bytes(c, precision)
+    share = devices if spread == "fsdp" else 1
+    block = block_activations(c, compute)
+    kept = c.d_model * compute * c.n_layer + block if checkpoint else block * c.n_layer
+    scratch = min(predicted * c.vocab_size, fused.CUDA_LOGITS) * (4 + compute) + 3 * predicted * c.d_model * compute
+    if precision in ("int8", "nf4"):
+        scratch += max(a * b for a, b in block_matrices(c)) * compute
+    if spread == "fsdp":
+        scratch += 2 * blocks / c.n_layer
+    return {"weights": (blocks + tables) / share, "adapter": 16 * adapter_parameters(c, flags.rank),
+            "activations": kept * tokens, "scratch": scratch}
+
+
+def step_flops(c, checkpoint, flags):
+    """(model FLOPs of a step, FLOPs that are executed for it)."""
+    tokens, predicted = 1.5 * flags.pairs * flags.length, flags.pairs * flags.length
+    adapter = adapter_parameters(c, flags.rank)
+    useful = model_flops(c, tokens, predicted, adapter)
+    return useful, useful + (model_flops(c, tokens, 0, adapter, base=2) if checkpoint else 0)
+
+
+def table(flags):
+    """The lines of the markdown table."""
+    yield ("| model | base | checkpointing | GPUs | weights | adapter | activations | scratch | GiB a GPU | "
+           "TFLOP a step | s a step |")
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    for size, precision, checkpoint, devices, spread in SETTINGS:
+        c = SIZES[size]
+        parts = memory(c, precision, checkpoint, devices, spread, flags)
+        useful, executed = step_flops(c, checkpoint, flags)
+        cells = [f"{x / 2 ** 30:.2f}" for x in parts.values()]
+        yield (f"| {size} | {precision} | {'yes' if checkpoint else 'no'} | {devices}{' ' + spread if spread else ''} | "
+               + " | ".join(cells) + f" | **{sum(parts.values()) / 2 ** 30:.1f}** | {useful / 1e12:.1f} | "
+               f"{executed / devices / flags.tflops / 1e12:.3f} |")
+
+
+def kept_bytes(model, batch):
+    """Bytes that a forward pass through the blocks keeps for the backward pass, each memory once; parameters and what
+    does not grow with the layers are left out by taking the difference of one block more."""
+    parameters = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+    def keep(t):
+        if t.untyped_storage().data_ptr() not in parameters:
+            kept[t.untyped_storage().data_ptr()] = (t.untyped_storage().nbytes(), t)
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = model(batch.tokens, batch.positions, batch.mask, return_hidden=True)
+    total = sum(n for n, _ in kept.values())
+    del out
+    return total
+
+
+def block_keeps(config, dtype, flags):
+    """Bytes a token that one block really keeps: what three layers keep more than two."""
+    g = torch.Generator().manual_seed(0)
+    totals = []
+    for layers in (2, 3):
+        model = Transformer(replace(config, n_layer=layers)).init_weights(g).to(dtype)
+        inject_svd_lora(model, flags.rank - 2, 2, generator=g)
+        set_preference(model, torch.tensor([0.5, 0.5]))
+        batch = some_pairs(config, flags)
+        totals.append(kept_bytes(model, batch))
+    return (totals[1] - totals[0]) / batch.tokens.numel()
+
+
+def some_pairs(config, flags):
+    """A packed batch of random pairs."""
+    g, H = torch.Generator().manual_seed(0), flags.length // 2
+    ids = torch.randint(3, config.vocab_size, (flags.pairs, H + 2 * H), generator=g).tolist()
+    return pack([TokenRow(x[:H], [x[H:2 * H], x[2 * H:]], [(0, 1)], [[0, 1]]) for x in ids])
+
+
+def check(flags):
+    """What a block keeps, for both families; and the peak of a real step of GPT-2 124M beside the formula's."""
+    flags = replace(flags, pairs=min(flags.pairs, 4), length=min(flags.length, 256))
+    small = {"GPT-2": replace(SIZES["125m"], vocab_size=64), "Llama, 4 key heads of 32":
+             replace(SIZES["1b"], vocab_size=64, d_model=512, head_dim=16, d_ff=1376)}
+    for name, config in small.items():
+        for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+            real, formula = block_keeps(config, dtype, flags), block_activations(config, size)
+            print(f"{name}, {dtype}: a block keeps {real:.0f} bytes a token, formula {formula:.0f} ({formula / real:.3f})")
+            assert 0.95 < formula / real < 1.05
+    c = SIZES["125m"]
+    model = Transformer(c).init_weights(torch.Generator().manual_seed(0))
+    inject_svd_lora(model, flags.rank - 2, 2)
+    set_preference(model, torch.tensor([0.5, 0.5]))
+    batch = some_pairs(c, flags)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    before = peak_memory(torch.device("cpu"))
+    for _ in range(2):
+        batch_logprobs(model, batch).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    grown = peak_memory(torch.device("cpu")) - before
+    parts = memory(c, "fp32", False, 1, "", flags)
+    # on a CPU the logits come in tiles; values and gradients of the adapter were there before or are small
+    formula = parts["activations"] + 3 * flags.pairs * flags.length * c.d_model * 4 + parts["adapter"] * 3 / 4
+    print(f"125m, fp32, {flags.pairs} pairs of {flags.length}: a step adds {grown / 2 ** 20:.0f} MiB to the process, "
+          f"formula {formula / 2 ** 20:.0f} ({formula / grown:.2f})")
+
+
+def main(flags):
+    """Prints the table, or checks it."""
+    if flags.check:
+        return check(flags)
+    print("\n".join(table(flags)))
+
+
+if __name__ == "__main__":
+    run_main(main, Flags, __doc__)
