@@ -1,0 +1,424 @@
+"""kernels.py - the Triton kernels that fused.py and quantize.py launch on CUDA, each with a thin launcher.
+
+    svd_lora_down         h = (x V) · d                            svd_lora_up_         y += h Uᵀ + b, in place
+    logprob_rows          log-probability and entropy of rows of logits, with their gradients, two passes over them
+    rms_norm_forward/backward        rotate_, in place             swiglu_, gelu_forward/backward
+    dequantize_int8       codes · scale of the row                 dequantize_4bit      level[nibble] · scale of a group
+
+N: tokens, the rows here   D: width   r: rank   C: head_dim   H: heads   V: the vocabulary's size; in the SVD-LoRA
+kernels the matrix V (d_in, r)   In the names of kernel arguments, B...: the size of a block, s...: a stride, in elements
+
+All of these are bound by memory: the aim is to touch every tensor once, in long runs, with enough programs to keep a
+GPU's memory busy. Products of large matrices are not here: the vendor's library does those. All accept fp32 and bf16,
+any sizes, rows that lie apart, and no rows at all; arithmetic and sums are in fp32. No atomics: equal runs give equal
+bits. Block sizes are fixed: what is bound by memory gains little from a search, and a search would time candidates at
+every new shape.
+
+With TRITON_INTERPRET=1 in the environment before the import, all of it runs on CPU tensors (tests/test_kernels.py).
+"""
+import os
+from functools import wraps
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+FLAT_BLOCK = 1024           # elementwise: 8 elements a thread, which in bf16 is one load of 16 bytes
+VOCAB_BLOCK = 8192          # logits at a time
+PARTIAL_SUMS = 512          # programs of rms_norm_backward: enough for any GPU, few beside its rows
+
+
+def _on_its_device(launcher):
+    """Triton launches on the current device: makes that the first argument's."""
+    @wraps(launcher)
+    def launch(tensor, *args, **kwargs):
+        with torch.cuda.device_of(tensor):
+            return launcher(tensor, *args, **kwargs)
+    return launch
+
+
+def _rows(x):
+    """x if its last dimension is contiguous, else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The SVD-LoRA branch. r is no multiple of anything: it is padded with zeros to what tl.dot takes.
+
+@triton.jit
+def _dot(a, b, dtype: tl.constexpr):
+    """a b, summed in fp32. bf16 tensors are multiplied as bf16, all others as true fp32 (not TF32)."""
+    if dtype == tl.bfloat16 and not INTERPRET:                # the interpreter would multiply the bit patterns of bf16
+        a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
+    else:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _down_kernel(x, V, d, h, N, d_in, r, rows, sx, sV, sd, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr):
+    i, j = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, R)
+    x_rows = x + i[:, None].to(tl.int64) * sx                                         # (BN, 1)
+    acc = tl.zeros((BN, R), tl.float32)
+    for start in range(0, d_in, BK):
+        k = start + tl.arange(0, BK)
+        a = tl.load(x_rows + k[None, :], mask=(i[:, None] < N) & (k[None, :] < d_in), other=0.0)            # (BN, BK)
+        b = tl.load(V + k[:, None] * sV + j[None, :], mask=(k[:, None] < d_in) & (j[None, :] < r), other=0.0)
+        acc += _dot(a, b, x.dtype.element_ty)                                         # (BN, BK) (BK, R)
+    mask = (i[:, None] < N) & (j[None, :] < r)
+    if d is not None:
+        acc *= tl.load(d + (i // rows)[:, None] * sd + j[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(h + i[:, None].to(tl.int64) * r + j[None, :], acc, mask=mask)
+
+
+@_on_its_device
+def svd_lora_down(x, V, d, rows):
+    """h = (x V) · d. x: (N, d_in), V: (d_in, r), d: (r,), or (B, r) where token n belongs to row n // rows, or None for
+    x V alone  ->  (N, r) fp32. x is read once."""
+    (N, d_in), r = x.shape, V.shape[1]
+    h = torch.empty(N, r, dtype=torch.float32, device=x.device)
+    if N == 0:
+        return h
+    x, V, d = _rows(x), _rows(V), d if d is None else _rows(d)
+    per_row = d is not None and d.ndim == 2
+    assert not per_row or len(d) * rows == N, f"{N} tokens are not {len(d)} rows of {rows}"
+    # Few rows a program while there are few rows, so that there are programs enough; more later, since every program
+    # reads all of V.
+    block = 16 if N < 2 ** 12 else 32 if N < 2 ** 14 else 64
+    R = max(16, triton.next_power_of_2(r))
+    _down_kernel[(triton.cdiv(N, block),)](
+        x, V, d, h, N, d_in, r, rows if per_row else 1, x.stride(0), V.stride(0), d.stride(0) if per_row else 0,
+        BN=block, BK=max(32, 4096 // (R * x.element_size())), R=R, num_stages=4)      # shared memory: 92 KB at most
+    return h
+
+
+@triton.jit
+def _up_kernel(y, h, U, bias, N, d_out, r, sy, sy_column, sh, sU, BN: tl.constexpr, BD: tl.constexpr):
+    tiles = tl.cdiv(d_out, BD)                                # neighbouring programs share rows of y and h
+    i = tl.program_id(0) // tiles * BN + tl.arange(0, BN)
+    j = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
+    tile = y + i[:, None].to(tl.int64) * sy + j[None, :].to(tl.int64) * sy_column
+    mask = (i[:, None] < N) & (j[None, :] < d_out)
+    new = tl.load(tile, mask=mask, other=0.0).to(tl.float32)                          # (BN, BD)
+    h_rows = h + i[:, None].to(tl.int64) * sh                                         # (BN, 1)
+    for start in range(0, r, 16):                             # 16 at a time, to save registers
+        k = start + tl.arange(0, 16)
+        a = tl.load(h_rows + k[None, :], mask=(i[:, None] < N) & (k[None, :] < r), other=0.0)               # (BN, 16)
+        b = tl.load(U + j[None, :] * sU + k[:, None], mask=(j[None, :] < d_out) & (k[:, None] < r), other=0.0)
+        new += _dot(a, b, y.dtype.element_ty)                                         # (BN, 16) (16, BD)
+    if bias is not None:
+        new += tl.load(bias + j, mask=j < d_out, other=0.0).to(tl.float32)[None, :]
+    tl.store(tile, new.to(y.dtype.element_ty), mask=mask)
+
+
+@_on_its_device
+def svd_lora_up_(y, h, U, bias=None):
+    """y += h Uᵀ (+ bias), in place. y: (N, d_out) of any strides, h: (N, r), U: (d_out, r), bias: (d_out,) or None."""
+    (N, d_out), r = y.shape, U.shape[1]
+    if N > 0:
+        h, U, bias = _rows(h), _rows(U), bias if bias is None else bias.contiguous()
+        tile = 64                                             # 16 elements a thread: they stay in its registers
+        _up_kernel[(triton.cdiv(N, tile) * triton.cdiv(d_out, tile),)](
+            y, h, U, bias, N, d_out, r, y.stride(0), y.stride(1), h.stride(0), U.stride(0), BN=tile, BD=tile,
+            num_warps=8)
+    return y
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log-probabilities. For a row l of logits, p = softmax(l):
+#     log p(target) = l_target − log Z        ∂/∂l = onehot(target) − p
+#     entropy = log Z − Σ p·l                 ∂/∂l = −p · (l − Σ p·l)
+
+@triton.jit
+def _logprob_kernel(logits, target, logp, entropy, grad, dentropy, V, sl, sg, BV: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)                       # rows · V may exceed 2³¹
+    logits += row * sl
+    y = tl.load(target + row)
+    l_target = tl.load(logits + y).to(tl.float32)             # now: grad may be written over the logits
+    # The running maximum starts at a finite number: with −inf, shift · Z below would be inf · 0.
+    top, Z, S = -3.0e38, 0.0, 0.0                             # maximum, Σ exp(l − top), Σ exp(l − top) (l − top)
+    for start in range(0, V, BV):
+        v = start + tl.arange(0, BV)
+        l = tl.load(logits + v, mask=v < V, other=-float("inf")).to(tl.float32)
+        higher = tl.maximum(top, tl.max(l, axis=0))
+        shift = top - higher
+        e = tl.exp(l - higher)
+        if entropy is not None:
+            S = tl.exp(shift) * (S + shift * Z) + tl.sum(e * tl.where(e > 0, l - higher, 0.0), axis=0)
+        Z = tl.exp(shift) * Z + tl.sum(e, axis=0)
+        top = higher
+    tl.store(logp + row, l_target - top - tl.log(Z))
+    mean = S / Z                                                                      # Σ p·(l − top)
+    if entropy is not None:
+        tl.store(entropy + row, tl.log(Z) - mean)
+    if grad is not None:
+        for start in range(0, V, BV):
+            v = start + tl.arange(0, BV)
+            l = tl.load(logits + v, mask=v < V, other=-float("inf")).to(tl.float32) - top
+            p = tl.exp(l) / Z
+            tl.store(grad + row * sg + v, (tl.where(v == y, 1.0, 0.0) - p).to(grad.dtype.element_ty), mask=v < V)
+            if dentropy is not None:
+                dH = -p * tl.where(p > 0, l - mean, 0.0)            # 0 where l is −inf
+                tl.store(dentropy + row * V + v, dH.to(dentropy.dtype.element_ty), mask=v < V)
+
+
+@_on_its_device
+def logprob_rows(logits, target, want_grad, want_entropy, grad_dtype):
+    """Of every row of logits (c, V): log p(target) and the entropy in nats, and their gradients to the logits.
+
+    target: (c,) int64. Returns logp (c,) fp32, entropy (c,) fp32 or None, ∂logp/∂logits (c, V) in grad_dtype or None,
+    ∂entropy/∂logits (c, V) in grad_dtype or None (it takes both wants). Where grad_dtype is the logits' own, the first
+    gradient is written over them: with want_grad, the logits are gone.
+    """
+    c, V = logits.shape
+    logits, target = _rows(logits), target.contiguous()
+    logp = torch.empty(c, dtype=torch.float32, device=logits.device)
+    entropy = torch.empty_like(logp) if want_entropy else None
+    new = lambda: torch.empty(c, V, dtype=grad_dtype, device=logits.device)
+    grad = None if not want_grad else logits if logits.dtype == grad_dtype else new()
+    dentropy = new() if want_grad and want_entropy else None
+    if c > 0:
+        # Many warps to a row: then few rows are at work at a time, and the second pass finds them in the L2 cache.
+        _logprob_kernel[(c,)](logits, target, logp, entropy, grad, dentropy, V, logits.stride(0),
+                              grad.stride(0) if want_grad else 0, BV=min(VOCAB_BLOCK, triton.next_power_of_2(V)),
+                              num_warps=16)
+    return logp, entropy, grad, dentropy
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RMSNorm, a row in one block. With n = x · rstd and q = g · weight:  y = n · weight,  dx = rstd (q − n · mean(q n)).
+
+@triton.jit
+def _rms_forward_kernel(x, weight, y, rstd, D, eps, sx, BD: tl.constexpr):
+    row, j = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
+    a = tl.load(x + row * sx + j, mask=j < D, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(a * a, axis=0) / D + eps)
+    w = tl.load(weight + j, mask=j < D, other=0.0).to(tl.float32)
+    tl.store(y + row * D + j, (a * scale * w).to(y.dtype.element_ty), mask=j < D)
+    tl.store(rstd + row, scale)
+
+
+@triton.jit
+def _rms_backward_kernel(g, x, weight, rstd, dx, partial, N, D, rows, sg, sx, BD: tl.constexpr):
+    j = tl.arange(0, BD)
+    w = tl.load(weight + j, mask=j < D, other=0.0).to(tl.float32)
+    dw = tl.zeros((BD,), tl.float32)
+    first = tl.program_id(0).to(tl.int64) * rows
+    for row in range(first, tl.minimum(first + rows, N)):
+        scale = tl.load(rstd + row)
+        n = tl.load(x + row * sx + j, mask=j < D, other=0.0).to(tl.float32) * scale
+        b = tl.load(g + row * sg + j, mask=j < D, other=0.0).to(tl.float32)
+        q = b * w
+        a = scale * (q - n * (tl.sum(q * n, axis=0) / D))
+        tl.store(dx + row * D + j, a.to(dx.dtype.element_ty), mask=j < D)
+        dw += b * n
+    if partial is not None:
+        tl.store(partial + tl.program_id(0).to(tl.int64) * D + j, dw, mask=j < D)
+
+
+def _row_block(D):
+    """A block that holds D elements, and warps for 16 of them a thread."""
+    block = triton.next_power_of_2(D)
+    return dict(BD=block, num_warps=min(16, max(1, block // 512)))
+
+
+@_on_its_device
+def rms_norm_forward(x, weight, eps):
+    """y = x · rstd · weight and rstd = 1 / sqrt(mean x² + ε). x: (N, D), weight: (D,)  ->  y (N, D) in x's dtype and
+    rstd (N,) fp32. One row is one block: meant for D up to 8192."""
+    N, D = x.shape
+    x, weight = _rows(x), weight.contiguous()
+    y, rstd = torch.empty(N, D, dtype=x.dtype, device=x.device), torch.empty(N, dtype=torch.float32, device=x.device)
+    if N > 0:
+        _rms_forward_kernel[(N,)](x, weight, y, rstd, D, eps, x.stride(0), **_row_block(D))
+    return y, rstd
+
+
+@_on_its_device
+def rms_norm_backward(g, x, weight, rstd, want_weight):
+    """g: (N, D), the gradient of y; x, weight, rstd: of the forward pass  ->  dx (N, D) in x's dtype, dweight (D,) fp32
+    or None. For dweight every program sums its own rows, and torch sums the programs: always in the same order."""
+    N, D = x.shape
+    g, x, weight, rstd = _rows(g), _rows(x), weight.contiguous(), rstd.contiguous()
+    dx = torch.empty(N, D, dtype=x.dtype, device=x.device)
+    rows = triton.cdiv(N, PARTIAL_SUMS) if want_weight and N > 0 else 1
+    programs = triton.cdiv(N, rows)
+    partial = torch.empty(programs, D, dtype=torch.float32, device=x.device) if want_weight else None
+    if N > 0:
+        _rms_backward_kernel[(programs,)](g, x, weight, rstd, dx, partial, N, D, rows, g.stride(0), x.stride(0),
+                                          **_row_block(D))
+    return dx, partial.sum(0) if want_weight else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotary embedding, half-split: a program takes one token and as many of its heads as make a block.
+
+@triton.jit
+def _rotate_kernel(x, cos, sin, T, H, half, sign, sb, st, sh, s_cos, BH: tl.constexpr, BC: tl.constexpr):
+    blocks = tl.cdiv(H, BH)
+    token = tl.program_id(0) // blocks
+    batch, t = (token // T).to(tl.int64), (token % T).to(tl.int64)
+    heads = tl.program_id(0) % blocks * BH + tl.arange(0, BH)
+    c = tl.arange(0, BC)
+    cosine = tl.load(cos + batch * s_cos + t * half + c, mask=c < half, other=0.0).to(tl.float32)[None, :]  # (1, BC)
+    sine = tl.load(sin + batch * s_cos + t * half + c, mask=c < half, other=0.0).to(tl.float32)[None, :] * sign
+    first = x + batch * sb + t * st + heads[:, None] * sh + c[None, :]                # the half a; b lies `half` on
+    mask = (heads[:, None] < H) & (c[None, :] < half)
+    a = tl.load(first, mask=mask, other=0.0).to(tl.float32)                           # (BH, BC)
+    b = tl.load(first + half, mask=mask, other=0.0).to(tl.float32)
+    tl.store(first, (a * cosine - b * sine).to(x.dtype.element_ty), mask=mask)
+    tl.store(first + half, (b * cosine + a * sine).to(x.dtype.element_ty), mask=mask)
+
+
+@_on_its_device
+def rotate_(x, cos, sin, sign):
+    """(a, b) -> (a cos − sign · b sin, b cos + sign · a sin) in place, a and b the halves of the last dimension.
+
+    x: (B, T, H, C) of any strides, the last dimension contiguous   cos, sin: (B or 1, T, C/2) fp32   sign: 1, or −1 to
+    rotate back. Returns x.
+    """
+    (B, T, H, C), half = x.shape, x.shape[-1] // 2
+    assert x.stride(-1) == 1 and cos.shape == sin.shape and cos.shape[1:] == (T, half), "see the docstring"
+    if x.numel() > 0:
+        cos, sin, BC = cos.contiguous(), sin.contiguous(), triton.next_power_of_2(half)
+        BH = min(triton.next_power_of_2(H), max(1, 2048 // BC))                       # 16 pairs a thread at most
+        _rotate_kernel[(B * T * triton.cdiv(H, BH),)](
+            x, cos, sin, T, H, half, sign, *x.stride()[:3], T * half if cos.shape[0] > 1 else 0, BH=BH, BC=BC)
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Elementwise activations, on tensors taken as flat.
+
+@triton.jit
+def _block(n, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return i, i < n
+
+
+@triton.jit
+def _swiglu_forward_kernel(gate, up, y, n, BLOCK: tl.constexpr):
+    i, mask = _block(n, BLOCK)
+    a, b = tl.load(gate + i, mask=mask).to(tl.float32), tl.load(up + i, mask=mask).to(tl.float32)
+    tl.store(y + i, (a * tl.sigmoid(a) * b).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _swiglu_backward_kernel(g, gate, up, dgate, dup, n, BLOCK: tl.constexpr):
+    i, mask = _block(n, BLOCK)
+    a, b = tl.load(gate + i, mask=mask).to(tl.float32), tl.load(up + i, mask=mask).to(tl.float32)
+    c, s = tl.load(g + i, mask=mask).to(tl.float32), tl.sigmoid(a)
+    tl.store(dgate + i, (c * b * s * (1 + a * (1 - s))).to(dgate.dtype.element_ty), mask=mask)
+    tl.store(dup + i, (c * a * s).to(dup.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gelu_parts(x, TANH: tl.constexpr):
+    """Φ(x) and x Φ'(x): gelu(x) = x Φ(x), gelu'(x) = Φ(x) + x Φ'(x)."""
+    if TANH:                                                  # Φ = (1 + tanh u) / 2 = σ(2u), u = √(2/π) (x + c x³)
+        phi = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        return phi, x * phi * (1 - phi) * 1.5957691216057308 * (1 + 3 * 0.044715 * x * x)
+    else:
+        return 0.5 * (1 + tl.erf(0.7071067811865476 * x)), 0.3989422804014327 * x * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def _gelu_forward_kernel(x, y, n, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    i, mask = _block(n, BLOCK)
+    a = tl.load(x + i, mask=mask).to(tl.float32)
+    phi, slope = _gelu_parts(a, TANH)
+    tl.store(y + i, (a * phi).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gelu_backward_kernel(g, x, dx, n, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    i, mask = _block(n, BLOCK)
+    phi, slope = _gelu_parts(tl.load(x + i, mask=mask).to(tl.float32), TANH)
+    tl.store(dx + i, (tl.load(g + i, mask=mask).to(tl.float32) * (phi + slope)).to(dx.dtype.element_ty), mask=mask)
+
+
+def _elementwise(kernel, inputs, n_out, **constants):
+    """Launches kernel(*inputs, *outputs, n) over tensors of one shape. Returns new outputs like the last input."""
+    assert all(t.shape == inputs[-1].shape for t in inputs), "inputs of one shape"
+    inputs = [t.contiguous() for t in inputs]
+    outputs = [torch.empty_like(inputs[-1]) for _ in range(n_out)]
+    if (n := inputs[0].numel()) > 0:
+        kernel[(triton.cdiv(n, FLAT_BLOCK),)](*inputs, *outputs, n, **constants, BLOCK=FLAT_BLOCK)
+    return outputs
+
+
+@_on_its_device
+def swiglu_forward(gate, up):
+    """silu(gate) · up. Tensors of one shape, any."""
+    return _elementwise(_swiglu_forward_kernel, [gate, up], 1)[0]
+
+
+@_on_its_device
+def swiglu_backward(g, gate, up):
+    """The gradients of gate and of up, from g, the gradient of silu(gate) · up."""
+    return tuple(_elementwise(_swiglu_backward_kernel, [g, gate, up], 2))
+
+
+@_on_its_device
+def gelu_forward(x, tanh):
+    """x Φ(x). tanh: by GPT-2's approximation of Φ, else by the error function."""
+    return _elementwise(_gelu_forward_kernel, [x], 1, TANH=tanh)[0]
+
+
+@_on_its_device
+def gelu_backward(g, x, tanh):
+    """The gradient of x, from g, the gradient of gelu_forward(x, tanh)."""
+    return _elementwise(_gelu_backward_kernel, [g, x], 1, TANH=tanh)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quantised weights: a program writes a piece of one row.
+
+@triton.jit
+def _int8_kernel(codes, scales, out, d_in, sc, BD: tl.constexpr):
+    blocks = tl.cdiv(d_in, BD)
+    row, j = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BD + tl.arange(0, BD)
+    w = tl.load(codes + row * sc + j, mask=j < d_in, other=0).to(tl.float32) * tl.load(scales + row).to(tl.float32)
+    tl.store(out + row * d_in + j, w.to(out.dtype.element_ty), mask=j < d_in)
+
+
+@_on_its_device
+def dequantize_int8(codes, scales, dtype):
+    """codes · scale of the row. codes: (d_out, d_in) int8, scales: (d_out,) fp32  ->  (d_out, d_in) in dtype"""
+    (d_out, d_in), codes, scales = codes.shape, _rows(codes), scales.contiguous()
+    out = torch.empty(d_out, d_in, dtype=dtype, device=codes.device)
+    if out.numel() > 0:
+        BD = min(2048, triton.next_power_of_2(d_in))                                  # 16 codes a thread: one load
+        _int8_kernel[(d_out * triton.cdiv(d_in, BD),)](codes, scales, out, d_in, codes.stride(0), BD=BD)
+    return out
+
+
+@triton.jit
+def _4bit_kernel(codes, scales, table, out, d_in, n_bytes, sc, ss, GROUP: tl.constexpr, BB: tl.constexpr):
+    blocks = tl.cdiv(n_bytes, BB)
+    row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    i = block * BB + tl.arange(0, BB)                                                 # bytes; columns 2i and 2i + 1
+    byte = tl.load(codes + row * sc + i, mask=i < n_bytes, other=0).to(tl.int32)
+    scale = tl.load(scales + row * ss + i // (GROUP // 2), mask=i < n_bytes, other=0.0).to(tl.float32)
+    w = tl.interleave(tl.load(table + (byte & 15)) * scale, tl.load(table + (byte >> 4)) * scale)           # (2 BB,)
+    j = block * 2 * BB + tl.arange(0, 2 * BB)
+    tl.store(out + row * d_in + j, w.to(out.dtype.element_ty), mask=j < d_in)
+
+
+@_on_its_device
+def dequantize_4bit(codes, scales, table, group, d_in, dtype):
+    """table[nibble] · scale of its group, the product in fp32.
+
+    codes: (d_out, ceil(d_in / 2)) uint8, the even column in the low four bits   scales: (d_out, ceil(d_in / group))
+    table: (16,) fp32   group: even, so that the two values of a byte share their scale  ->  (d_out, d_in) in dtype
+    """
+    assert group % 2 == 0, "a group of an odd size would part the two values of a byte"
+    codes, scales, table = _rows(codes), _rows(scales), table.contiguous()
+    d_out, n_bytes = codes.shape
+    out = torch.empty(d_out, d_in, dtype=dtype, device=codes.device)
+    if out.numel() > 0:
+        BB = min(1024, triton.next_power_of_2(n_bytes))
+        _4bit_kernel[(d_out * triton.cdiv(n_bytes, BB),)](
+            codes, scales, table, out, d_in, n_bytes, codes.stride(0), scales.stride(0), GROUP=group, BB=BB)
+    return out
