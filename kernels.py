@@ -6,7 +6,7 @@
     dequantize_int8       codes · scale of the row                 dequantize_4bit      level[nibble] · scale of a group
 
 N: tokens, the rows here   D: width   r: rank   C: head_dim   H: heads   V: the vocabulary's size; in the SVD-LoRA
-kernels the matrix V (d_in, r)   In the names of kernel arguments, B...: the size of a block, s...: a stride, in elements
+kernels the matrix V (d_in, r)   In the names of kernel arguments, B...: a block's size, s...: a stride in elements
 
 All of these are bound by memory: the aim is to touch every tensor once, in long runs, with enough programs to keep a
 GPU's memory busy. Products of large matrices are not here: the vendor's library does those. All accept fp32 and bf16,
