@@ -236,13 +236,14 @@ def epoch_batch(n, size, seed, step, lengths=None):
 
 
 @functools.lru_cache(maxsize=4)                         # a step asks for the epoch that the step before asked for
-def _epoch_order(n, size, seed, epoch, lengths, window=64):
-    """The order of one epoch, (n,). With lengths: windows of so many batches are sorted, each cut into batches."""
+def _epoch_order(n, size, seed, epoch, lengths):
+    """The order of one epoch, (n,). With lengths: windows of 64 batches are sorted, each cut into batches."""
     order = torch.randperm(n, generator=generator_for(seed, "epoch", epoch))
     head = -epoch * n % size                            # what the last batch of the epoch before still takes
     whole = max(0, n - head) // size                    # batches that lie within this epoch
     if lengths is None or whole == 0:
         return order
+    window = max(1, min(64, whole // 4))                # several, or each epoch would have the same batches
     windows = order[head:head + whole * size].split(window * size)
     batches = torch.cat([w[lengths[w].argsort(stable=True)].view(-1, size) for w in windows])         # (whole, size)
     shuffled = batches[torch.randperm(whole, generator=generator_for(seed, "batches", epoch))]

@@ -209,8 +209,9 @@ def train(model, path, fixed_lam, rows, reference, dims, flags, steps, member, r
     if flags.parallel == "fsdp":
         shard(model, device)
     parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    adapter_size = sum(p.numel() for _, p in parameters)
-    optimizer = torch.optim.AdamW(parameter_groups(model, flags.weight_decay), lr=flags.lr, betas=(0.9, 0.95))
+    adapter_size = sum(p.numel() for _, p in parameters if p.ndim == 2)
+    optimizer = torch.optim.AdamW(parameter_groups(model, flags.weight_decay), lr=flags.lr, betas=(0.9, 0.95),
+                                  fused=True)                          # one pass over many small tensors
     aggregate = linear_scalarization if flags.aggregate == "ls" else lambda L, lam: tchebycheff(L, lam, flags.ideal)
     first_step = 0
     if resume is not None:
