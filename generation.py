@@ -75,11 +75,13 @@ class FastLinear(nn.Module):
     """x Wᵀ + b, and with factors = (V, d, Uᵀ) + ((x V) · d) Uᵀ: a Linear or SVDLoRALinear that will not be trained.
 
     pack: copy the weights into the layout that is multiplied fastest. Vᵀ then lies under W: one product for both.
-    A QuantizedWeight is dequantised once, into that copy, or without `pack` at every step.
+    A QuantizedWeight is dequantised once, into that copy, or without `pack` at every step. gelu: "tanh" or "none", its
+    approximation, makes it gelu(x Wᵀ + b), in the same pass where it is packed.
     """
 
-    def __init__(self, weight, bias=None, factors=None, pack=False):
+    def __init__(self, weight, bias=None, factors=None, pack=False, gelu=None):
         super().__init__()
+        self.gelu = gelu
         if pack and isinstance(weight, QuantizedWeight):
             weight = weight.dense()
         self.d_out, self.folded, self.factors = weight.shape[0], pack and factors is not None, factors
@@ -92,9 +94,11 @@ class FastLinear(nn.Module):
 
     def forward(self, x):                                                             # (B, T, d_in) -> (B, T, d_out)
         if self.packed:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            after = ("gelu", [], self.gelu) if self.gelu else ("none", [], "")
+            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *after)
         else:
             y = F.linear(x, dense(self.weight, x.dtype), self.bias)
+            y = F.gelu(y, approximate=self.gelu) if self.gelu else y
         if self.factors is None:
             return y
         V, d, Ut = self.factors                                                       # d: (r,) or (B, 1, r)
@@ -103,15 +107,41 @@ class FastLinear(nn.Module):
         return torch.addmm(y, (h * d).flatten(0, -2), Ut).view(*x.shape[:-1], self.d_out)
 
 
+class Stacked(nn.Module):
+    """Several linear layers of one input without adapters, as one product: x -> their outputs."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.sizes = [len(layer.weight) for layer in layers]
+        bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+        self.linear = FastLinear(torch.cat([layer.weight for layer in layers]), bias, pack=True)
+
+    def forward(self, x):
+        return self.linear(x).split(self.sizes, dim=-1)
+
+
+def bare(layer):
+    """Whether a layer is a dense matrix without an adapter in use."""
+    return isinstance(layer.weight, torch.Tensor) and not getattr(layer, "enabled", False)
+
+
 def fast_copy(module, pack):
-    """A copy of `module` that shares its tensors and has a FastLinear for every linear layer in it."""
+    """A copy of `module` that shares its tensors and has a FastLinear for every linear layer in it. With `pack` and no
+    adapter, q, k, v are one product, and GPT-2's GELU is part of its product."""
     if hasattr(module, "factors"):                                                    # SVDLoRALinear
         factors = module.factors(module.weight.dtype) if module.enabled else None
         return FastLinear(module.weight, module.bias, factors, pack)
     if isinstance(module, (nn.Linear, QuantizedLinear)):
         return FastLinear(module.weight, module.bias, None, pack)
     twin = copy.copy(module)
-    twin._modules = {name: fast_copy(child, pack) for name, child in module._modules.items()}
+    children, joined = dict(module._modules), {}
+    if pack and hasattr(module, "project") and all(bare(layer) for layer in (module.q, module.k, module.v)):
+        joined["project"] = Stacked([children.pop(name) for name in "qkv"])
+    if pack and getattr(module, "gelu", None) and bare(module.up):
+        up = children.pop("up")
+        joined["inner"] = FastLinear(up.weight, up.bias, pack=True, gelu=module.gelu)
+    twin._modules = joined | {name: fast_copy(child, pack) for name, child in children.items()}
+    twin.__dict__.update(joined)                              # where they stand before the methods of the same names
     return twin
 
 

@@ -124,9 +124,12 @@ class Attention(nn.Module):
         self.v = Linear(config.d_model, kv_dim, bias=config.qkv_bias)
         self.o = Linear(q_dim, config.d_model, bias=config.out_bias)
 
+    def project(self, x):                                             # (B, T, D) -> (B, T, H·C), (B, T, K·C) twice
+        return self.q(x), self.k(x), self.v(x)
+
     def forward(self, x, rope, mask, cache):
         B, T, _ = x.shape
-        q, k, v = self.q(x), self.k(x), self.v(x)                                     # (B, T, H·C), (B, T, K·C) twice
+        q, k, v = self.project(x)
         if rope is not None:
             q, k = fused.rope_(q, *rope), fused.rope_(k, *rope)
         q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)                  # (B, H, T, C)
@@ -150,16 +153,17 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.activation = config.activation
-        if self.activation == "swiglu":
+        self.gelu = {"gelu_tanh": "tanh", "gelu": "none", "swiglu": None}[config.activation]    # its approximation
+        if self.gelu is None:
             self.gate = Linear(config.d_model, config.d_ff, bias=config.out_bias)
         self.up = Linear(config.d_model, config.d_ff, bias=config.out_bias)
         self.down = Linear(config.d_ff, config.d_model, bias=config.out_bias)
 
+    def inner(self, x):                                               # (B, T, D) -> (B, T, d_ff)
+        return F.gelu(self.up(x), approximate=self.gelu) if self.gelu else fused.swiglu(self.gate(x), self.up(x))
+
     def forward(self, x):
-        if self.activation == "swiglu":
-            return self.down(fused.swiglu(self.gate(x), self.up(x)))
-        return self.down(F.gelu(self.up(x), approximate="tanh" if self.activation == "gelu_tanh" else "none"))
+        return self.down(self.inner(x))
 
 
 class Block(nn.Module):

@@ -274,7 +274,7 @@ def test_small_weights_and_short_calls_are_not_packed(tiny, monkeypatch):
     short, long = ([m.packed for m in decoder.model.modules() if isinstance(m, FastLinear)] for decoder in made)
     assert not any(short)
     if torch.backends.mkldnn.is_available():
-        assert long == [False] * 4 + [True] * 2                                       # q, k, v, o; up, down
+        assert long == [False] * 2 + [True] * 2                                       # q k v, o; up, down
 
 
 # ---------------------------------------------------------------------------------------------------------------------
