@@ -25,8 +25,9 @@ CUDA_LOGITS = 2 ** 26       # linear_logprob on CUDA: elements of the logits hel
 
 
 def use_kernels(x):
-    """Whether x is worked on by kernels.py: on CUDA. (Tests replace this to run the kernels in Triton's interpreter.)"""
-    return x.is_cuda
+    """Whether x is worked on by kernels.py: on CUDA, but for float64, since the kernels sum in fp32. (Tests replace
+    this to run the kernels in Triton's interpreter.)"""
+    return x.is_cuda and x.dtype != torch.float64
 
 
 def dense(W, dtype):
@@ -127,7 +128,7 @@ def _down(x, V, d=None):
         import kernels
         rows = x.shape[-2] if d is not None and d.ndim > 1 else 1
         d = d if d is None or d.ndim == 1 else d.flatten(0, -2)                       # (r,) or (B, r)
-        return kernels.svd_lora_down(x.flatten(0, -2), V, d, rows).view(*x.shape[:-1], -1)
+        return kernels.svd_lora_down(x.flatten(0, -2), V, d, rows).view(*x.shape[:-1], V.shape[1])
     h = product(x, V.T.to(x.dtype))
     return h if d is None else h * d
 

@@ -1,4 +1,6 @@
 """fused.py against its own plain definitions in float64: values and every gradient, and what is kept in memory."""
+import os
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,6 +11,11 @@ from fused import (linear, linear_logprob, linear_logprob_plain, rms_norm, rms_n
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 DTYPES = list(TOLERANCE)
+# set by test_kernels.py, which runs this file in Triton's interpreter: everything then goes the way it goes on CUDA.
+# Large cases would take minutes there; bf16 is cut instead of rounded there, so fp32 has to do.
+if KERNELS := os.environ.get("FUSED_THROUGH_KERNELS") == "1":
+    fused.use_kernels = lambda x: x.dtype != torch.float64
+    DTYPES = [torch.float32]
 
 
 def normal(*shape, scale=1.0, dtype=torch.float32):
@@ -106,7 +113,7 @@ def test_linear(dtype):
 
 
 # (N, D, V): fewer and more tokens than a chunk, vocabularies that are no multiple of a tile; one token
-VOCABULARIES = [(37, 96, 501), (1500, 64, 4099), (1, 33, 7)]
+VOCABULARIES = [(37, 96, 501), (1, 33, 7)] + [(1500, 64, 4099)] * (not KERNELS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -123,7 +130,8 @@ def test_linear_logprob(N, D, V, dtype):
 
 
 def test_linear_logprob_of_a_trained_head():
-    h, W, y = normal(1100, 40), normal(333, 40), torch.randint(333, (1100,))
+    N = 70 if KERNELS else 1100
+    h, W, y = normal(N, 40), normal(333, 40), torch.randint(333, (N,))
     errors, _ = compare(linear_logprob, linear_logprob_plain, (h, W), (y,))
     assert max(errors) < 1e-5, errors
 
@@ -159,6 +167,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.skipif(KERNELS, reason="on CUDA some rows of the logits are held")
 def test_linear_logprob_never_holds_the_logits_and_makes_none_twice():
     N, D, V = 3000, 16, 9000
     h, W, y = normal(N, D).requires_grad_(True), normal(V, D), torch.randint(V, (N,))

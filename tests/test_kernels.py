@@ -363,6 +363,16 @@ def test_kernels_equal_their_definitions(results, mode, check, dtype):
     assert not message, message
 
 
+def test_the_fused_ops_on_top_of_them():
+    """tests/test_fused.py once more, now as fused.py runs on CUDA."""
+    if version("triton") < (3, 7) and version("numpy") >= (2, 4):
+        pytest.skip("the interpreter of triton before 3.7 fails on numpy from 2.4 on")
+    run = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_fused.py"],
+                         env=os.environ | {"TRITON_INTERPRET": "1", "FUSED_THROUGH_KERNELS": "1"}, capture_output=True,
+                         text=True, cwd=Path(__file__).parents[1])
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-3000:]
+
+
 @pytest.mark.slow
 def test_every_launch_compiles_for_a_gpu(results):
     assert not any(results("compile").values()), next(filter(None, results("compile").values()))
