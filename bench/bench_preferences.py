@@ -1,0 +1,120 @@
+"""bench_preferences.py - what more dimensions and more preferences cost.
+
+    python bench/bench_preferences.py                              # the embedded world's tiny model
+    python bench/bench_preferences.py --size 125m --prompts 2      # GPT-2 124M, random weights
+
+1. A DPO step on the embedded world with m = 10 dimensions beside one with m = 2: the same rows and comparisons, ten
+   labels instead of two, rank 18 instead of 10. 2. The log-probs of some prompts' responses under 11 preferences: in one
+   mixed batch, where every row has its own, beside 11 batches with one preference each. First the two are compared.
+Turns alternate; medians, and the median of the turns' ratios.
+"""
+import statistics
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from aggregate import linear_scalarization, sample_preference, simplex_lattice
+from common import UserError, flag, generator_for, pick_device, run_main
+from data import toy
+from data.tokenizers import load_tokenizer, tokenize
+from data.trees import batch_logprobs, pack
+from model import SIZES, Transformer
+from objectives import dpo_on_pairs
+from svd_lora import inject_svd_lora, parameter_groups, set_preference, shared_base
+
+
+@dataclass
+class Flags:
+    """The script's flags, with defaults and --help texts."""
+
+    size: str = flag("tiny", f"model size, random weights: {', '.join(SIZES)}")
+    device: str = flag("cpu", "cpu, cuda, or auto")
+    rows: int = flag(8, "data rows a step, each a prompt with 12 responses")
+    prompts: int = flag(4, "prompts that are evaluated, each with 32 responses")
+    turns: int = flag(15, "timed turns, after two to warm up")
+
+
+def alternate(contestants, turns, device):
+    """Prints median milliseconds of each function and the median ratio to the first."""
+    seconds = {name: [] for name in contestants}
+    for turn in range(turns + 2):
+        for name, f in contestants.items():
+            start = time.perf_counter()
+            f()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    first = next(iter(seconds.values()))
+    for name, s in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(s, first))
+        print(f"  {name:34} {1e3 * statistics.median(s):9.1f} ms [{1e3 * min(s):.1f}..{1e3 * max(s):.1f}]   {ratio:.3f}")
+
+
+def dpo_step(base, m, flags, tokenizer, device):
+    """A function that does one step of train_dpo.py on the embedded world's rows with m dimensions."""
+    model = inject_svd_lora(shared_base(base), 8, m, generator=torch.Generator().manual_seed(0))
+    rows = toy.sample_pairs("train", toy.DIMS[:m], flags.rows, 12, generator_for(0, "pairs"))
+    rows = tokenize(rows, tokenizer, 512)[0]
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-3, fused=True)
+    with torch.no_grad():
+        set_preference(model, torch.full((m,), 1 / m))
+        ref = batch_logprobs(model, pack(rows).to(device))
+    def step():
+        batch = pack(rows).to(device)
+        lam = sample_preference(flags.rows, m, generator=torch.Generator().manual_seed(1)).to(device)
+        set_preference(model, lam)
+        loss, _, known = dpo_on_pairs(batch_logprobs(model, batch), ref, batch.pairs, batch.better, 1.0)
+        losses = torch.zeros(flags.rows, m, device=device).index_add(0, batch.pair_row, loss * known)
+        linear_scalarization(losses / 66, lam).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+@torch.no_grad()
+def main(flags):
+    """Prints the two comparisons."""
+    if flags.size not in SIZES:
+        raise UserError(f"--size {flags.size}: choose one of {', '.join(SIZES)}")
+    device, dtype = pick_device(flags.device)
+    tokenizer = load_tokenizer("toy")
+    config = replace(SIZES[flags.size], vocab_size=max(SIZES[flags.size].vocab_size, tokenizer.vocab_size))
+    base = Transformer(config).init_weights(torch.Generator().manual_seed(0)).to(device, dtype).requires_grad_(False)
+    print(f"{flags.size}, {device.type}, {torch.get_num_threads()} threads")
+    print(f"a DPO step, {flags.rows} rows of 12 responses with all 66 comparisons; time / time at m = 2")
+    with torch.enable_grad():
+        alternate({f"m = {m}": dpo_step(base, m, flags, tokenizer, device) for m in (2, 10)}, flags.turns, device)
+
+    model = inject_svd_lora(base, 8, 2, generator=torch.Generator().manual_seed(0))
+    for p in model.parameters():
+        if p.ndim < 2 and p.requires_grad:
+            p.fill_(1e-3)                                     # a fresh adapter would not tell preferences apart
+    lams = simplex_lattice(2, 10).float().to(device)                                  # (11, 2)
+    tasks = [toy.as_row(x, toy.responses(x)[:32]) for x in toy.prompts("eval")[:flags.prompts]]
+    rows = tokenize(tasks, tokenizer, 10_000)[0]
+    one = pack(rows).to(device)
+    mixed = pack(rows * len(lams)).to(device)
+    def together():
+        set_preference(model, lams.repeat_interleave(len(rows), dim=0))               # one λ a row
+        return batch_logprobs(model, mixed).view(len(lams), -1)
+    def apart():
+        out = []
+        for lam in lams:
+            set_preference(model, lam)
+            out.append(batch_logprobs(model, one))
+        return torch.stack(out)
+    a, b = together(), apart()
+    error = ((a - b).norm() / b.norm()).item()
+    assert error < (1e-5 if dtype == torch.float32 else 1e-2) and not torch.allclose(a[0], a[-1], rtol=1e-4)
+    print(f"log-probs of {flags.prompts} prompts × 32 responses under 11 preferences (relative difference {error:.1e}); "
+          f"time / time of 11 passes")
+    alternate({"11 passes": apart, "one mixed batch": together}, flags.turns, device)
+
+
+if __name__ == "__main__":
+    run_main(main, Flags, __doc__)
