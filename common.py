@@ -266,7 +266,8 @@ def init_distributed(device):
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # the others wait while the first one trains a base model
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
+        backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=12), device_id=own)
     return *ranks(), device
 
 
