@@ -196,6 +196,13 @@ def measurements(config, model, tokenizer, device):
     return samples, None
 
 
+def base_of(config, device):
+    """The base model of a run, as it was trained on: in the same precision, quantised or not."""
+    flags = config["flags"]
+    _, dtype = pick_device(str(device), flags.get("precision") or "auto")
+    return Transformer.from_pretrained(config["base"], dtype, device, flags.get("quantize"))
+
+
 def evaluate(run, device, parts=None, adapters=None, exact=None):
     """Measures one run at every preference of the lattice. Returns what front.json holds.
 
@@ -205,7 +212,7 @@ def evaluate(run, device, parts=None, adapters=None, exact=None):
     flags, dims = config["flags"], config["dims"]
     m, rlhf = len(dims), config["script"] == "train_ppo.py"
     beta = flags["kl_coeff" if rlhf else "beta"]
-    model = Transformer.from_pretrained(config["base"], device=device, quantize=flags.get("quantize"))
+    model = base_of(config, device)
     if fingerprint(model) != config["fingerprint"]:
         raise UserError(f"{config['base']} is not the base model that {run} was trained on")
     tokenizer = load_tokenizer(config["tokenizer"])
@@ -405,7 +412,7 @@ def stationarity(run, device):
     that is not RLHF on the embedded world.
     """
     config = read_json(run / "config.json")
-    model = Transformer.from_pretrained(config["base"], device=device, quantize=config["flags"].get("quantize"))
+    model = base_of(config, device)
     data, _ = measurements(config, model, load_tokenizer(config["tokenizer"]), device)
     if not isinstance(data, WorldRewards):
         raise UserError(f"{run}: --stationarity takes runs of train_ppo.py on the embedded world's own dimensions")

@@ -42,6 +42,8 @@ def onednn_takes(x, W):
     """Whether a CPU product of these goes through oneDNN: for fp32 up to twice as fast as F.linear's library on some
     processors, for thin matrices up to twenty times, at the same precision. The operator is torch's own but private,
     so its absence is no error: F.linear computes the same."""
+    if torch.compiler.is_compiling():                         # inductor has its own way of multiplying
+        return False
     return (x.device.type == "cpu" and max(x.numel(), W.numel()) >= ONEDNN_FROM and x.numel() > 0
             and x.dtype == W.dtype and torch.backends.mkldnn.is_available()
             and hasattr(torch.ops.mkldnn, "_linear_pointwise")
