@@ -4,8 +4,9 @@ B: rows still going   T: tokens in this call   S: slots of the KV cache   V: voc
 H: query heads   K: key/value heads   C: head_dim
 
 What makes it fast: every step attends to all S slots under a mask. The tensors then never change their shape, so a GPU
-replays the step as one CUDA graph, and a CPU multiplies contiguous matrices. On a CPU the weights are repacked for the
-time of the call (oneDNN's layout) and rows that have ended are dropped; a token costs one random number, not V.
+replays the step as one CUDA graph, and a CPU multiplies contiguous matrices. On CUDA, layers with adapters or quantised
+weights are one launch each, q, k, v and gate, up too. On a CPU the weights are repacked for the time of the call
+(oneDNN's layout) and rows that have ended are dropped. A token costs one random number, not V.
 """
 import copy
 
@@ -13,8 +14,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import fused
 from fused import dense
-from quantize import QuantizedLinear, QuantizedWeight
+from quantize import GROUP, LEVELS, QuantizedLinear, QuantizedWeight
 
 PACK_FROM = 2 ** 16         # weights smaller than this lose more by oneDNN's overhead than they gain
 PACK_STEPS = 16             # repacking costs about as much as this many steps save
@@ -91,8 +93,11 @@ class FastLinear(nn.Module):
         self.packed = pack and _can_pack(weight)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else weight
         self.bias = bias
+        self.one_token = OneToken([self]) if OneToken.can(self) else None
 
     def forward(self, x):                                                             # (B, T, d_in) -> (B, T, d_out)
+        if self.one_token is not None and self.one_token.takes(x):
+            return self.one_token(x)[0]
         if self.packed:
             after = ("gelu", [], self.gelu) if self.gelu else ("none", [], "")
             y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *after)
@@ -104,7 +109,80 @@ class FastLinear(nn.Module):
         V, d, Ut = self.factors                                                       # d: (r,) or (B, 1, r)
         h = y[..., self.d_out:] if self.folded else x @ V                             # (B, T, r)
         y = y[..., :self.d_out].flatten(0, -2)                                        # (B T, d_out)
-        return torch.addmm(y, (h * d).flatten(0, -2), Ut).view(*x.shape[:-1], self.d_out)
+        return torch.addmm(y, (h * d).to(y.dtype).flatten(0, -2), Ut).view(*x.shape[:-1], self.d_out)
+
+
+class OneToken:
+    """One to three FastLinears of one input, as one launch for one token a row (kernels.svd_lora_decode).
+
+    It owns copies of their factors, laid out as the kernel reads them; the layers keep views of these.
+    """
+
+    def __init__(self, layers):
+        weights = [layer.weight for layer in layers]
+        quantized, dtype = isinstance(weights[0], QuantizedWeight), weights[0].dtype
+        self.W = [w.codes if quantized else w for w in weights]
+        self.quantized = {"scales": [w.scales for w in weights], "group": GROUP} if quantized else {}
+        if quantized and weights[0].kind == "nf4":            # in bf16, a level is rounded far less than a weight is
+            self.quantized["table"] = torch.tensor(LEVELS, dtype=torch.float16 if dtype == torch.bfloat16 else dtype,
+                                                   device=self.W[0].device)
+        biases, self.V, self.U = [layer.bias for layer in layers], None, None
+        self.bias = None if biases[0] is None else biases[0] if len(biases) == 1 else torch.cat(biases)
+        self.finished = torch.zeros(sum(map(len, self.W)), dtype=torch.int32, device=self.W[0].device)
+        if layers[0].factors is not None:
+            r = layers[0].factors[0].shape[1]
+            more = max(16, 1 << (r - 1).bit_length()) - r                             # zeros, up to a power of two R
+            self.V = torch.stack([F.pad(layer.factors[0].T, (0, 0, 0, more)) for layer in layers])    # (L, R, d_in)
+            self.U = torch.cat([F.pad(layer.factors[2].T, (0, more)) for layer in layers])            # (all d_out, R)
+            for layer, V, U in zip(layers, self.V, self.U.split([layer.d_out for layer in layers])):
+                layer.factors = V[:r].T, layer.factors[1], U[:, :r].T
+        self.stack_d(layers)
+
+    @staticmethod
+    def can(layer):
+        """Whether the kernel is for this layer. A dense one without factors is one launch as it is."""
+        W, quantized = layer.weight, isinstance(layer.weight, QuantizedWeight)
+        if not fused.use_kernels(W.codes if quantized else W) or not (quantized or layer.factors) or layer.gelu:
+            return False
+        import kernels
+        return (W.dtype in (torch.float32, torch.bfloat16) and (quantized or W.stride(1) == 1)
+                and (layer.factors is None or layer.factors[0].shape[1] <= kernels.DECODE_RANK))
+
+    @staticmethod
+    def can_join(layers):
+        """Whether these layers of one input, each of which can, are alike enough to be one launch."""
+        kind = lambda layer: (getattr(layer.weight, "kind", "dense"), layer.weight.dtype, layer.weight.shape[1],
+                              layer.bias is None, layer.factors and (layer.factors[0].shape, layer.factors[1].shape))
+        return all(layer.one_token for layer in layers) and len({kind(layer) for layer in layers}) == 1
+
+    def stack_d(self, layers):
+        """Takes over the d of its layers. (It keeps no reference to them, as they have one to it: cycles stay in memory
+        until Python looks for them.)"""
+        ds = [layer.factors[1] for layer in layers if layer.factors]
+        self.d = torch.stack([d[:, 0] if d.ndim == 3 else d for d in ds]) if ds else None     # (L, r) or (L, B, r)
+
+    def takes(self, x):
+        import kernels
+        return x.shape[1] == 1 and len(x) <= kernels.DECODE_ROWS and fused.use_kernels(x)
+
+    def __call__(self, x):                                                            # (B, 1, d_in) -> L (B, 1, d_out)
+        import kernels
+        outputs = kernels.svd_lora_decode(x[:, 0], self.W, self.V, self.d, self.U, self.bias, self.finished,
+                                          **self.quantized)
+        return tuple(y[:, None] for y in outputs)
+
+
+class Joined(nn.Module):
+    """Several FastLinears of one input, one launch where it is one token a row: x -> their outputs."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers, self.one_token = nn.ModuleList(layers), OneToken(layers)
+        for layer in layers:                                  # its copies of the factors are no longer used
+            layer.one_token = None
+
+    def forward(self, x):
+        return self.one_token(x) if self.one_token.takes(x) else tuple(layer(x) for layer in self.layers)
 
 
 class Stacked(nn.Module):
@@ -127,9 +205,12 @@ def bare(layer):
 
 def fast_copy(module, pack):
     """A copy of `module` that shares its tensors and has a FastLinear for every linear layer in it. With `pack` and no
-    adapter, q, k, v are one product, and GPT-2's GELU is part of its product."""
+    adapter, q, k, v are one product, and GPT-2's GELU is part of its product. Layers of one input that a kernel takes
+    are one launch."""
     if hasattr(module, "factors"):                                                    # SVDLoRALinear
         factors = module.factors(module.weight.dtype) if module.enabled else None
+        if factors is not None and fused.use_kernels(module.V):
+            factors = factors[0], module.scaled_values(), factors[2]                  # d in fp32, as in training
         return FastLinear(module.weight, module.bias, factors, pack)
     if isinstance(module, (nn.Linear, QuantizedLinear)):
         return FastLinear(module.weight, module.bias, None, pack)
@@ -142,6 +223,11 @@ def fast_copy(module, pack):
         joined["inner"] = FastLinear(up.weight, up.bias, pack=True, gelu=module.gelu)
     twin._modules = joined | {name: fast_copy(child, pack) for name, child in children.items()}
     twin.__dict__.update(joined)                              # where they stand before the methods of the same names
+    for method, names in (("project", ("q", "k", "v")), ("inner", ("gate", "up"))):
+        layers = [twin._modules.get(name) for name in names]
+        if all(isinstance(layer, FastLinear) for layer in layers) and OneToken.can_join(layers):
+            twin._modules[method] = launch = Joined(layers)
+            twin.__dict__[method] = launch if method == "project" else lambda x: fused.swiglu(*launch(x))
     return twin
 
 
@@ -221,6 +307,9 @@ class Decoder:
             if isinstance(layer, FastLinear) and layer.factors is not None:
                 V, d, Ut = layer.factors
                 layer.factors = V, d[rows] if d.ndim == 3 else d, Ut                  # one preference a row
+        for layer in self.model.modules():
+            if getattr(layer, "one_token", None) is not None:
+                layer.one_token.stack_d(layer.layers if isinstance(layer, Joined) else [layer])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

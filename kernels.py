@@ -1,6 +1,7 @@
 """kernels.py - the Triton kernels that fused.py and quantize.py launch on CUDA, each with a thin launcher.
 
     svd_lora_down         h = (x V) · d                            svd_lora_up_         y += h Uᵀ + b, in place
+    svd_lora_decode       x Wᵀ + b + ((x V) · d) Uᵀ of a few rows: whole layers in one launch, W maybe quantised
     logprob_rows          log-probability and entropy of rows of logits, with their gradients, two passes over them
     rms_norm_forward/backward        rotate_, in place             swiglu_, gelu_forward/backward
     dequantize_int8       codes · scale of the row                 dequantize_4bit      level[nibble] · scale of a group
@@ -9,10 +10,10 @@ N: tokens, the rows here   D: width   r: rank   C: head_dim   H: heads   V: the 
 kernels the matrix V (d_in, r)   In the names of kernel arguments, B...: a block's size, s...: a stride in elements
 
 All of these are bound by memory: the aim is to touch every tensor once, in long runs, with enough programs to keep a
-GPU's memory busy. Products of large matrices are not here: the vendor's library does those. All accept fp32 and bf16,
-any sizes, rows that lie apart, and no rows at all; arithmetic and sums are in fp32. No atomics: equal runs give equal
-bits. Block sizes are fixed: what is bound by memory gains little from a search, and a search would time candidates at
-every new shape.
+GPU's memory busy. Products of many rows are not here: the vendor's library does those. All accept fp32 and bf16, any
+sizes, rows that lie apart, and no rows at all; arithmetic and sums are in fp32, in an order that never changes: equal
+runs give equal bits. Block sizes are fixed: what is bound by memory gains little from a search, and a search would time
+candidates at every new shape.
 
 With TRITON_INTERPRET=1 in the environment before the import, all of it runs on CPU tensors (tests/test_kernels.py).
 """
@@ -27,6 +28,8 @@ INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 FLAT_BLOCK = 1024           # elementwise: 8 elements a thread, which in bf16 is one load of 16 bytes
 VOCAB_BLOCK = 8192          # logits at a time
 PARTIAL_SUMS = 512          # programs of rms_norm_backward: enough for any GPU, few beside its rows
+DECODE_ROWS, DECODE_RANK = 64, 64                             # the most that svd_lora_decode takes
+DECODE_OUTPUTS = 2 ** 14    # of one launch of it: below that, d_in is split
 
 
 def _on_its_device(launcher):
@@ -123,6 +126,140 @@ def svd_lora_up_(y, h, U, bias=None):
             y, h, U, bias, N, d_out, r, y.stride(0), y.stride(1), h.stride(0), U.stride(0), BN=tile, BD=tile,
             num_warps=8)
     return y
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The linear layers of a decode step. A few rows multiply each matrix, so they take as long as it takes to read W.
+#
+# A program owns a strip of outputs. It reads that of W once and, out of the L2 cache, all of x and V: for every program
+# to compute x V anew is cheaper than a launch that does it for all. What is read of x is rows / strip times what is
+# read of W, and the cache of a large GPU is only a little faster than its memory: hence wide strips, of 128 outputs,
+# which are the rows of the product W xᵀ. Of those a matrix of 4096 outputs has too few to occupy a GPU: then its
+# programs share out d_in too, down to about one program a multiprocessor. A layer is linear in x, branch and all, so
+# each sums its part of d_in up to a whole y, and the one that is last to finish a strip adds the parts, in their order.
+
+@triton.jit
+def _4bit_tile(W_rows, scale_rows, is_output, start, d_in, GROUP: tl.constexpr, BK: tl.constexpr):
+    i, g = start // 2 + tl.arange(0, BK // 2), start // GROUP + tl.arange(0, BK // GROUP)
+    bytes = tl.load(W_rows + i[None, :], mask=is_output & (2 * i[None, :] < d_in), other=0)                 # (BO, BK/2)
+    return bytes, tl.load(scale_rows + g[None, :], mask=is_output & (GROUP * g[None, :] < d_in), other=0.0)
+
+
+@triton.jit
+def _decode_kernel(x, W, W1, W2, scales, scales1, scales2, table, V, d, U, bias, y, parts, finished, N, d_out, d_out1,
+                   d_out2, d_in, r, steps, sx, sW, ss, sd_layer, sd_row, SPLITS: tl.constexpr, GROUP: tl.constexpr,
+                   BN: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr):
+    dtype: tl.constexpr = x.dtype.element_ty
+    slot, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    strip, layer, before = slot, 0, 0                         # of this layer; the layer; outputs of those before it
+    if W1 is not None:
+        strips = tl.cdiv(d_out, BO)
+        if strip >= strips:
+            strip, layer, before, W, d_out = strip - strips, 1, d_out, W1, d_out1
+            if scales is not None:
+                scales = scales1
+    if W2 is not None:
+        strips1 = tl.cdiv(d_out1, BO)
+        if (layer == 1) & (strip >= strips1):
+            strip, layer, before, W, d_out = strip - strips1, 2, before + d_out1, W2, d_out2
+            if scales is not None:
+                scales = scales2
+    n, o, c = tl.arange(0, BN), strip * BO + tl.arange(0, BO), tl.arange(0, R)
+    is_row, is_output = n[:, None] < N, o[:, None] < d_out
+    W_rows = W + o[:, None].to(tl.int64) * sW                                         # (BO, 1)
+    first = split * steps * BK
+    if W.dtype.element_ty == tl.uint8:
+        scale_rows = scales + o[:, None].to(tl.int64) * ss
+        next_bytes, next_scale = _4bit_tile(W_rows, scale_rows, is_output, first, d_in, GROUP, BK)
+    acc, h = tl.zeros((BO, BN), tl.float32), tl.zeros((BN, R), tl.float32)            # transposed: W xᵀ; x V
+    for start in tl.range(first, tl.minimum(first + steps * BK, d_in), BK, num_stages=STAGES):
+        k = start + tl.arange(0, BK)
+        a = tl.load(x + n[:, None] * sx + k[None, :], mask=is_row & (k[None, :] < d_in), other=0.0)         # (BN, BK)
+        if W.dtype.element_ty == tl.uint8:
+            # One tile ahead by hand: Triton reads no index ahead, which the codes are.
+            bytes, scale = next_bytes.to(tl.int32), next_scale.to(tl.float32)         # (BO, BK/2), (BO, BK/GROUP)
+            next_bytes, next_scale = _4bit_tile(W_rows, scale_rows, is_output, start + BK, d_in, GROUP, BK)
+            scale = tl.broadcast_to(scale[:, :, None], (BO, BK // GROUP, GROUP // 2)).reshape(BO, BK // 2)
+            even = tl.load(table + (bytes & 15)).to(tl.float32) * scale
+            odd = tl.load(table + (bytes >> 4)).to(tl.float32) * scale
+            w = tl.interleave(even.to(dtype), odd.to(dtype))                          # (BO, BK)
+        else:
+            w = tl.load(W_rows + k[None, :], mask=is_output & (k[None, :] < d_in), other=0)
+        acc += _dot(w, a.T, dtype)                                                    # (BO, BK) (BK, BN)
+        if V is not None:
+            v = tl.load(V + (layer * R + c[:, None]) * d_in + k[None, :], mask=k[None, :] < d_in, other=0.0)
+            h += _dot(a, v.T, dtype)                                                  # (BN, BK) (BK, R)
+    if W.dtype.element_ty == tl.int8:
+        acc *= tl.load(scales + o[:, None], mask=is_output, other=0.0).to(tl.float32)
+    if V is not None:
+        d_rows = d + layer * sd_layer + n[:, None] * sd_row
+        h *= tl.load(d_rows + c[None, :], mask=is_row & (c[None, :] < r), other=0.0).to(tl.float32)
+        u = tl.load(U + (before + o[:, None]) * R + c[None, :], mask=is_output, other=0.0)
+        acc += _dot(u, h.T, dtype)                                                    # (BO, R) (R, BN)
+    last = True
+    if SPLITS > 1:
+        here = tl.arange(0, BO)[:, None] * BN + n[None, :]
+        ours = parts + slot.to(tl.int64) * SPLITS * BO * BN
+        tl.store(ours + split * BO * BN + here, acc)
+        tl.debug_barrier()                                    # all threads have stored before one of them says so
+        last = tl.atomic_add(finished + slot, 1, sem="acq_rel") == SPLITS - 1
+        if last:
+            acc = tl.zeros((BO, BN), tl.float32)
+            for i in range(SPLITS):
+                acc += tl.load(ours + i * BO * BN + here, cache_modifier=".cg")       # not what L1 may hold of before
+            tl.store(finished + slot, 0)                      # for the next launch
+    if last:
+        if bias is not None:
+            acc += tl.load(bias + before + o[:, None], mask=is_output, other=0.0).to(tl.float32)
+        tile = y + before * N + n[:, None] * d_out + o[None, :]          # one layer's y after the other's
+        tl.store(tile, acc.T.to(dtype), mask=is_row & (o[None, :] < d_out))
+
+
+@_on_its_device
+def svd_lora_decode(x, W, V, d, U, bias=None, finished=None, scales=None, table=None, group=64):
+    """y = x Wᵀ + b + ((x V) · d) Uᵀ for one to three layers of one input, in one launch.
+
+    x: (N, d_in), N <= DECODE_ROWS   W: a tuple of (d_out, d_in), one for each of L layers   V: (L, R, d_in), every
+    layer's transposed and padded with zeros to a rank R that is a power of two from 16 to DECODE_RANK, contiguous; or
+    None, then d and U too   d: (L, r) or (L, N, r), r <= R   U: (all d_out, R), the layers' stacked, padded alike
+    bias: (all d_out,) or None   finished: (all d_out,) int32 zeros, which the kernel leaves zero; no two launches that
+    may run at a time share them (None: new ones, at the price of a launch).
+    Quantised: W int8, scales a tuple of (d_out,); or W uint8, two codes a byte, the even column in the low four bits,
+    scales a tuple of (d_out, ceil(d_in / group)), and table (16,), the codes' values. Beside bf16, a table of 16 bits
+    is much the faster: wider values Triton would copy to shared memory one by one. Nothing dequantised is written.
+    Returns a tuple of (N, d_out) in x's dtype, each contiguous.
+    """
+    (N, d_in), sizes, x = x.shape, [len(w) for w in W], _rows(x)
+    assert N <= DECODE_ROWS and len(W) <= 3 and all(w.stride() == W[0].stride() and w.stride(1) == 1 for w in W)
+    R, r = (16, 0) if V is None else (V.shape[1], d.shape[-1])
+    assert d is None or d.ndim == 2 or d.shape[1] == N, f"d of {d.shape[1]} rows for {N}"
+    assert R <= DECODE_RANK and (V is None or V.is_contiguous() and U.is_contiguous() and len(U) == sum(sizes))
+    d, bias = (t if t is None else t.contiguous() for t in (d, bias))
+    y = torch.empty(N * sum(sizes), dtype=x.dtype, device=x.device)
+    if len(y) > 0:
+        # Strip, columns of W at a time, stages, warps: three or four tiles of W of 16 KB are on their way to every
+        # multiprocessor, as many bytes as arrive in the time that one takes. 4 bits take registers to unpack, and
+        # half the strip. fp32 has no tensor cores to feed, and 8 warps for its registers.
+        BO, BK, stages, warps = {
+            (2, torch.int8): (128, 128, 3, 8), (2, torch.uint8): (64, 128, 3, 8), (2, x.dtype): (128, 64, 4, 4),
+            (4, torch.int8): (64, 64, 2, 8), (4, torch.uint8): (64, 64, 2, 8), (4, x.dtype): (64, 32, 3, 8),
+        }[x.element_size(), W[0].dtype]
+        assert BK % group == 0 or W[0].dtype != torch.uint8, f"groups of {group} do not make {BK} columns"
+        strips, tiles = sum(triton.cdiv(n, BO) for n in sizes), triton.cdiv(d_in, BK)
+        steps = triton.cdiv(tiles, min(8, triton.cdiv(DECODE_OUTPUTS, sum(sizes))))
+        splits, BN = triton.cdiv(tiles, steps), max(16, triton.next_power_of_2(N))
+        parts = torch.empty(strips * splits * BO * BN if splits > 1 else 0, dtype=torch.float32, device=x.device)
+        if finished is None:
+            finished = torch.zeros(strips, dtype=torch.int32, device=x.device)
+        assert len(finished) >= strips
+        three = lambda seq: (*seq, *[None] * (3 - len(seq)))
+        _decode_kernel[(strips * splits,)](
+            x, *three(W), *(three(scales) if scales else (None,) * 3), table, V, d, U, bias, y, parts, finished, N,
+            *sizes, *[0] * (3 - len(sizes)), d_in, r, steps, x.stride(0), W[0].stride(0),
+            scales[0].stride(0) if scales else 0, 0 if d is None else d.stride(0),
+            d.stride(1) if d is not None and d.ndim == 3 else 0, SPLITS=splits, GROUP=group, BN=BN, BO=BO, BK=BK, R=R,
+            STAGES=stages, num_warps=warps)
+    return tuple(part.view(N, n) for part, n in zip(y.split([N * n for n in sizes]), sizes))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

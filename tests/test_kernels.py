@@ -247,6 +247,109 @@ def dequantize_4bit(K, new):
                 yield out, want.to(new.dtype), SAME_BITS
 
 
+def quantised(new, kind, sizes, d_in):
+    """Random (W, their dense matrices, wrong dense matrices, what the kernel wants besides) of layers of one input."""
+    dense = [new.randn(n, d_in) for n in sizes]
+    if kind == "dense":
+        return dense, dense, [], {}
+    if kind == "int8":
+        W = [new.randint(-127, 128, (n, d_in), torch.int8) for n in sizes]
+        scales = [new.randn(n, dtype=torch.float32) / 64 for n in sizes]
+        dense, other_row = ([w * s.roll(by)[:, None] for w, s in zip(W, scales)] for by in (0, 1))
+        return W, dense, [other_row], dict(scales=scales)
+    W = [new.randint(0, 256, (n, (d_in + 1) // 2), torch.uint8) for n in sizes]
+    scales = [new.randn(n, -(-d_in // 64), dtype=torch.bfloat16) for n in sizes]
+    table = new.randn(16, dtype=torch.float16 if new.dtype == torch.bfloat16 else torch.float32)
+
+    def unpack(order, by):
+        values = ([table.float()[(w % 16).long()], table.float()[(w // 16).long()]][::order] for w in W)
+        columns = [s.float().roll(by, 1).repeat_interleave(64, 1)[:, :d_in] for s in scales]
+        return [torch.stack(v, 2).flatten(1)[:, :d_in] * s for v, s in zip(values, columns)]
+
+    return W, unpack(1, 0), [unpack(-1, 0), unpack(1, 1)], dict(scales=scales, table=table, group=64)
+
+
+def svd_lora_decode(K, new):
+    outputs = K.DECODE_OUTPUTS
+    for sizes, N, d_in, r, one_d, bias, form, split in (
+            ((37,), 5, 151, 10, False, True, turned, True), ((130, 64), 1, 300, 1, True, True, apart, True),
+            ((37, 144, 16), 64, 192, 20, False, False, torch.clone, True),
+            ((144,), 20, 256, 16, False, True, apart, False), ((50,), 3, 80, 0, False, True, torch.clone, False)):
+        K.DECODE_OUTPUTS = outputs if split else 1
+        L, R, all_out = len(sizes), 32 if r > 16 else 16, sum(sizes)
+        for kind in ("dense", "int8", "nf4") if r > 0 else ("int8", "nf4"):
+            W, dense, others, more = quantised(new, kind, sizes, d_in)
+            x, b = new.randn(N, d_in), new.randn(all_out) * 30 if bias else None
+            product = lambda W: torch.cat([x.double() @ w.double().T for w in W], 1) + (b if bias else 0)
+            branch, without = torch.zeros_like(product(dense)), []
+            if r > 0:
+                V, U = new.randn(L, d_in, r), new.randn(all_out, r)
+                d = new.randn(*((L, r) if one_d else (L, N, r)), dtype=torch.float32)
+                added = lambda V, d: torch.cat([((x.double() @ v.double()) * e) @ u.double().T
+                                                for v, e, u in zip(V, d.double(), U.split(sizes))], 1)
+                branch, without = added(V, d), [branch]
+                without += [added(V, d.roll(1, -1))] if r > 1 else []                 # d of another singular value
+                without += [added(V, d.roll(1, 1))] if N > 1 else []                  # of the neighbouring row
+                without += [added(V.roll(1, 0), d)] if L > 1 else []                  # V of another layer
+                factors = F.pad(V.mT, (0, 0, 0, R - r)).contiguous(), d, F.pad(U, (0, R - r))         # (L, R, d_in)
+            right = product(dense) + branch
+            wrong = [product(other) + branch for other in others] + [product(dense) + other for other in without]
+            wrong += [right - b] if bias else []
+            finished = new.randint(0, 1, (all_out,), torch.int32)
+            layers = [w.clone() if form is turned else form(w) for w in W]            # columns of W lie side by side
+            args = *(factors if r > 0 else (None,) * 3), b, finished
+            run = lambda: K.svd_lora_decode(form(x), layers, *args, **more)
+            got = run()
+            assert len(got) == L and all(y.is_contiguous() and y.dtype == x.dtype for y in got) and not finished.any()
+            for y, again, *parts in zip(got, run(), *(want.split(sizes, 1) for want in (right, *wrong))):
+                yield y, parts[0], new.tolerance, *parts[1:]
+                yield again, y, SAME_BITS
+    K.DECODE_OUTPUTS = outputs
+
+
+def decode_steps(K, new):
+    """Steps of tiny models with one preference a row, before and after a row is dropped, on the kernels and without."""
+    import fused
+    from conftest import SHAPES
+    from generation import Decoder
+    from model import Config, Transformer
+    from quantize import QuantizedLinear, quantize_weight
+    from svd_lora import inject_svd_lora, set_preference
+    on_kernels, launches, launch = fused.use_kernels, [], K.svd_lora_decode
+    K.svd_lora_decode = lambda x, W, *args, **kw: (launches.append(len(W)), launch(x, W, *args, **kw))[1]
+    lam = torch.tensor([[0.0, 1.0], [0.7, 0.3], [0.5, 0.5]])
+    for family, kind in (("llama", None), ("llama", "nf4"), ("gpt2", None), ("gpt2", "int8")):
+        model, generator = Transformer(Config(61, 32, 1, 4, 32, **SHAPES[family])), torch.Generator().manual_seed(0)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, 0.5 if p.ndim == 1 else 0.0, 0.2, generator=generator)
+        model = model.to(new.device, new.dtype)
+        for name, layer in list(model.blocks.named_modules()) if kind else []:
+            if isinstance(layer, torch.nn.Linear):
+                weight = quantize_weight(layer.weight.detach(), kind)
+                model.blocks.set_submodule(name, QuantizedLinear(weight, layer.bias))
+        inject_svd_lora(model, 2, 2, 2.0, generator=generator)
+        for layer in (m for m in model.modules() if hasattr(m, "sigma")):
+            layer.U.data.mul_(20), layer.V.data.mul_(20), layer.sigma.data.fill_(0.3), layer.s.data.fill_(1.0)
+
+        @torch.no_grad()
+        def logits(kernels, lam):
+            fused.use_kernels = lambda x: kernels
+            set_preference(model, lam)
+            decoder = Decoder(model, [[3], [4, 5, 6], [7, 8]], 2)
+            decoder.prefill()
+            first = decoder.step(torch.tensor([9, 10, 11]).to(new.device)).clone()
+            decoder.keep(torch.tensor([2, 0]).to(new.device))
+            return torch.cat([first, decoder.step(torch.tensor([12, 13]).to(new.device))])
+
+        want, wrong = logits(False, lam), logits(False, lam.roll(1, 0))               # the neighbour's preference
+        assert not launches
+        got = logits(True, lam)
+        assert launches == [3, 1, 2 if family == "llama" else 1, 1] * 2               # q k v, o, gate up, down
+        launches.clear()
+        yield got, want, 1e-5 if new.dtype == torch.float32 else 0.03, wrong
+    fused.use_kernels, K.svd_lora_decode = on_kernels, launch
+
+
 def no_rows(K, new):
     D, r = 24, 5
     x, row = new.randn(0, D), new.randn(D)
@@ -256,6 +359,8 @@ def no_rows(K, new):
     assert shapes(K.svd_lora_up_(x, new.randn(0, r), V)) == [(0, D)]
     out = K.logprob_rows(x, new.randint(0, D, (0,)), True, True, new.dtype)
     assert shapes(*out) == [(0,), (0,), (0, D), (0, D)]
+    factors = new.randn(2, 16, D), new.randn(2, 0, r), new.randn(2 * D, 16)
+    assert shapes(*K.svd_lora_decode(x, [new.randn(D, D)] * 2, *factors)) == [(0, D)] * 2
     assert shapes(*K.rms_norm_forward(x, row, 1e-5)) == [(0, D), (0,)]
     dx, dweight = K.rms_norm_backward(x, x, row, empty, True)
     assert shapes(dx, dweight) == [(0, D), (D,)] and not dweight.any()
@@ -268,8 +373,8 @@ def no_rows(K, new):
     return iter(())
 
 
-CHECKS = [svd_lora_down, svd_lora_up_, logprob_rows, rms_norm, rotate_, swiglu, gelu, dequantize_int8, dequantize_4bit,
-          no_rows]
+CHECKS = [svd_lora_down, svd_lora_up_, svd_lora_decode, decode_steps, logprob_rows, rms_norm, rotate_, swiglu, gelu,
+          dequantize_int8, dequantize_4bit, no_rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,7 +395,8 @@ def judge(got, want, tolerance, *wrong):
 
 
 def compile_only():
-    """Makes every launch compile its kernel for an sm_90 and do no more. By Triton's internals: it has no other way."""
+    """Makes every launch compile its kernel for an sm_90 and do no more, and fail where its shared memory is more than
+    there is. By Triton's internals: it has no other way."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver, jit
 
@@ -305,8 +411,14 @@ def compile_only():
             return 0
 
     run = jit.JITFunction.run
+
+    def compile(self, *args, grid, warmup, **kw):
+        kernel = run(self, *args, grid=grid, warmup=True, **kw)
+        assert kernel.metadata.shared <= 227 * 1024, f"{kernel.metadata.shared} bytes of shared memory"
+        return kernel
+
     driver.set_active(Driver())
-    jit.JITFunction.run = lambda self, *args, grid, warmup, **kw: run(self, *args, grid=grid, warmup=True, **kw)
+    jit.JITFunction.run = compile
 
 
 def main(mode):
