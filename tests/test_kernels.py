@@ -284,7 +284,7 @@ def svd_lora_decode(K, new):
             branch, without = torch.zeros_like(product(dense)), []
             if r > 0:
                 V, U = new.randn(L, d_in, r), new.randn(all_out, r)
-                d = new.randn(*((L, r) if one_d else (L, N, r)), dtype=torch.float32)
+                d = 0.5 + new.randn(*((L, r) if one_d else (L, N, r)), dtype=torch.float32).abs()
                 added = lambda V, d: torch.cat([((x.double() @ v.double()) * e) @ u.double().T
                                                 for v, e, u in zip(V, d.double(), U.split(sizes))], 1)
                 branch, without = added(V, d), [branch]
