@@ -272,9 +272,9 @@ def quantised(new, kind, sizes, d_in):
 def svd_lora_decode(K, new):
     outputs = K.DECODE_OUTPUTS
     for sizes, N, d_in, r, one_d, bias, form, split in (
-            ((37,), 5, 151, 10, False, True, turned, True), ((130, 64), 1, 300, 1, True, True, apart, True),
+            ((37,), 5, 151, 10, False, True, turned, True), ((130, 64), 1, 300, 16, True, True, apart, True),
             ((37, 144, 16), 64, 192, 20, False, False, torch.clone, True),
-            ((144,), 20, 256, 16, False, True, apart, False), ((50,), 3, 80, 0, False, True, torch.clone, False)):
+            ((144,), 20, 256, 1, False, True, apart, False), ((50,), 3, 80, 0, False, True, torch.clone, False)):
         K.DECODE_OUTPUTS = outputs if split else 1
         L, R, all_out = len(sizes), 32 if r > 16 else 16, sum(sizes)
         for kind in ("dense", "int8", "nf4") if r > 0 else ("int8", "nf4"):
