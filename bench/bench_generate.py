@@ -3,14 +3,17 @@
     python bench/bench_generate.py                                 # GPT-2 124M shape, 16 prompts of 64, 64 new, fp32
     python bench/bench_generate.py --dtype bf16 --adapter          # ours with an SVD-LoRA and one λ per row
     python bench/bench_generate.py --world --adapter --peer none   # the rollout of RL: 128 prompts, up to 56 tokens
+    python bench/bench_generate.py --size llama2-7b --dtype bf16 --device cuda --batch 64 --adapter --peer none
+    python bench/bench_generate.py --size llama2-7b --dtype bf16 --device cuda --quantize nf4 --adapter --peer none
 
 First what both compute is compared: every token that ours calls the best must be the best of transformers' logits, up
 to rounding. Then runs alternate, ours and theirs, so that a busy machine slows both; the median of the runs is printed,
 and the ratio is the median of the pairs' ratios. Sampled at temperature 1 from the whole distribution. transformers
 runs without an adapter. `pip install transformers==5.23.0`, or --peer none. OMP_NUM_THREADS sets the threads.
 
-The limit: a decode step must read every weight but the input embeddings once, and keys and values of all slots. Its
-bytes over the copy bandwidth of this device, measured here, is the least time a step can take.
+The limit: a decode step must read every weight but the input embeddings once, as codes where it is quantised (which a
+CPU, multiplying dense copies, does not), the adapters, and keys and values of all slots. Its bytes over the copy
+bandwidth of this device, measured here, is the least time a step can take.
 """
 import statistics
 import sys
@@ -21,11 +24,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import UserError, flag, pick_device, run_main
 from generation import Decoder
 from model import SIZES, Transformer, generate
+from quantize import QuantizedLinear, checked_kind, quantize_weight
 from svd_lora import inject_svd_lora, set_preference
 
 
@@ -39,20 +44,41 @@ class Flags:
     prompt: int = flag(64, "tokens in each prompt")
     new: int | None = flag(None, "new tokens for each prompt (default 64)")
     dtype: Literal["fp32", "bf16"] = flag("fp32", "of the weights")
+    quantize: Literal["none", "int8", "nf4"] = flag("none", "the blocks' matrices (without a peer)")
     device: str = flag("cpu", "cpu, cuda, or auto")
     adapter: bool = flag(False, "ours with SVD-LoRA k = 8, m = 2 and one λ per row")
     runs: int = flag(5, "timed runs of each, after one to warm up")
     peer: Literal["transformers", "none"] = flag("transformers", "what to compare with")
 
 
+def random_model(config, dtype, device, kind=None):
+    """A Transformer of random weights, made on the device and quantised one by one: there is no other copy of them."""
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.device("meta"):
+        model = Transformer(config)
+    for name, p in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        layer, value = model.get_submodule(owner), torch.empty(p.shape, dtype=dtype, device=device)
+        if p.ndim == 2:
+            value.normal_(0, 0.02, generator=generator)
+        else:
+            value.fill_(leaf == "weight")                                             # norms; biases
+        if kind and p.ndim == 2 and isinstance(layer, nn.Linear) and owner.startswith("blocks."):
+            model.set_submodule(owner, QuantizedLinear(quantize_weight(value, kind), layer.bias))
+        else:
+            setattr(layer, leaf, nn.Parameter(value))
+    return model
+
+
 def load(flags, device, dtype):
     """(model, prompts as token lists, eos_id)."""
+    kind = checked_kind(flags.quantize)
     if flags.world:
         from data import toy
         from data.tokenizers import load_tokenizer, tokenize
         from train_sft import base_model
         tokenizer = load_tokenizer("toy")
-        model = Transformer.from_pretrained(base_model("tiny", 0, "cpu"), dtype, device)
+        model = Transformer.from_pretrained(base_model("tiny", 0, "cpu"), dtype, device, kind)
         tasks = [toy.as_row(x, toy.responses(x)) for x in toy.prompts("train")]
         prompts = [list(row.prompt) for row in tokenize(tasks, tokenizer, model.config.context_length)[0]]
         return model, (prompts * (flags.batch // len(prompts) + 1))[:flags.batch], tokenizer.eos_id
@@ -62,8 +88,8 @@ def load(flags, device, dtype):
     if flags.prompt + flags.new > config.context_length:
         raise UserError(f"--prompt {flags.prompt} --new {flags.new}: the context is {config.context_length} tokens")
     generator = torch.Generator().manual_seed(0)
-    model = Transformer(config).init_weights(generator).to(device, dtype)
-    return model, torch.randint(3, config.vocab_size, (flags.batch, flags.prompt), generator=generator).tolist(), -1
+    prompts = torch.randint(3, config.vocab_size, (flags.batch, flags.prompt), generator=generator)
+    return random_model(config, dtype, device, kind), prompts.tolist(), -1
 
 
 def load_peer(model, directory, dtype, device, eos_id):
@@ -125,7 +151,10 @@ def decode_step(model, prompts, new, device):
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    weights = sum(p.nbytes for p in model.blocks.parameters()) + model.head_weight.nbytes
+    # U and V are stored in fp32 and read as copies in the model's dtype
+    weights = model.head_weight.nbytes + sum(
+        t.numel() * (model.head_weight if name.endswith((".U", ".V")) else t).itemsize
+        for name, t in model.blocks.state_dict().items())
     return statistics.median(seconds[2:]), weights, decoder.cache.k.nbytes + decoder.cache.v.nbytes
 
 
@@ -135,6 +164,8 @@ def main(flags):
     flags.new = flags.new or (56 if flags.world else 64)
     if min(flags.batch, flags.prompt, flags.runs) < 1 or flags.new < 16:
         raise UserError("--batch, --prompt and --runs must be at least 1, --new at least 16")
+    if flags.quantize != "none" and flags.peer != "none":
+        raise UserError(f"--quantize {flags.quantize} needs --peer none: the peer's weights would not be quantised")
     device, _ = pick_device(flags.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[flags.dtype]
     model, prompts, eos_id = load(flags, device, dtype)
@@ -167,8 +198,9 @@ def main(flags):
             if r > 0:                                                                 # the first warms up
                 speed[name].append(tokens_per_second)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    print(f"{'world' if flags.world else flags.size}, {flags.dtype}, {device}{threads}: {len(prompts)} prompts of "
-          f"{min(map(len, prompts))} to {longest} tokens, up to {flags.new} new"
+    quantized = "" if flags.quantize == "none" else f" and {flags.quantize}"
+    print(f"{'world' if flags.world else flags.size}, {flags.dtype}{quantized}, {device}{threads}: {len(prompts)} prompts "
+          f"of {min(map(len, prompts))} to {longest} tokens, up to {flags.new} new"
           f"{', ours with an adapter and one λ per row' if flags.adapter else ''}")
     for name, values in speed.items():
         print(f"{name:14} {statistics.median(values):10.0f} tokens/s   [{min(values):.0f} .. {max(values):.0f}]")
