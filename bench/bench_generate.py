@@ -198,9 +198,9 @@ def main(flags):
             if r > 0:                                                                 # the first warms up
                 speed[name].append(tokens_per_second)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    quantized = "" if flags.quantize == "none" else f" and {flags.quantize}"
-    print(f"{'world' if flags.world else flags.size}, {flags.dtype}{quantized}, {device}{threads}: {len(prompts)} prompts "
-          f"of {min(map(len, prompts))} to {longest} tokens, up to {flags.new} new"
+    precision = flags.dtype if flags.quantize == "none" else f"{flags.dtype} and {flags.quantize}"
+    print(f"{'world' if flags.world else flags.size}, {precision}, {device}{threads}: {len(prompts)} prompts of "
+          f"{min(map(len, prompts))} to {longest} tokens, up to {flags.new} new"
           f"{', ours with an adapter and one λ per row' if flags.adapter else ''}")
     for name, values in speed.items():
         print(f"{name:14} {statistics.median(values):10.0f} tokens/s   [{min(values):.0f} .. {max(values):.0f}]")
