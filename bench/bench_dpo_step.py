@@ -7,7 +7,8 @@
 
 Every contestant runs in a process of its own, so that each has its own peak memory, and waits for its turn: one step of
 ours, one of the loop, one of trl, and again. A busy machine so slows all of them, and the ratio printed is the median
-of the turns' ratios. Same weights (a directory that ours wrote), same tokens, half of each pair its prompt; adapters on
+of the turns' ratios. A turn is two steps, of which the second is timed: a process that has waited finds its caches cold,
+and on some machines its memory put away. Same weights (a directory that ours wrote), same tokens, half of each pair its prompt; adapters on
 every projection, no dropout; AdamW on the adapter. First the values: log π_ref of every response must agree.
 
 ours      SVD-LoRA k = 8, m = 2, a preference a row, LS; the reference's log-probs are made in every step, like theirs
@@ -57,7 +58,7 @@ class Flags:
     device: str = flag("cpu", "cpu or cuda")
     pairs: int = flag(4, "pairs a step")
     length: int = flag(256, "tokens of a response with its prompt; half of them are the prompt")
-    steps: int = flag(5, "timed steps of each, after one to warm up")
+    steps: int = flag(5, "turns: timed steps of each contestant")
     peers: list[str] = flag(["loop", "trl"], "beside ours: loop, trl, loop-lora, trl-lora (rank r LoRA), or none")
     m: list[int] = flag([2], "dimensions; several are contestants of their own")
     quantize: Literal["none", "int8", "nf4"] = flag("none", "ours with a quantised base")
@@ -180,13 +181,13 @@ def trl(flags, wait, lora=False):
                                                  eos_token="</s>")
     say = lambda ids: " ".join(f"w{i}" for i in ids.tolist())
     rows = [dict(prompt=say(x[:H]), chosen=" " + say(x[H:-1]) + " </s>", rejected=" " + say(y[H:-1]) + " </s>")
-            for step in range(flags.steps + 1) for x, y in zip(*token_pairs(flags, V, step))]
+            for step in range(2 * flags.steps) for x, y in zip(*token_pairs(flags, V, step))]
     class Turns(transformers.TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
             wait()
     with tempfile.TemporaryDirectory() as scratch:
         settings = DPOConfig(output_dir=scratch, use_cpu=flags.device == "cpu", per_device_train_batch_size=flags.pairs,
-                             max_steps=flags.steps + 1, logging_steps=1000, report_to=[], save_strategy="no",
+                             max_steps=2 * flags.steps, logging_steps=1000, report_to=[], save_strategy="no",
                              gradient_checkpointing=flags.checkpoint, disable_tqdm=True, max_length=flags.length,
                              learning_rate=1e-4, beta=0.1, dataloader_pin_memory=False, bf16=False)
         trainer = DPOTrainer(model=model, args=settings, train_dataset=Dataset.from_list(rows),
@@ -273,12 +274,12 @@ def race(names, flags, directory):
         error = ((values - expected).norm() / expected.norm()).item()
         print(f"log π_ref of {len(values)} responses, {name}: relative difference from {names[0]} {error:.1e}")
         assert error <= tolerance, f"{name} computes something else"
-    for step in range(flags.steps + 1):
+    for _ in range(flags.steps):
         for name, worker in workers.items():
-            print("go", file=worker.stdin, flush=True)
-            report = listen(worker, name)
-            if step > 0:                                      # the first is to warm up
-                table[name]["seconds"].append(report["seconds"])
+            for _ in range(2):
+                print("go", file=worker.stdin, flush=True)
+                report = listen(worker, name)
+            table[name]["seconds"].append(report["seconds"])
             table[name]["peak"] = report["peak"]
     for worker in workers.values():
         worker.stdin.close()
