@@ -348,6 +348,11 @@ def _rotate_(x, cos, sin, sign):
     if use_kernels(x):
         import kernels
         kernels.rotate_(heads, cos, sin, sign)
+    elif x.dtype == torch.float32:
+        (a, b), cos, sin = heads.chunk(2, dim=-1), cos[:, :, None], sign * sin[:, :, None]
+        turned = (a * cos).addcmul_(b, sin, value=-1)
+        b.mul_(cos).addcmul_(a, sin)
+        a.copy_(turned)
     else:
         heads.copy_(rope_plain(heads, cos, sign * sin))
     return x
@@ -380,11 +385,7 @@ class _SwiGLU(torch.autograd.Function):
         if use_kernels(gate):
             import kernels
             return kernels.swiglu_backward(g, gate, up)
-        s = gate.sigmoid()
-        silu = gate * s
-        dup = g * silu
-        # silu' = s + silu (1 − s); written over what is no longer needed
-        return s.addcmul_(silu, 1 - s).mul_(g).mul_(up), dup
+        return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
 
 
 def swiglu(gate, up):

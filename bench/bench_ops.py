@@ -38,7 +38,7 @@ class Flags:
 
     device: str = flag("cpu", "cpu, cuda, or auto")
     only: list[str] | None = flag(None, "these ops alone: svd_lora_linear, linear_logprob, rms_norm, rope_, swiglu")
-    turns: int = flag(5, "timed turns of each contestant, after one to warm up")
+    turns: int = flag(5, "timed turns of each contestant")
     dtypes: list[str] = flag(["fp32", "bf16"], "fp32, bf16")
     tokens: int | None = flag(None, "N (default 2048 on a CPU, 8192 on CUDA; linear_logprob 4096)")
     width: int | None = flag(None, "D (default 768 on a CPU, 4096 on CUDA)")
@@ -106,16 +106,15 @@ def clock(device):
 
 
 def timed_turns(contestants, turns, device):
-    """{name: [seconds, …]}: all contestants once a turn, after one turn to warm up."""
+    """{name: [seconds, …]}: each contestant eight times in a row a turn; the mean of the last five counts."""
     seconds = {name: [] for name in contestants}
-    for turn in range(turns + 1):
+    for _ in range(turns):
         for name, f in contestants.items():
-            start = clock(device)
-            f()
-            if turn:
-                seconds[name].append(clock(device) - start)
-            else:
-                clock(device)
+            for i in range(8):
+                if i == 3:
+                    start = clock(device)
+                f()
+            seconds[name].append((clock(device) - start) / 5)
     return seconds
 
 

@@ -58,8 +58,8 @@ def alternate(contestants, turns, device):
 def dpo_step(base, m, flags, tokenizer, device):
     """A function that does one step of train_dpo.py on the embedded world's rows with m dimensions."""
     model = inject_svd_lora(shared_base(base), 8, m, generator=torch.Generator().manual_seed(0))
-    rows = toy.sample_pairs("train", toy.DIMS[:m], flags.rows, 12, generator_for(0, "pairs"))
-    rows = tokenize(rows, tokenizer, 512)[0]
+    rows = toy.sample_pairs("train", toy.DIMS, flags.rows, 12, generator_for(0, "pairs"))
+    rows = [replace(row, better=[labels[:m] for labels in row.better]) for row in tokenize(rows, tokenizer, 512)[0]]
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-3, fused=True)
     with torch.no_grad():
         set_preference(model, torch.full((m,), 1 / m))
