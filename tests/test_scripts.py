@@ -1,4 +1,5 @@
-"""test_scripts.py - the scripts as subprocesses, with tiny numbers: files, determinism, resuming, bad input."""
+"""test_scripts.py - the scripts run for real, with tiny numbers: files, determinism, resuming, bad input."""
+import importlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import measure
+from common import cli
 from data import toy
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +30,16 @@ def script(name, *flags, cwd, status=0):
     assert done.returncode == status, (
         f"{name} {flags} ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
     return done
+
+
+def here(name, *flags, cwd):
+    """The same in this process, which has imported everything already: where the exit status is not the question."""
+    module, before = importlib.import_module(name.removesuffix(".py")), os.getcwd()
+    os.chdir(cwd)
+    try:
+        module.main(cli(module.Flags, "", list(map(str, flags))))
+    finally:
+        os.chdir(before)
 
 
 def metrics(run):
@@ -71,7 +83,7 @@ def test_dpo_run_directory(panacea):
 
 
 def test_evaluation_of_several_runs(work, panacea):
-    script("train_dpo.py", *TINY, "--method", "rs", "--out", "out/rs", cwd=work)
+    here("train_dpo.py", *TINY, "--method", "rs", "--out", "out/rs", cwd=work)
     done = script("eval_front.py", panacea, "out/rs", "--parts", 2, "--out", "out/both", cwd=work)
     assert "HV share" in done.stdout
     for run in ("panacea", "rs"):
@@ -88,7 +100,7 @@ def test_evaluation_of_several_runs(work, panacea):
 
 
 def test_evolution(work, panacea):
-    script("eval_front.py", panacea, "--evolution", "--parts", 1, cwd=work)
+    here("eval_front.py", panacea, "--evolution", "--parts", 1, cwd=work)
     assert json.loads((panacea / "evolution.json").read_text())["steps"] == [2, 4]
     assert (panacea / "evolution.png").exists()
 
@@ -127,7 +139,7 @@ def test_rewarded_soup_at_a_vertex_is_its_member_and_averages_between(work):
     from svd_lora import load_adapter, merged_state_dict
     run = work / "out/rs"
     if not (run / "timing.json").exists():
-        script("train_dpo.py", *TINY, "--method", "rs", "--out", "out/rs", cwd=work)
+        here("train_dpo.py", *TINY, "--method", "rs", "--out", "out/rs", cwd=work)
     config = json.loads((run / "config.json").read_text())
     ends = []
     for dim in config["dims"]:
@@ -143,7 +155,7 @@ def test_rewarded_soup_at_a_vertex_is_its_member_and_averages_between(work):
 
 
 def test_discrete_policy_solutions_have_one_model_a_preference(work):
-    script("train_dpo.py", *TINY, "--method", "dps", "--dps_parts", 2, "--steps", 6, "--out", "out/dps", cwd=work)
+    here("train_dpo.py", *TINY, "--method", "dps", "--dps_parts", 2, "--steps", 6, "--out", "out/dps", cwd=work)
     run = work / "out/dps"
     assert sorted(f.name for f in run.glob("adapter*")) == [f"adapter-00{i}.safetensors" for i in range(3)]
     assert [(r["member"], r["step"]) for r in metrics(run)] == [(i, s) for i in range(3) for s in (1, 2)]
@@ -198,7 +210,7 @@ def test_a_killed_run_with_other_flags_starts_afresh(work):
 @pytest.mark.parametrize("aggregate", ["ls", "tche"])
 def test_micro_batches_change_nothing(work, aggregate):
     for parts in (1, 2):
-        script("train_dpo.py", *TINY, "--aggregate", aggregate, "--accumulate", parts,
+        here("train_dpo.py", *TINY, "--aggregate", aggregate, "--accumulate", parts,
                "--out", f"out/{aggregate}{parts}", cwd=work)
     one, two = (metrics(work / f"out/{aggregate}{parts}") for parts in (1, 2))
     for a, b in zip(one, two):
@@ -210,7 +222,7 @@ def test_options_do_something(work, panacea):
     last = {}
     for name, flags in {"orth": ["--orth_coeff", 0.1], "fixed": ["--pref_scaling", 0.1],
                         "tche": ["--aggregate", "tche"], "ideal": ["--aggregate", "tche", "--ideal", 0.3, 0.3]}.items():
-        script("train_dpo.py", *TINY, *flags, "--out", f"out/option-{name}", cwd=work)
+        here("train_dpo.py", *TINY, *flags, "--out", f"out/option-{name}", cwd=work)
         last[name] = metrics(work / f"out/option-{name}")[-1]["loss"]
     assert len({round(x, 7) for x in [*last.values(), metrics(panacea)[-1]["loss"]]}) == 5
     adapter = load_file(work / "out/option-fixed/adapter.safetensors")
@@ -218,9 +230,9 @@ def test_options_do_something(work, panacea):
 
 
 def test_dimensions_are_chosen_by_number_or_name(work):
-    script("train_dpo.py", *TINY, "--dims", "formal", "concise", "warm", "--out", "out/dims", cwd=work)
+    here("train_dpo.py", *TINY, "--dims", "formal", "concise", "warm", "--out", "out/dims", cwd=work)
     assert json.loads((work / "out/dims/config.json").read_text())["dims"] == ["formal", "concise", "warm"]
-    script("train_dpo.py", *TINY, "--pref_dim", 10, "--out", "out/ten", cwd=work)
+    here("train_dpo.py", *TINY, "--pref_dim", 10, "--out", "out/ten", cwd=work)
     assert np.shape(metrics(work / "out/ten")[-1]["losses"]) == (10,)
 
 
@@ -235,7 +247,7 @@ def own_rows(path, n):
 def test_preference_files(work):
     own_rows(work / "train.jsonl", 20)
     own_rows(work / "eval.jsonl", 8)
-    script("train_dpo.py", "--init", "out/base-tiny-seed0", "--data", "train.jsonl", "--eval_data", "eval.jsonl",
+    here("train_dpo.py", "--init", "out/base-tiny-seed0", "--data", "train.jsonl", "--eval_data", "eval.jsonl",
            "--batch_size", 4, "--lams_per_step", 2, "--epochs", 2, "--out", "out/files", cwd=work)
     r = json.loads((work / "out/files/front.json").read_text())
     assert len(metrics(work / "out/files")) == 10 and r["exact"] is None and r["hypervolume_share"] is None
@@ -249,7 +261,7 @@ def test_real_model_and_real_preferences(work):
     material = SHARED / "material"
     lines = (material / "hh_safe/pku_saferlhf_train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (work / "pku.jsonl").write_text("".join(lines[:12]), encoding="utf-8")
-    script("train_dpo.py", "--init", material / "stories260K", "--data", "pku.jsonl", "--eval_data", "pku.jsonl",
+    here("train_dpo.py", "--init", material / "stories260K", "--data", "pku.jsonl", "--eval_data", "pku.jsonl",
            "--max_length", 96, "--batch_size", 4, "--lams_per_step", 2, "--lr", 2e-3, "--epochs", 8,
            "--out", "out/pku", cwd=work)
     records = metrics(work / "out/pku")
@@ -295,7 +307,7 @@ def test_bad_input_is_one_line_and_status_2(work, case):
 def test_a_preset_file_gives_defaults_that_flags_override(work):
     (work / "good.json").write_text(
         '{"steps": 2, "rows": 8, "responses": 3, "batch_size": 2, "lams_per_step": 2, "eval": false}')
-    script("train_dpo.py", "--config", "good.json", "--steps", 3, "--out", "out/preset", cwd=work)
+    here("train_dpo.py", "--config", "good.json", "--steps", 3, "--out", "out/preset", cwd=work)
     flags = json.loads((work / "out/preset/config.json").read_text())["flags"]
     assert (flags["steps"], flags["rows"], flags["eval"]) == (3, 8, False)
 
@@ -333,7 +345,7 @@ def test_missing_labels_keep_the_weight_of_lambda(work):
              "better": {"helpful": 0} if i % 2 else {"harmless": 1}} for i in range(8)]
     (work / "half.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for G in (1, 8):
-        script("train_dpo.py", "--init", "out/base-tiny-seed0", "--data", "half.jsonl", "--no-eval", "--batch_size", 8,
+        here("train_dpo.py", "--init", "out/base-tiny-seed0", "--data", "half.jsonl", "--no-eval", "--batch_size", 8,
                "--lams_per_step", G, "--steps", 1, "--method", "panacea", "--out", f"out/half{G}", cwd=work)
         record = metrics(work / f"out/half{G}")[0]
         assert np.allclose(record["losses"], math.log(2), atol=1e-5)
