@@ -38,17 +38,20 @@ def dense(W, dtype):
 # ---------------------------------------------------------------------------------------------------------------------
 # Linear layers.
 
+def has_onednn(dtype):
+    """Whether products of this dtype can go through oneDNN on a CPU: for fp32 up to twice as fast as F.linear's library on
+    some processors, for thin matrices up to twenty times, at the same precision. The operator is torch's own but
+    private, so its absence is no error: F.linear computes the same."""
+    return (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+            and (dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
 def onednn_takes(x, W):
-    """Whether a CPU product of these goes through oneDNN: for fp32 up to twice as fast as F.linear's library on some
-    processors, for thin matrices up to twenty times, at the same precision. The operator is torch's own but private,
-    so its absence is no error: F.linear computes the same."""
+    """Whether x Wᵀ goes through oneDNN: on a CPU, where the matrices are large enough."""
     if torch.compiler.is_compiling():                         # inductor has its own way of multiplying
         return False
     return (x.device.type == "cpu" and max(x.numel(), W.numel()) >= ONEDNN_FROM and x.numel() > 0
-            and x.dtype == W.dtype and torch.backends.mkldnn.is_available()
-            and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-            and (x.dtype == torch.float32 or
-                 x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+            and x.dtype == W.dtype and has_onednn(x.dtype))
 
 
 def product(x, W, bias=None):

@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import fused
-from fused import dense
+from fused import dense, has_onednn
 from quantize import GROUP, LEVELS, QuantizedLinear, QuantizedWeight
 
 PACK_FROM = 2 ** 16         # weights smaller than this lose more by oneDNN's overhead than they gain
@@ -65,12 +65,9 @@ class _LayerCache:
 # The model as it is during one call of generate().
 
 def _can_pack(weight):
-    """Whether oneDNN's packed product can take this weight. The operators are torch's own but private, so their absence
-    is no error: F.linear computes the same."""
-    return (weight.device.type == "cpu" and weight.numel() >= PACK_FROM and torch.backends.mkldnn.is_available()
-            and hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-            and (weight.dtype == torch.float32 or
-                 weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+    """Whether oneDNN's packed product can take this weight."""
+    return (weight.device.type == "cpu" and weight.numel() >= PACK_FROM and has_onednn(weight.dtype)
+            and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))
 
 
 class FastLinear(nn.Module):

@@ -3,7 +3,7 @@
     svd_lora_down         h = (x V) · d                            svd_lora_up_         y += h Uᵀ + b, in place
     svd_lora_decode       x Wᵀ + b + ((x V) · d) Uᵀ of a few rows: whole layers in one launch, W maybe quantised
     logprob_rows          log-probability and entropy of rows of logits, with their gradients, two passes over them
-    rms_norm_forward/backward        rotate_, in place             swiglu_, gelu_forward/backward
+    rms_norm_forward/backward        rotate_, in place             swiglu_forward/backward
     dequantize_int8       codes · scale of the row                 dequantize_4bit      level[nibble] · scale of a group
 
 N: tokens, the rows here   D: width   r: rank   C: head_dim   H: heads   V: the vocabulary's size; in the SVD-LoRA
@@ -450,31 +450,6 @@ def _swiglu_backward_kernel(g, gate, up, dgate, dup, n, BLOCK: tl.constexpr):
     tl.store(dup + i, (c * a * s).to(dup.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _gelu_parts(x, TANH: tl.constexpr):
-    """Φ(x) and x Φ'(x): gelu(x) = x Φ(x), gelu'(x) = Φ(x) + x Φ'(x)."""
-    if TANH:                                                  # Φ = (1 + tanh u) / 2 = σ(2u), u = √(2/π) (x + c x³)
-        phi = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-        return phi, x * phi * (1 - phi) * 1.5957691216057308 * (1 + 3 * 0.044715 * x * x)
-    else:
-        return 0.5 * (1 + tl.erf(0.7071067811865476 * x)), 0.3989422804014327 * x * tl.exp(-0.5 * x * x)
-
-
-@triton.jit
-def _gelu_forward_kernel(x, y, n, TANH: tl.constexpr, BLOCK: tl.constexpr):
-    i, mask = _block(n, BLOCK)
-    a = tl.load(x + i, mask=mask).to(tl.float32)
-    phi, slope = _gelu_parts(a, TANH)
-    tl.store(y + i, (a * phi).to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _gelu_backward_kernel(g, x, dx, n, TANH: tl.constexpr, BLOCK: tl.constexpr):
-    i, mask = _block(n, BLOCK)
-    phi, slope = _gelu_parts(tl.load(x + i, mask=mask).to(tl.float32), TANH)
-    tl.store(dx + i, (tl.load(g + i, mask=mask).to(tl.float32) * (phi + slope)).to(dx.dtype.element_ty), mask=mask)
-
-
 def _elementwise(kernel, inputs, n_out, **constants):
     """Launches kernel(*inputs, *outputs, n) over tensors of one shape. Returns new outputs like the last input."""
     assert all(t.shape == inputs[-1].shape for t in inputs), "inputs of one shape"
@@ -495,18 +470,6 @@ def swiglu_forward(gate, up):
 def swiglu_backward(g, gate, up):
     """The gradients of gate and of up, from g, the gradient of silu(gate) · up."""
     return tuple(_elementwise(_swiglu_backward_kernel, [g, gate, up], 2))
-
-
-@_on_its_device
-def gelu_forward(x, tanh):
-    """x Φ(x). tanh: by GPT-2's approximation of Φ, else by the error function."""
-    return _elementwise(_gelu_forward_kernel, [x], 1, TANH=tanh)[0]
-
-
-@_on_its_device
-def gelu_backward(g, x, tanh):
-    """The gradient of x, from g, the gradient of gelu_forward(x, tanh)."""
-    return _elementwise(_gelu_backward_kernel, [g, x], 1, TANH=tanh)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,12 @@ if KERNELS := os.environ.get("FUSED_THROUGH_KERNELS") == "1":
     DTYPES = [torch.float32]
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random inputs in every run: bounds of a hundredth on small tensors would fail once in twenty runs."""
+    torch.manual_seed(0)
+
+
 def normal(*shape, scale=1.0, dtype=torch.float32):
     """Fresh random numbers, rounded to dtype."""
     return (torch.randn(shape) * scale).to(dtype)
@@ -57,14 +63,15 @@ SHAPES = [(3, 7, 33, 17, 10), (2, 9, 300, 257, 4), (1, 61, 129, 512, 1), (4, 45,
 def test_svd_lora_linear(shape, per_row, dtype):
     B, T, d_in, d_out, r = shape
     x, W, bias = normal(B, T, d_in, dtype=dtype), normal(d_out, d_in, scale=0.05, dtype=dtype), normal(d_out, dtype=dtype)
-    U, V, d = normal(d_out, r), normal(d_in, r), normal(B, 1, r) if per_row else normal(r)
+    U, V = normal(d_out, r), normal(d_in, r)
+    d = (1 + torch.rand(B, 1, r) if per_row else 1 + torch.rand(r)) * torch.randn(r).sign()       # none vanishes by chance
     op = lambda x, U, V, d: svd_lora_linear(x, W, U, V, d, bias)
     plain = lambda x, U, V, d: svd_lora_linear_plain(x, W.double(), U, V, d, bias.double())
     errors, (y, y64, _) = compare(op, plain, (x, U, V, d), dtype=dtype)
     assert max(errors) < TOLERANCE[dtype], errors
     assert error(torch.zeros_like(y), y64) > 0.9
     if per_row and B > 1:                                     # wrong: every row with its neighbour's preference
-        assert error(op(x, U, V, d.roll(1, 0)), y64) > 0.1
+        assert error(op(x, U, V, d.roll(1, 0)), y64) > 0.02
     assert error(op(x, U, V, torch.zeros_like(d)), y64) > 0.1                         # wrong: no adapter
 
 
@@ -123,7 +130,8 @@ def test_linear_logprob(N, D, V, dtype):
     errors, (logp, logp64, _) = compare(linear_logprob, linear_logprob_plain, (h, ), (W, y), dtype)
     assert max(errors) < TOLERANCE[dtype], errors
     assert error(torch.zeros_like(logp), logp64) > 0.9
-    assert error(linear_logprob(h, W, (y + 1) % V), logp64) > 0.1                     # wrong: the next token's
+    if N > 1:                                                                         # else it may be close by chance
+        assert error(linear_logprob(h, W, (y + 1) % V), logp64) > 0.1                 # wrong: the next token's
     errors, _ = compare(lambda *a: linear_logprob(*a, True)[1], lambda *a: linear_logprob_plain(*a, True)[1],
                         (h,), (W, y), torch.float32)
     assert max(errors) < TOLERANCE[dtype], errors             # the entropy and its gradient

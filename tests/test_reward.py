@@ -250,6 +250,7 @@ def test_the_base_is_shared_with_a_policy_that_is_left_alone(work, run, monkeypa
 # ---------------------------------------------------------------------------------------------------------------------
 # The script.
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_files(work, run):
     """Rules out: an optimizer that starts anew, batches drawn again from the first, a half-written run that loads."""
     flags, killed = [*TINY, "--save_every", "4", "--out", "out/killed"], work / "out/killed"

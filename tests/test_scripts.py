@@ -99,6 +99,7 @@ def test_evaluation_of_several_runs(work, panacea):
     assert len(json.loads((work / "out/both/front.json").read_text())) == 2 and (work / "out/both/front.png").exists()
 
 
+@pytest.mark.slow
 def test_evolution(work, panacea):
     here("eval_front.py", panacea, "--evolution", "--parts", 1, cwd=work)
     assert json.loads((panacea / "evolution.json").read_text())["steps"] == [2, 4]
