@@ -55,7 +55,7 @@ def test_checkpointing_changes_no_bit_and_keeps_less(family, tiny, close):
 def test_padding_to_a_multiple_changes_nothing(family, tiny, close):
     model = adapted(tiny, family)
     assert pack(ROWS, 8).tokens.shape[1] % 8 == 0 != pack(ROWS).tokens.shape[1] % 8
-    assert same(step(model, 8), step(model), close)
+    assert same(step(model, 8), step(model), close, 1e-4)             # sums over keys in another order
 
 
 @pytest.mark.slow
