@@ -39,8 +39,8 @@ def dense(W, dtype):
 # Linear layers.
 
 def has_onednn(dtype):
-    """Whether products of this dtype can go through oneDNN on a CPU: for fp32 up to twice as fast as F.linear's library on
-    some processors, for thin matrices up to twenty times, at the same precision. The operator is torch's own but
+    """Whether products of this dtype can go through oneDNN on a CPU: for fp32 up to twice as fast as F.linear's library
+    on some processors, for thin matrices up to twenty times, at the same precision. The operator is torch's own but
     private, so its absence is no error: F.linear computes the same."""
     return (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
             and (dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))

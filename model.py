@@ -184,7 +184,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = False                        # training: memory of one block instead of all; 3/2 the work
+        self.checkpoint_blocks = False                        # memory of one block, not of all; 3/2 the work
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         if config.positions == "learned":
             self.pos_embed = nn.Embedding(config.context_length, config.d_model)

@@ -1,4 +1,4 @@
-"""bench_dpo_step.py - seconds and memory of one DPO step: ours beside trl + peft and a minimal transformers + peft loop.
+"""bench_dpo_step.py - seconds and memory of a DPO step: ours beside trl + peft and a minimal transformers + peft loop.
 
     python bench/bench_dpo_step.py                                 # GPT-2 124M, fp32, 4 pairs of 256 tokens
     python bench/bench_dpo_step.py --dtype bf16 --model llama      # a Llama of 100M; base weights in bf16
@@ -7,9 +7,10 @@
 
 Every contestant runs in a process of its own, so that each has its own peak memory, and waits for its turn: one step of
 ours, one of the loop, one of trl, and again. A busy machine so slows all of them, and the ratio printed is the median
-of the turns' ratios. A turn is two steps, of which the second is timed: a process that has waited finds its caches cold,
-and on some machines its memory put away. Same weights (a directory that ours wrote), same tokens, half of each pair its prompt; adapters on
-every projection, no dropout; AdamW on the adapter. First the values: log π_ref of every response must agree.
+of the turns' ratios. A turn is two steps, of which the second is timed: a process that has waited finds its caches
+cold, and on some machines its memory put away. Same weights (a directory that ours wrote), same tokens, half of each
+pair its prompt; adapters on every projection, no dropout; AdamW on the adapter. First the values: log π_ref of every
+response must agree.
 
 ours      SVD-LoRA k = 8, m = 2, a preference a row, LS; the reference's log-probs are made in every step, like theirs
 kept      the same with the reference's log-probs made once, as train_dpo.py trains (its data is fixed)

@@ -4,9 +4,9 @@
     python bench/bench_gpu.py --only tests ops                     # some parts of it
     python bench/bench_gpu.py --peers loop trl --minutes 20        # with transformers, peft and trl installed
 
-Each part is a command of its own, printed before it runs; a part that fails or takes too long is reported, and the others
-still run. The first part is the tests of kernels, fused ops and quantised weights on the GPU: where they fail, nothing is
-timed. At the end stands one line a part.
+Each part is a command of its own, printed before it runs; a part that fails or takes too long is reported, and the
+others still run. The first part is the tests of kernels, fused ops and quantised weights on the GPU: where they fail,
+nothing is timed. At the end stands one line a part.
 """
 import subprocess
 import sys

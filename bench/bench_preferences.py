@@ -4,8 +4,8 @@
     python bench/bench_preferences.py --size 125m --prompts 2      # GPT-2 124M, random weights
 
 1. A DPO step on the embedded world with m = 10 dimensions beside one with m = 2: the same rows and comparisons, ten
-   labels instead of two, rank 18 instead of 10. 2. The log-probs of some prompts' responses under 11 preferences: in one
-   mixed batch, where every row has its own, beside 11 batches with one preference each. First the two are compared.
+   labels instead of two, rank 18 instead of 10. 2. The log-probs of some prompts' responses under 11 preferences: in
+   one mixed batch, where every row has its own, beside 11 batches with one preference each. First the two are compared.
 Turns alternate; medians, and the median of the turns' ratios.
 """
 import statistics
@@ -52,7 +52,7 @@ def alternate(contestants, turns, device):
     first = next(iter(seconds.values()))
     for name, s in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(s, first))
-        print(f"  {name:34} {1e3 * statistics.median(s):9.1f} ms [{1e3 * min(s):.1f}..{1e3 * max(s):.1f}]   {ratio:.3f}")
+        print(f"  {name:34} {1e3 * statistics.median(s):9.1f} ms [{1e3 * min(s):.1f}..{1e3 * max(s):.1f}]  {ratio:.3f}")
 
 
 def dpo_step(base, m, flags, tokenizer, device):
@@ -111,7 +111,8 @@ def main(flags):
     a, b = together(), apart()
     error = ((a - b).norm() / b.norm()).item()
     assert error < (1e-5 if dtype == torch.float32 else 1e-2) and not torch.allclose(a[0], a[-1], rtol=1e-4)
-    print(f"log-probs of {flags.prompts} prompts × 32 responses under 11 preferences (relative difference {error:.1e}); "
+    print(f"log-probs of {flags.prompts} prompts × 32 responses under 11 preferences (relative difference {error:.1e});"
+          " "
           f"time / time of 11 passes")
     alternate({"11 passes": apart, "one mixed batch": together}, flags.turns, device)
 

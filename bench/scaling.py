@@ -10,8 +10,8 @@ weights        bytes of the frozen base, by precision; embeddings and head are n
 adapter        16 bytes a parameter: fp32 value, gradient, and AdamW's two moments
 activations    what a block keeps for the backward pass, a token: both norms' inputs and outputs, q, k, v, the
                attention's output, the MLP's inner ones: 4 D + 2 H C + 2 K C + 3 F numbers for Llama, 4 D + 2 H C +
-               2 K C + 2 F for GPT-2, and a few in fp32 of the norms and of attention. With checkpointing one block's, and
-               D numbers a token and block
+               2 K C + 2 F for GPT-2, and a few in fp32 of the norms and of attention. With checkpointing one block's,
+               and D numbers a token and block
 scratch        linear_logprob's chunk of logits in fp32 and once more in the compute dtype, and for a quantised base one
                dequantised matrix; for fsdp two gathered blocks
 time           model FLOPs: 4 N a token with a frozen base (2 N forward, 2 N for the activations' gradient), and
@@ -68,7 +68,8 @@ def adapter_parameters(c, rank):
 def weight_bytes(c, precision):
     """(bytes of the blocks' matrices, bytes of embeddings, head, norms and biases)."""
     blocks = c.n_layer * sum(d_out * d_in for d_out, d_in in block_matrices(c))
-    tables = c.vocab_size * c.d_model * (1 if c.tied else 2) + (c.context_length * c.d_model) * (c.positions == "learned")
+    tables = c.vocab_size * c.d_model * (1 if c.tied else 2)
+    tables += c.context_length * c.d_model * (c.positions == "learned")
     return blocks * BYTES[precision], tables * (4 if precision == "fp32" else 2)
 
 
@@ -116,7 +117,7 @@ def table(flags):
         parts = memory(c, precision, checkpoint, devices, spread, flags)
         useful, executed = step_flops(c, checkpoint, flags)
         cells = [f"{x / 2 ** 30:.2f}" for x in parts.values()]
-        yield (f"| {size} | {precision} | {'yes' if checkpoint else 'no'} | {devices}{' ' + spread if spread else ''} | "
+        yield (f"| {size} | {precision} | {'yes' if checkpoint else 'no'} | {' '.join([str(devices), spread]).strip()} | "
                + " | ".join(cells) + f" | **{sum(parts.values()) / 2 ** 30:.1f}** | {useful / 1e12:.1f} | "
                f"{executed / devices / flags.tflops / 1e12:.3f} |")
 
@@ -165,7 +166,7 @@ def check(flags):
     for name, config in small.items():
         for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
             real, formula = block_keeps(config, dtype, flags), block_activations(config, size)
-            print(f"{name}, {dtype}: a block keeps {real:.0f} bytes a token, formula {formula:.0f} ({formula / real:.3f})")
+            print(f"{name}, {dtype}: a block keeps {real:.0f} bytes a token, formula {formula:.0f}: {formula / real:.3f}")
             assert 0.95 < formula / real < 1.05
     c = SIZES["125m"]
     model = Transformer(c).init_weights(torch.Generator().manual_seed(0))

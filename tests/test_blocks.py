@@ -1,4 +1,4 @@
-"""Ways to run the blocks that must not change what they compute: checkpointing, compilation, padding, quantised bases."""
+"""Ways to run the blocks that must not change what they compute: checkpointing, padding, compilation."""
 import pytest
 import torch
 

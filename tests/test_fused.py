@@ -38,8 +38,8 @@ def compare(op, plain, tensors, constants=(), dtype=torch.float32):
     """Runs op on `tensors` (leaves with a gradient) and plain on float64 copies of them, with one upstream gradient.
     Returns the relative errors of the value and of every gradient; and the float64 results.
 
-    The upstream gradient is random, and half of it y itself, as a squared loss would have it: the few gradients of d are
-    sums over all tokens, which would cancel under pure noise and leave the rounding of bf16 alone.
+    The upstream gradient is random, and half of it y itself, as a squared loss would have it: the few gradients of d
+    are sums over all tokens, which would cancel under pure noise and leave the rounding of bf16 alone.
     """
     leaves = [t.detach().clone().as_strided(t.shape, t.stride()) if t.is_contiguous() else t.detach() for t in tensors]
     leaves = [t.requires_grad_(True) for t in leaves]
@@ -62,9 +62,9 @@ SHAPES = [(3, 7, 33, 17, 10), (2, 9, 300, 257, 4), (1, 61, 129, 512, 1), (4, 45,
 @pytest.mark.parametrize("shape", SHAPES)
 def test_svd_lora_linear(shape, per_row, dtype):
     B, T, d_in, d_out, r = shape
-    x, W, bias = normal(B, T, d_in, dtype=dtype), normal(d_out, d_in, scale=0.05, dtype=dtype), normal(d_out, dtype=dtype)
-    U, V = normal(d_out, r), normal(d_in, r)
-    d = (1 + torch.rand(B, 1, r) if per_row else 1 + torch.rand(r)) * torch.randn(r).sign()       # none vanishes by chance
+    x, W = normal(B, T, d_in, dtype=dtype), normal(d_out, d_in, scale=0.05, dtype=dtype)
+    U, V, bias = normal(d_out, r), normal(d_in, r), normal(d_out, dtype=dtype)
+    d = (1 + torch.rand(B, 1, r) if per_row else 1 + torch.rand(r)) * torch.randn(r).sign()   # none near 0
     op = lambda x, U, V, d: svd_lora_linear(x, W, U, V, d, bias)
     plain = lambda x, U, V, d: svd_lora_linear_plain(x, W.double(), U, V, d, bias.double())
     errors, (y, y64, _) = compare(op, plain, (x, U, V, d), dtype=dtype)
