@@ -26,9 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -44,6 +42,7 @@ from data.trees import batch_logprobs, pack
 from model import SIZES, Config, Transformer
 from objectives import dpo_on_pairs
 from svd_lora import adapters_off, inject_svd_lora, set_preference
+from turns import clock, listen, turn
 
 SMALL_LLAMA = Config(32000, 1024, 12, 10, 640, d_ff=1728, bos_id=1, eos_id=2, norm="rmsnorm", positions="rotary",
                      activation="swiglu", qkv_bias=False, out_bias=False, tied=False)                         # 100M
@@ -200,18 +199,15 @@ def work(flags):
     """One contestant: reports, then does a step for every line on stdin and answers with its seconds."""
     out = os.fdopen(os.dup(1), "w", buffering=1)              # libraries print to stdout: that goes to stderr
     os.dup2(2, 1)
-    clock = {"start": None}
-    def now():
-        if flags.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    device, start = torch.device(flags.device), None
     def answer(report=None):
+        nonlocal start
         if report is None:
-            report = {"seconds": now() - clock["start"], "peak": peak_memory(torch.device(flags.device))}
+            report = {"seconds": clock(device) - start, "peak": peak_memory(device)}
         print(json.dumps(report), file=out)
         if not sys.stdin.readline():
             os._exit(0)
-        clock["start"] = now()
+        start = clock(device)
     if flags.worker.startswith("trl"):
         turns = iter([{}])
         trl(flags, lambda: answer(next(turns, None)), flags.worker == "trl-lora")
@@ -277,23 +273,13 @@ def race(names, flags, directory):
         assert error <= tolerance, f"{name} computes something else"
     for _ in range(flags.steps):
         for name, worker in workers.items():
-            for _ in range(2):
-                print("go", file=worker.stdin, flush=True)
-                report = listen(worker, name)
+            report = turn(worker, name)
             table[name]["seconds"].append(report["seconds"])
             table[name]["peak"] = report["peak"]
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
     return table
-
-
-def listen(worker, name):
-    """The next report of a contestant. Raises UserError with its last line of stderr if it has died."""
-    line = worker.stdout.readline()
-    if not line:
-        raise UserError(f"{name}: {(worker.stderr.read().strip().splitlines() or ['it ended'])[-1]}")
-    return json.loads(line)
 
 
 if __name__ == "__main__":

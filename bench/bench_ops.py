@@ -16,7 +16,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fused
 from common import UserError, flag, pick_device, run_main
+from turns import clock, listen, turn
 
 PEERS = ["naive", "trl_chunked", "torch_lce", "torch_lce_1024", "checkpoint_512", "liger", "liger_compiled"]
 
@@ -98,12 +98,6 @@ def check(name, case, dtype):
         errors.pop()          # d's few gradients are sums that cancel under a random upstream: see tests/test_fused.py
     assert max(errors) < (1e-5 if dtype == torch.float32 else 1e-2), f"{name}: relative errors {errors}"
     return max(errors)
-
-
-def clock(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def timed_turns(contestants, turns, device):
@@ -204,10 +198,7 @@ def race(flags, N, D, V, dtype):
         listen(workers[name], name)
     for _ in range(flags.turns):
         for name, worker in workers.items():
-            for _ in range(2):            # the second counts: a process that has waited finds its memory cold
-                print("go", file=worker.stdin, flush=True)
-                result = listen(worker, name)
-            results[name].append(result)
+            results[name].append(turn(worker, name))
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
@@ -217,19 +208,12 @@ def race(flags, N, D, V, dtype):
             bound = 1e-4 if dtype == "fp32" else 1e-2
             assert a is None or name.startswith("liger") or abs(a / b - 1) < bound, \
                 f"{name} computes something else: {rows[0]['norms']} against {ours[0]['norms']}"
-        s, least = [x["seconds"] for x in rows], min(x["bytes"] for x in rows)
+        s = [x["seconds"] for x in rows]
         naive = min(x["bytes"] for x in results["naive"]) if "naive" in results else None
         print(f"  {name:16} {statistics.median(s):8.3f} s [{min(s):.3f}..{max(s):.3f}]   "
               f"{statistics.median(x / y['seconds'] for x, y in zip(s, ours)):5.2f} x ours   "
               f"{statistics.median(x['bytes'] for x in rows) / 2 ** 20:7.0f} MB"
               + (f" = {statistics.median(x['bytes'] for x in rows) / naive:6.1%} of naive" if naive else ""))
-
-
-def listen(worker, name):
-    line = worker.stdout.readline()
-    if not line:
-        raise UserError(f"{name}: {(worker.stderr.read().strip().splitlines() or ['it ended'])[-1]}")
-    return json.loads(line)
 
 
 def main(flags):

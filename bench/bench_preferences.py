@@ -10,7 +10,6 @@ Turns alternate; medians, and the median of the turns' ratios.
 """
 import statistics
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from data.trees import batch_logprobs, pack
 from model import SIZES, Transformer
 from objectives import dpo_on_pairs
 from svd_lora import inject_svd_lora, parameter_groups, set_preference, shared_base
+from turns import clock
 
 
 @dataclass
@@ -43,12 +43,11 @@ def alternate(contestants, turns, device):
     seconds = {name: [] for name in contestants}
     for turn in range(turns + 2):
         for name, f in contestants.items():
-            start = time.perf_counter()
+            start = clock(device)
             f()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            end = clock(device)
             if turn >= 2:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(end - start)
     first = next(iter(seconds.values()))
     for name, s in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(s, first))
