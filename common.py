@@ -321,6 +321,13 @@ def reduce_gradients(parameters):
         p.grad.copy_(part.view_as(p))
 
 
+def some_values(tensor):
+    """Up to 64 evenly spaced values of a tensor: what tells two apart without reading all. Of those again, all."""
+    flat = tensor.reshape(-1)
+    n = min(64, len(flat))                                             # in integers: the same on every device
+    return flat[torch.arange(n, device=flat.device) * (len(flat) - 1) // max(1, n - 1)]
+
+
 def shard(model, device):
     """FSDP2, in place: each process keeps its share of the frozen base on `device` and gathers a block when it computes
     with it. What is trained, the adapter, stays whole everywhere. The base may come from the CPU's memory."""
@@ -328,9 +335,8 @@ def shard(model, device):
     from torch.distributed.fsdp import fully_shard
     mesh = init_device_mesh(device.type, (ranks()[1],))
     trained = {p for p in model.parameters() if p.requires_grad}
-    # what a fingerprint (svd_lora.py) reads of a base, 64 values of each tensor, is kept: no process has them all later
-    spaced = lambda n: torch.arange(min(n, 64)) * (n - 1) // max(1, min(n, 64) - 1)
-    seen = {name: p.detach().flatten()[spaced(p.numel())] for name, p in model.named_parameters() if p not in trained}
+    # what a fingerprint (svd_lora.py) reads of a base is kept: no process has all of it later
+    seen = {name: some_values(p.detach()) for name, p in model.named_parameters() if p not in trained}
     for p in trained:
         p.data = p.data.to(device)
     for module in [*model.blocks, model]:

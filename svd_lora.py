@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import fused
-from common import UserError, write_json, write_whole
+from common import UserError, some_values, write_json, write_whole
 from model import Transformer, hf_name
 from quantize import QuantizedLinear, dense_state_dict, quantize_like
 
@@ -199,10 +199,7 @@ def fingerprint(model):
     digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
     for name, p in model.state_dict().items():
         if name not in adapter:
-            flat = p.reshape(-1)
-            n = min(64, len(flat))                                     # evenly spaced, in integers: the same everywhere
-            sample = flat[torch.arange(n, device=p.device) * (len(flat) - 1) // max(1, n - 1)]
-            digest.update(name.encode() + sample.bfloat16().view(torch.int16).cpu().numpy().tobytes())
+            digest.update(name.encode() + some_values(p).bfloat16().view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
