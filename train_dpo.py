@@ -33,7 +33,7 @@ from data.trees import batch_logprobs, pack
 from objectives import dpo_on_pairs
 from svd_lora import (adapters_off, fingerprint, inject_svd_lora, orthogonality_penalty, parameter_groups, save_adapter,
                       set_preference)
-from train_sft import find_base, load_base
+from train_base import find_base, load_base
 
 
 @dataclass

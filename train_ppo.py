@@ -38,7 +38,7 @@ from model import generate
 from objectives import gae, kl_penalized_rewards, noon, ppo_policy_loss, ppo_value_loss, sft_loss
 from rewards import named_rewards, world_ideal, world_rewards
 from svd_lora import adapters_off, fingerprint, inject_svd_lora, parameter_groups, save_adapter, set_preference
-from train_sft import find_base, load_base
+from train_base import find_base, load_base
 
 
 @dataclass

@@ -38,7 +38,7 @@ from objectives import bradley_terry_loss
 from svd_lora import (adapters_off, fingerprint, inject_svd_lora, load_adapter, parameter_groups, save_adapter,
                       shared_base)
 from train_dpo import prepare_data, row_lengths
-from train_sft import load_base
+from train_base import load_base
 
 
 @dataclass

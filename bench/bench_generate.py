@@ -76,7 +76,7 @@ def load(flags, device, dtype):
     if flags.world:
         from data import toy
         from data.tokenizers import load_tokenizer, tokenize
-        from train_sft import base_model
+        from train_base import base_model
         tokenizer = load_tokenizer("toy")
         model = Transformer.from_pretrained(base_model("tiny", 0, "cpu"), dtype, device, kind)
         tasks = [toy.as_row(x, toy.responses(x)) for x in toy.prompts("train")]

@@ -52,7 +52,7 @@ def metrics(run):
 def work(tmp_path_factory):
     """A directory with a base model and every one of RUNS, in two processes, under out/two-<name>."""
     cwd = tmp_path_factory.mktemp("distributed")
-    subprocess.run([sys.executable, str(ROOT / "train_sft.py"), "--steps", "6", "--batch_size", "4"], cwd=cwd,
+    subprocess.run([sys.executable, str(ROOT / "train_base.py"), "--steps", "6", "--batch_size", "4"], cwd=cwd,
                    env=ENVIRONMENT, check=True, capture_output=True)
     (cwd / "driver.py").write_text(DRIVER)
     done = subprocess.run([*TORCHRUN, "driver.py", json.dumps(RUNS)], cwd=cwd, env=ENVIRONMENT, capture_output=True,
@@ -160,10 +160,10 @@ def test_what_does_not_divide_or_fit_is_refused():
 
 
 def test_other_scripts_refuse_torchrun(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "train_sft.py")], cwd=tmp_path, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, str(ROOT / "train_base.py")], cwd=tmp_path, capture_output=True, text=True,
                           env=ENVIRONMENT | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
     assert done.returncode == 2 and not list(tmp_path.iterdir())
-    assert done.stderr == "error: train_sft.py is one process: start it with python, not with torchrun\n"
+    assert done.stderr == "error: train_base.py is one process: start it with python, not with torchrun\n"
     scripts = [f for f in ROOT.glob("*.py") if "run_main(main, Flags" in f.read_text(encoding="utf-8")]
     assert [f.name for f in scripts if "several=True" in f.read_text(encoding="utf-8")] == ["train_dpo.py"]
     assert len(scripts) >= 5

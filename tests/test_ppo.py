@@ -20,7 +20,7 @@ import eval_front
 import measure
 import train_ppo
 import train_reward
-import train_sft
+import train_base
 from aggregate import min_norm_weights
 from common import UserError
 from data import toy
@@ -211,7 +211,7 @@ def mini(tmp_path_factory):
            CLOSINGS=("none", "cheer"))
     cwd = tmp_path_factory.mktemp("ppo")
     patch.chdir(cwd)
-    train_sft.main(train_sft.Flags(size="tiny", steps=100, batch_size=4, lr=6e-3))
+    train_base.main(train_base.Flags(size="tiny", steps=100, batch_size=4, lr=6e-3))
     yield cwd
     patch.undo()
     toy._world.cache_clear()

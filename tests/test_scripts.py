@@ -50,7 +50,7 @@ def metrics(run):
 def work(tmp_path_factory):
     """A working directory with a base model that has seen a few steps."""
     cwd = tmp_path_factory.mktemp("work")
-    done = script("train_sft.py", "--steps", 12, "--batch_size", 4, cwd=cwd)
+    done = script("train_base.py", "--steps", 12, "--batch_size", 4, cwd=cwd)
     assert "mass outside the response set" in done.stdout
     return cwd
 

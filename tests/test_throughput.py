@@ -10,7 +10,7 @@ import common
 import train_dpo
 import train_ppo
 import train_reward
-import train_sft
+import train_base
 from common import epoch_batch, matmul_ceiling, model_flops, peak_memory
 from data.tokenizers import TokenRow
 from data.trees import pack
@@ -102,12 +102,12 @@ def work(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("throughput")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
-        train_sft.main(train_sft.Flags(device="cpu", steps=4, batch_size=4))
+        train_base.main(train_base.Flags(device="cpu", steps=4, batch_size=4))
     return cwd
 
 
 RUNS = {
-    "sft": lambda: train_sft.main(train_sft.Flags(device="cpu", steps=3, batch_size=4, out="out/sft")),
+    "sft": lambda: train_base.main(train_base.Flags(device="cpu", steps=3, batch_size=4, out="out/sft")),
     "dpo": lambda: train_dpo.main(train_dpo.Flags(device="cpu", steps=4, rows=16, responses=4, eval=False, method="rs",
                                                   out="out/dpo")),
     "reward": lambda: train_reward.main(train_reward.Flags(device="cpu", steps=3, rows=16, responses=4, eval=False,

@@ -1,6 +1,6 @@
-"""train_sft.py - supervised fine-tuning: makes the base model of the embedded world, π_ref of all that follows.
+"""train_base.py - language modelling from scratch: makes the base model of the embedded world, π_ref of all that follows.
 
-    python train_sft.py --size tiny            # about a minute on 2 CPU cores; kept in out/base-tiny-seed0 and reused
+    python train_base.py --size tiny           # about a minute on 2 CPU cores; kept in out/base-tiny-seed0 and reused
 
 A GPT-2 of the named size is trained from scratch on prompts of data/toy.py and responses drawn as base_probs says, with
 the objective J_SFT = E log π(y|x) per token. The result is a Hugging Face directory that transformers reads too.
@@ -60,7 +60,7 @@ def main(flags):
     probs = [toy.base_probs(x) for x in prompts]
 
     (out / "metrics.jsonl").unlink(missing_ok=True)
-    log = Log(out / "metrics.jsonl", flags.steps, every=flags.log_every, desc="sft")
+    log = Log(out / "metrics.jsonl", flags.steps, every=flags.log_every, desc="base")
     for step in range(flags.steps):
         t0 = time.time()
         # 1. batch: prompts in turn, responses drawn from the base distribution
