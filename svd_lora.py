@@ -10,6 +10,9 @@ W0 may be quantised (a QuantizedWeight, quantize.py).
 Because λ enters through d alone, rows of one batch can have different preferences: d is then (B, 1, r).
 Not in paper: gain (from the reference hyper-parameter lora_scaling = 512 at k = 8; the divisor is k, not r).
 m = 0 is a plain SVD-LoRA of rank k: rewarded soups and discrete policy solutions use it with rank k + 1.
+
+A of those side by side are one SVD-LoRA of rank A·k: with d masked to row b's own k of them, rows of one batch have
+different adapters, and no adapter gets a gradient from another one's rows. A models then train in one batch.
 """
 import hashlib
 import json
@@ -29,9 +32,10 @@ from quantize import QuantizedLinear, dense_state_dict, quantize_like
 
 
 class SVDLoRALinear(nn.Module):
-    """A frozen Linear with an SVD-LoRA branch. `lam` is set by set_preference, never trained."""
+    """A frozen Linear with an SVD-LoRA branch. `lam` is set by set_preference and `mask` by choose_adapter, never
+    trained. Of `adapters` A > 1 side by side, adapter a has the columns a·k to (a + 1)·k."""
 
-    def __init__(self, linear, k, m, gain, fixed_s=None, generator=None):
+    def __init__(self, linear, k, m, gain, fixed_s=None, generator=None, adapters=1):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias                    # same names: base state dicts still fit
         self.weight.requires_grad_(False)
@@ -39,19 +43,22 @@ class SVDLoRALinear(nn.Module):
             self.bias.requires_grad_(False)
         d_out, d_in = linear.weight.shape
         device = linear.weight.device
-        normal = lambda n: nn.Parameter(torch.empty(n, k + m).normal_(0, 0.02, generator=generator).to(device))
+        each = generator if isinstance(generator, list) else [generator]
+        normal = lambda n: nn.Parameter(torch.cat([torch.empty(n, k + m).normal_(0, 0.02, generator=g) for g in each],
+                                                  dim=1).to(device))
         self.U, self.V = normal(d_out), normal(d_in)
-        self.sigma = nn.Parameter(torch.zeros(k, device=device))
+        self.sigma = nn.Parameter(torch.zeros(adapters * k, device=device))
         # Sec. 5.2's ablation fixes s; a fixed one is not a Parameter, so no optimizer ever sees it.
         self.s = (nn.Parameter(torch.zeros((), device=device)) if fixed_s is None else
                   torch.tensor(float(fixed_s), device=device))
-        self.k, self.m, self.gain = k, m, gain
-        self.lam, self.enabled = None, True
+        self.k, self.m, self.gain, self.adapters = k, m, gain, adapters
+        self.lam, self.mask, self.enabled = None, None, True
 
     def singular_values(self, lam):
-        """d = cat(σ, s·λ), Eq. (9): (r,) for lam (m,), or (B, 1, r) for lam (B, m). fp32."""
+        """d = cat(σ, s·λ), Eq. (9): (r,) for lam (m,), or (B, 1, r) for lam (B, m). fp32. Of A adapters (m = 0) it is
+        (B, 1, A·k), 0 outside of the row's own."""
         if self.m == 0:
-            return self.sigma
+            return self.sigma if self.mask is None else self.sigma * self.mask
         if lam.ndim == 1:
             return torch.cat([self.sigma, self.s * lam])
         return torch.cat([self.sigma.expand(len(lam), -1), self.s * lam], dim=1)[:, None, :]           # (B, 1, r)
@@ -65,6 +72,8 @@ class SVDLoRALinear(nn.Module):
         """gain · d at the preference that is set: (r,), or (B, 1, r) for one preference a row."""
         if self.lam is None and self.m > 0:
             raise RuntimeError("no preference is set: call set_preference(model, lam) first")
+        if self.mask is None and self.adapters > 1:
+            raise RuntimeError("no adapter is chosen: call choose_adapter(model, index) first")
         return self.gain * self.singular_values(self.lam)
 
     def factors(self, dtype):
@@ -73,23 +82,26 @@ class SVDLoRALinear(nn.Module):
 
     def delta(self, lam):
         """gain · U diag(d) Vᵀ for one preference (m,): (d_out, d_in) in fp32."""
+        assert self.adapters == 1, "several adapters have no one matrix"
         return (self.gain * self.U * self.singular_values(lam)) @ self.V.T
 
 
-def inject_svd_lora(model, k=8, m=2, lora_scaling=512.0, pref_scaling=None, generator=None):
+def inject_svd_lora(model, k=8, m=2, lora_scaling=512.0, pref_scaling=None, generator=None, adapters=1):
     """Replaces every Linear inside `model.blocks` by an SVDLoRALinear and freezes all else, in place. Where there is an
     adapter already, a fresh one takes its place.
 
     k: learned rank; m: objectives; gain = lora_scaling / k; pref_scaling: a fixed s (ablation), None: s is learned.
-    generator: a CPU torch.Generator for U and V. Returns the model.
+    generator: a CPU torch.Generator for U and V. adapters: A > 1 of them side by side (m = 0), each as it would be
+    alone: generator is a list of A then, and choose_adapter says which row has which. Returns the model.
     """
+    assert adapters == 1 or m == 0 and len(generator) == adapters, "several adapters: m = 0, and a generator for each"
     model.requires_grad_(False)
     for block in model.blocks:
         for name, linear in [(n, mod) for n, mod in block.named_modules()
                              if isinstance(mod, (nn.Linear, QuantizedLinear, SVDLoRALinear))]:
             parent, _, leaf = name.rpartition(".")
             setattr(block.get_submodule(parent), leaf,
-                    SVDLoRALinear(linear, k, m, lora_scaling / k, pref_scaling, generator))
+                    SVDLoRALinear(linear, k, m, lora_scaling / k, pref_scaling, generator, adapters))
     return model
 
 
@@ -119,6 +131,33 @@ def set_preference(model, lam):
     lam = check_preference(lam, layers[0].m).to(layers[0].sigma.device)
     for layer in layers:
         layer.lam = lam
+
+
+def choose_adapter(model, index):
+    """Row b of the batches to come uses adapter index[b] of those that lie side by side. index: (B,) integers."""
+    layer = next(iter(svd_lora_layers(model).values()))
+    index = torch.as_tensor(index, device=layer.sigma.device)
+    if index.ndim != 1 or not ((index >= 0) & (index < layer.adapters)).all():
+        raise ValueError(f"an index of (B,) numbers from 0 to {layer.adapters - 1} was expected, got {index.tolist()}")
+    owner = torch.arange(layer.adapters, device=index.device).repeat_interleave(layer.k)              # (A·k,)
+    mask = (owner == index[:, None]).float()[:, None]                                                 # (B, 1, A·k)
+    for layer in svd_lora_layers(model).values():
+        layer.mask = mask if layer.adapters > 1 else None                             # of one there is nothing to mask
+
+
+@torch.no_grad()
+def clip_adapters(model, max_norm):
+    """Gradient clipping of each adapter (m = 0) by itself: scales its gradients so that their norm is at most max_norm.
+
+    Returns the norms before, (A,). One clip_grad_norm_ over all would let one adapter shrink another one's step.
+    """
+    grads = [p.grad.view(*p.shape[:-1], layer.adapters, -1) for layer in svd_lora_layers(model).values()
+             for p in (layer.U, layer.V, layer.sigma)]                                # (…, A, k), views
+    norms = torch.stack([g.square().sum([i for i in range(g.ndim) if i != g.ndim - 2]) for g in grads]).sum(0).sqrt()
+    factor = (max_norm / (norms + 1e-6)).clamp(max=1.0)[:, None]                      # (A, 1)
+    for g in grads:
+        g.mul_(factor)
+    return norms
 
 
 def shared_base(model):
@@ -185,10 +224,15 @@ def merged_state_dict(model, lam=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files.
 
-def adapter_state(model):
-    """{name: tensor} of everything learned: U, V, sigma, s of every layer (s as a constant where it is fixed)."""
-    return {f"{name}.{part}": getattr(layer, part).detach() for name, layer in svd_lora_layers(model).items()
-            for part in ("U", "V", "sigma", "s")}
+def adapter_state(model, only=None):
+    """{name: tensor} of everything learned: U, V, sigma, s of every layer (s as a constant where it is fixed).
+
+    only: views of the one adapter a of those side by side, as if it were alone. None: all, which are one of rank A·k.
+    """
+    part_of = lambda layer, part: (part if only is None or part.ndim == 0 else
+                                   part[..., only * layer.k:(only + 1) * layer.k])
+    return {f"{name}.{part}": part_of(layer, getattr(layer, part).detach())
+            for name, layer in svd_lora_layers(model).items() for part in ("U", "V", "sigma", "s")}
 
 
 @torch.no_grad()
@@ -203,15 +247,17 @@ def fingerprint(model):
     return digest.hexdigest()[:16]
 
 
-def save_adapter(model, path, dims=(), **extra):
+def save_adapter(model, path, dims=(), only=None, **extra):
     """Writes a safetensors file with the adapter, its shape, the dimension names in order and the base's fingerprint.
 
-    dims: m names (for m = 0 whatever the adapter was trained for); extra: JSON values kept in the header.
+    dims: m names (for m = 0 whatever the adapter was trained for); only: of several side by side this one, an adapter
+    like any other; extra: JSON values kept in the header.
     """
     layer = next(iter(svd_lora_layers(model).values()))
+    assert only is not None or layer.adapters == 1, "several adapters: say which one to save"
     header = dict(format="svd-lora-1", k=layer.k, m=layer.m, gain=layer.gain, dims=list(dims), base=fingerprint(model),
                   fixed_s=not isinstance(layer.s, nn.Parameter), **extra)
-    tensors = {name: t.cpu().contiguous() for name, t in adapter_state(model).items()}
+    tensors = {name: t.cpu().contiguous() for name, t in adapter_state(model, only).items()}
     write_whole(path, lambda f: save_file(tensors, f, metadata={"panacea": json.dumps(header)}))
 
 
@@ -227,11 +273,11 @@ def read_adapter_header(path):
 
 
 @torch.no_grad()
-def load_adapter(model, path, dims=None):
+def load_adapter(model, path, dims=None, only=None):
     """Loads an adapter file into `model`, injecting the layers first if it has none. Returns the header (a dict).
 
-    dims: names that the file must have, in this order. Raises UserError for another base, other dimensions or another
-    rank than the layers already there.
+    dims: names that the file must have, in this order; only: it takes the place of this one of several side by side.
+    Raises UserError for another base, other dimensions or another rank than the layers already there.
     """
     header = read_adapter_header(path)
     if dims is not None and list(dims) != header["dims"]:
@@ -242,7 +288,8 @@ def load_adapter(model, path, dims=None):
     if not svd_lora_layers(model):
         inject_svd_lora(model, header["k"], header["m"], header["gain"] * header["k"],
                         0.0 if header["fixed_s"] else None)
-    ours, layer = adapter_state(model), next(iter(svd_lora_layers(model).values()))
+    ours, layer = adapter_state(model, only), next(iter(svd_lora_layers(model).values()))
+    assert only is not None or layer.adapters == 1, "several adapters: say in whose place"
     if (layer.k, layer.m) != (header["k"], header["m"]):
         raise UserError(f"{path} has k = {header['k']}, m = {header['m']}; "
                         f"the model's adapter has k = {layer.k}, m = {layer.m}")
