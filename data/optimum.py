@@ -1,25 +1,35 @@
 """optimum.py - the exact Pareto fronts of the embedded world: tabular policies, in float64. For DPO by Newton's method,
-for RLHF in closed form.
+for SFT as mixtures, for RLHF in closed form, and the best mean scores within a KL budget.
 
-Over all stochastic policies (Panacea's Assumption 4.1) a policy may put any probability on any response, so the only
-unknowns of a prompt are  h_a = beta * log pi(a)/pi_ref(a)  for its S responses, up to a constant. With every pair of
-responses equally likely and labels drawn by Bradley-Terry, the loss of dimension i is, averaged over prompts,
+Over all stochastic policies (Panacea's Assumption 4.1, arXiv:2402.02030v1) a policy may put any probability on any
+response, so every objective is a concave function of S unknowns a prompt. Linear scalarisation is then one convex
+minimisation a preference. Tchebycheff is its dual: the weights mu on the simplex that maximise
+min_π sum_i mu_i lam_i (L_i(π) - z_i); at the optimum the duality gap is zero. So both need only, for any weights c, the
+policy that minimises sum_i c_i L_i.
 
-    L_i(h) = mean over pairs {a,b} of  -P_i(a,b) log sigmoid(h_a - h_b) - P_i(b,a) log sigmoid(h_b - h_a),
-    P_i(a,b) = sigmoid(r_i(a) - r_i(b)),     J_i = -L_i,
-
-convex in h. So linear scalarisation is one Newton iteration a preference, and Tchebycheff is its dual: the weights mu
-on the simplex that maximise  min_h sum_i mu_i lam_i (L_i(h) - z_i);  at the optimum the duality gap is zero.
-
-Q: problems (prompts with different scores)   S: responses   m: dimensions   w: (Q,) share of the prompts, sums to 1
+Q: problems (prompts with different scores)   X: prompts   S: responses   O = S + 1 outcomes   m: dimensions
+N: preferences   lam: λ   w: (Q,) share of the prompts, sums to 1   z: ideal losses   J_i = -L_i   natural logs
 """
-import itertools
+import math
 
 import torch
 
-from aggregate import scalar_reward, simplex_lattice
+from aggregate import scalar_reward
 from data import toy
 
+# ---------------------------------------------------------------------------------------------------------------------
+# DPO. The unknowns of a prompt are  h_a = beta * log pi(a)/pi_ref(a)  for its S responses, up to a constant. With every
+# pair of responses equally likely and labels drawn by Bradley-Terry, the loss of dimension i is, averaged over prompts,
+#
+#     L_i(h) = mean over pairs {a,b} of  -P_i(a,b) log sigmoid(h_a - h_b) - P_i(b,a) log sigmoid(h_b - h_a),
+#     P_i(a,b) = sigmoid(r_i(a) - r_i(b)).
+#
+# As P_i(a,b) + P_i(b,a) = 1 and softplus(d) = softplus(-d) + d, the labels enter linearly and by one number a response,
+# wins_i(a) = sum_b P_i(a,b), how many of the others it is expected to beat:
+#
+#     L_i(h) = ( 1/2 sum_{a,b} softplus(h_b - h_a) - sum_a h_a (wins_i(a) - (S-1)/2) ) / (S (S-1)/2),        a != b,
+#
+# and the gradient is sum_b sigmoid(h_a - h_b) - wins_i(a): at the optimum the policy's wins are the labels' wins.
 
 def label_probs(scores):
     """P_i(a,b) from scores (Q, S, m): returns (Q, m, S, S) with a zero diagonal (no response is paired with itself)."""
@@ -50,25 +60,40 @@ def dpo_losses(h, P):
     return torch.einsum("...qab,qmab->...qm", nll, P) / (S * (S - 1) / 2)
 
 
-def _derivatives(h, P):
-    """Gradients (Q, m, S) of all L_i and the Hessian (Q, S, S), which the dimensions share: labels enter linearly."""
+def _losses(h, wins):
+    """dpo_losses by the wins (Q, m, S) of the labels, m times cheaper. h: (..., Q, S) -> (..., Q, m)"""
     S = h.shape[-1]
-    off = 1 - torch.eye(S, dtype=h.dtype)
-    p = torch.sigmoid(h[:, :, None] - h[:, None, :]) * off
-    grad = (p[:, None] - P).sum(-1) / (S * (S - 1) / 2)                               # sum_b sigma(h_a - h_b) - P(a,b)
-    curve = p * (1 - p) / (S * (S - 1) / 2)
-    hessian = torch.diag_embed(curve.sum(-1)) - curve
-    return grad, hessian + curve.mean() * torch.ones(S, S, dtype=h.dtype)             # + ones: fixes the free constant
+    nll = torch.nn.functional.softplus(h[..., None, :] - h[..., :, None]).sum((-2, -1)) - S * math.log(2)   # a != b
+    return (nll[..., None] / 2 - torch.einsum("...qs,qms->...qm", h, wins - (S - 1) / 2)) / (S * (S - 1) / 2)
+
+
+def _derivatives(h, wins):
+    """Gradients of losses and their Hessian (..., S, S), which the dimensions share: labels enter linearly.
+
+    h: (..., S)   wins: (..., S) of the labels, or (..., m, S), and the gradients have its shape.
+    """
+    S = h.shape[-1]
+    p = torch.sigmoid(h[..., :, None] - h[..., None, :])                              # its diagonal is 1/2
+    grad = p.sum(-1) - 0.5
+    grad = ((grad if wins.ndim == grad.ndim else grad[..., None, :]) - wins) / (S * (S - 1) / 2)
+    curve = p.mul_(1 - p).div_(S * (S - 1) / 2)
+    constant = curve.mean((-2, -1), keepdim=True)                                     # + ones: fixes the free constant
+    diagonal = curve.sum(-1)                                  # the curve's own diagonal cancels: it is no pair
+    return grad, torch.diag_embed(diagonal).sub_(curve).add_(constant)
 
 
 def minimise(c, P, h, tolerance=1e-12):
-    """argmin_h sum_i c_i L_i(h) for weights c (m,) on the simplex, by Newton from the start h (Q, S).
+    """argmin_h sum_i c_i L_i(h) for weights c (..., m) on the simplex, by Newton from the start h (..., Q, S).
 
-    Returns h (Q, S). Raises RuntimeError if the gradient does not vanish (the problem is convex, so it must).
+    Returns h (..., Q, S). Raises RuntimeError if the gradient does not vanish (the problem is convex, so it must).
     """
+    return _newton(torch.einsum("...m,qms->...qs", c / c.sum(-1, keepdim=True), P.sum(-1)), h, tolerance)
+
+
+def _newton(wins, h, tolerance=1e-12):
+    """The h (..., S) whose policies win as often as the labels do: wins (..., S). Newton from the start h."""
     for _ in range(50):
-        grads, hessian = _derivatives(h, P)
-        grad = torch.einsum("m,qms->qs", c, grads)                                    # (Q, S)
+        grad, hessian = _derivatives(h, wins)
         if grad.abs().max() < tolerance:
             return h
         step = torch.cholesky_solve(grad[..., None], torch.linalg.cholesky(hessian))[..., 0]
@@ -82,82 +107,170 @@ def ls_front(lams, scores, w):
 
     lams: (N, m)   scores: (Q, S, m)   w: (Q,)  ->  J (N, m), h (N, Q, S), and the largest gradient entry left over.
     """
-    P, J, hs, worst = label_probs(scores), [], [], 0.0
-    for lam in lams.double():
-        h = minimise(lam, P, scores @ lam)                    # the weighted scores: exact at vertices, near elsewhere
-        worst = max(worst, torch.einsum("m,qms->qs", lam, _derivatives(h, P)[0]).abs().max().item())
-        J.append(-(w @ dpo_losses(h, P)))
+    wins, J, hs, worst = label_probs(scores).sum(-1), [], [], 0.0
+    lams = lams.double() / lams.double().sum(-1, keepdim=True)                        # single precision sums to 1 + 1e-7
+    for lam in lams.split(max(1, 16 // len(scores))):                                 # some problems at once
+        mixed = torch.einsum("nm,qms->nqs", lam, wins)
+        # from the weighted scores: exact at vertices, near elsewhere
+        h = _newton(mixed, torch.einsum("nm,qsm->nqs", lam, scores))
+        worst = max(worst, _derivatives(h, mixed)[0].abs().max().item())
+        J.append(-torch.einsum("q,nqm->nm", w, _losses(h, wins)))
         hs.append(h)
-    return torch.stack(J), torch.stack(hs), worst
+    return torch.cat(J), torch.cat(hs), worst
 
 
 def tche_front(lams, scores, w, ideal=None, tolerance=1e-9):
     """The exact optimum of Tchebycheff, Eq. (16) (with ideal losses z, Eq. (7)), at every preference, by its dual.
 
     lams: (N, m)   ideal: (m,) losses z, default 0  ->  J (N, m), h (N, Q, S), and the largest duality gap left over.
+    A dimension with λ_i = 0 takes no part.
     """
-    P, m = label_probs(scores), lams.shape[1]
+    m, wins = lams.shape[1], label_probs(scores).sum(-1)
     z = torch.zeros(m, dtype=torch.float64) if ideal is None else torch.as_tensor(ideal, dtype=torch.float64)
-    from_ls = simplex_lattice(m, 40 if m == 2 else 8 if m == 3 else 2)                # starting points for mu
-    J_ls, h_ls, _ = ls_front(from_ls, scores, w)
-    J, hs, worst = [], [], 0.0
+
+    def solve(c, near):
+        """The optimum for weights c from that for weights `near`, along the tangent dh/dc, but not far."""
+        move = near["dh"] @ (c - near["c"])                                           # (Q, S)
+        h = near["h"] + move / move.abs().amax(-1, keepdim=True).clamp(min=1)
+        h = _newton(torch.einsum("m,qms->qs", c, wins), h)
+        grads, hessian = _derivatives(h, wins)                                        # (Q, m, S)
+        dh = -torch.cholesky_solve(grads.transpose(1, 2), torch.linalg.cholesky(hessian))            # (Q, S, m)
+        slopes = torch.einsum("q,qis,qsj->ij", w, grads, dh)
+        return dict(c=c, h=h, dh=dh), w @ _losses(h, wins), slopes
+
+    # what is solved so far, to start from: first linear scalarisation at the vertices and at the centre
+    c = torch.cat([torch.eye(m, dtype=torch.float64), torch.full((1, m), 1 / m, dtype=torch.float64)])
+    J, hs, _ = ls_front(c, scores, w)
+    done = [dict(c=c[n], h=hs[n], dh=torch.zeros(*hs[n].shape, m, dtype=torch.float64)) for n in range(m + 1)]
+    worst = 0.0
     for lam in lams.double():
-        j = (lam * (-J_ls - z)).amax(-1).argmin()                                     # the best of LS in Tche's eyes
-        mu = torch.where(lam > 0, from_ls[j] / lam.clamp(min=1e-12), 0.0)             # its weights c = mu * lam
-        mu = mu / mu.sum() if mu.sum() > 0 else (lam > 0).double() / (lam > 0).sum()
-        mu, h, gap = _dual_ascent(lam, mu, z, P, w, h_ls[j], tolerance)
-        worst = max(worst, gap)
-        J.append(-(w @ dpo_losses(h, P)))
-        hs.append(h)
-    return torch.stack(J), torch.stack(hs), worst
+        near = done[(lam * (-J - z)).amax(-1).argmin()]                               # the best so far in λ's eyes
+        state, losses, gap = _dual_ascent(lam, z, near["c"], solve, near, tolerance)
+        worst, J = max(worst, gap), torch.cat([J, -losses[None]])
+        done.append(state)
+    return J[m + 1:], torch.stack([state["h"] for state in done[m + 1:]]), worst
 
 
-def _dual_ascent(lam, mu, z, P, w, h, tolerance):
-    """max over mu in the simplex of D(mu) = min_h sum_i mu_i lam_i (L_i(h) - z_i): Newton, kept inside the simplex."""
-    def solve(mu, h):
-        c = mu * lam
-        h = minimise(c / c.sum(), P, h)
-        return h, lam * (w @ dpo_losses(h, P) - z)                                    # g = gradient of D
+# ---------------------------------------------------------------------------------------------------------------------
+# The dual of Tchebycheff.
 
-    h, g = solve(mu, h)
-    for _ in range(60):
-        gap = (g.max() - mu @ g).item()                       # primal value - dual value: zero at the optimum
-        if gap < tolerance:
+def _dual_ascent(lam, z, c, solve, state, tolerance):
+    """max over μ in the simplex of D(μ) = min_π Σ_i μ_i λ_i (L_i(π) − z_i): Newton, kept inside the simplex.
+
+    lam, z: (m,)   c: (m,) weights μλ to start from   solve(c, state): for weights c, Σ c = 1, the policy that minimises
+    Σ c_i L_i, as what the next call may start from; its losses (m,); and dL_i/dc_j (m, m) along such policies, for
+    which a common factor of all c does not matter. Returns the last state, its losses and the duality gap.
+    """
+    on = lam > 0
+    lam, z, mu = lam[on], z[on], c[on] / lam[on]
+    mu = mu / mu.sum() if mu.sum() > 0 else torch.full_like(mu, 1 / len(mu))
+
+    def dual(mu, state):
+        """What solve returns, then the gradient and the Hessian of D."""
+        c = torch.zeros(len(on), dtype=torch.float64)
+        c[on] = mu * lam / (mu @ lam)
+        state, losses, slopes = solve(c, state)
+        return state, losses, lam * (losses[on] - z), torch.outer(lam, lam) * slopes[on][:, on] / (mu @ lam)
+
+    state, losses, g, D2 = dual(mu, state)
+    for _ in range(100):
+        if (g.max() - mu @ g).item() < tolerance:             # primal value − dual value: zero at the optimum
             break
-        grads, hessian = _derivatives(h, P)
-        # dL_i/dmu_j through h: the weighted Hessian of problem q carries the factor w_q * sum(c), like its gradients
-        inner = torch.cholesky_solve(grads.transpose(1, 2), torch.linalg.cholesky(hessian))   # (Q, S, m)
-        D2 = -torch.einsum("q,qis,qsj->ij", w, grads, inner) * torch.outer(lam, lam) / (mu @ lam)
-        target = _quadratic_on_simplex(g - D2 @ mu, D2)
-        for t in (1.0, 0.5, 0.25, 0.1, 0.02):                                         # the first step that raises D
+        target = _quadratic_on_simplex(g - D2 @ mu, D2, mu)
+        for t in (0.5 ** k for k in range(12)):               # the first step that raises D
             mu_new = (1 - t) * mu + t * target
-            if mu_new @ lam <= 0:
-                continue
-            h_new, g_new = solve(mu_new, h)
-            if mu_new @ g_new >= mu @ g - 1e-15:
-                mu, h, g = mu_new, h_new, g_new
+            new = dual(mu_new, state)
+            # an infinite loss: this policy lacks what a dimension without weight wants; nearer to μ it does not
+            if new[2].isfinite().all() and mu_new @ new[2] >= mu @ g - 1e-15:
+                mu, (state, losses, g, D2) = mu_new, new
                 break
         else:
             break                                             # no step does: the caller checks the gap that is left
-    return mu, h, (g.max() - mu @ g).item()
+    return state, losses, (g.max() - mu @ g).item()
 
 
-def _quadratic_on_simplex(b, A):
-    """argmax over the simplex of b.y + y.A.y/2 (A negative semidefinite, m small): every support is tried."""
-    m, best, best_value = len(b), None, -float("inf")
-    A = A - 1e-14 * torch.eye(m, dtype=A.dtype)
-    for size in range(1, m + 1):
-        for support in map(list, itertools.combinations(range(m), size)):
-            kkt = torch.zeros(size + 1, size + 1, dtype=A.dtype)
-            kkt[:size, :size], kkt[:size, size], kkt[size, :size] = A[support][:, support], -1, 1
-            right = torch.cat([-b[support], torch.ones(1, dtype=A.dtype)])
-            y = torch.zeros(m, dtype=A.dtype)
-            y[support] = torch.linalg.lstsq(kkt, right[:, None]).solution[:size, 0]
-            value = b @ y + y @ A @ y / 2
-            if y.min() >= -1e-12 and value > best_value:
-                best, best_value = y.clamp(min=0) / y.clamp(min=0).sum(), value
-    return best
+def _quadratic_on_simplex(b, A, y):
+    """argmax over the simplex of b·y + yᵀAy/2, A (m, m) negative semidefinite, from a point y (m,): an active set.
 
+    On the face of the weights held the maximum is a linear system, A y + b = ν 1, Σ y = 1. Walk there; where a weight
+    reaches zero on the way, drop it and solve again. Once there, hold the weight that would raise the value most, or
+    stop where none would. The value rises from face to face, so no face is seen twice.
+    """
+    # equal dimensions make A singular: a little curvature around the start, small beside each weight's own
+    ridge = 1e-12 * A.diagonal().abs() + 1e-15
+    A, b = A - torch.diag(ridge), b + ridge * y
+    held = (y > 0).nonzero()[:, 0].tolist()
+    for _ in range(20 * len(b)):
+        k = len(held)
+        kkt, right = torch.zeros(k + 1, k + 1, dtype=A.dtype), torch.ones(k + 1, dtype=A.dtype)
+        kkt[:k, :k], kkt[:k, k], kkt[k, :k], right[:k] = A[held][:, held], -1, 1, -b[held]
+        solution = torch.linalg.solve(kkt, right)
+        now, best, nu = y[held], solution[:k], solution[k]
+        if (best < 0).any():
+            walk = torch.where(best < 0, now / (now - best), torch.inf)
+            y = torch.zeros_like(y).index_put((torch.tensor(held),), (now + walk.min() * (best - now)).clamp(min=0))
+            y[held[walk.argmin()]] = 0
+            held.remove(held[walk.argmin()])
+            continue
+        y = torch.zeros_like(y).index_put((torch.tensor(held),), best / best.sum())
+        gain = (b + A @ y - nu).index_fill(0, torch.tensor(held), 0.0)
+        if gain.max() <= 1e-13:
+            break
+        held.append(int(gain.argmax()))
+    return y
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SFT. Dimension i has a demonstrator, a distribution p_i(.|x) over a prompt's responses, and J_i = E log π(y|x) with
+# y ~ p_i, every prompt alike (the SFT objective of Panacea's second version). For any weights c on the simplex
+#
+#     −Σ_i c_i J_i = cross-entropy of p_c with π = H(p_c) + KL(p_c ‖ π),     p_c = Σ_i c_i p_i,
+#
+# and KL ≥ 0 with equality at π = p_c alone (Gibbs' inequality): the optimum is the mixture of the demonstrators. So all
+# of the front is mixtures, and Tchebycheff's is the one whose weights c ∝ μλ solve the dual. With z_i = inf L_i its terms
+# are λ_i KL(p_i ‖ π): at equal λ the radius of the demonstrators, which is the capacity of the channel i -> y.
+
+def sft_losses(logps, demos):
+    """The SFT loss of every dimension, −mean over prompts of Σ_y p_i(y|x) log π(y|x), in nats a response.
+
+    logps: (…, X, S) log π(y|x), which need not sum to 1 over the S   demos: (X, S, m) p_i(y|x)  ->  (…, m). It is inf
+    where π lacks a response that demonstrator i gives.
+    """
+    never = logps == -torch.inf
+    losses = -torch.einsum("...xs,xsm->...m", logps.masked_fill(never, 0).to(demos.dtype), demos) / len(demos)
+    return losses.masked_fill(torch.einsum("...xs,xsm->...m", never.to(demos.dtype), demos) > 0, torch.inf)
+
+
+def sft_front(lams, demos, aggregate="ls", ideal=None, tolerance=1e-9):
+    """The exact optimum of the SFT objective at every preference: "ls" linear scalarisation, Eq. (6), in closed form;
+    "tche" Tchebycheff, Eq. (7), by its dual.
+
+    lams: (N, m)   demos: (X, S, m) p_i(y|x)   ideal: (m,) losses z, default inf L_i, the demonstrators' entropies
+    ->  J (N, m), log π* (N, X, S), and the largest duality gap left over (0 for ls). A dimension with λ_i = 0 takes no
+    part in the maximum. J_i is -inf where π* lacks a response that demonstrator i gives.
+    """
+    lams, demos = lams.double(), demos.double()
+    if aggregate == "ls":
+        logps = torch.einsum("nm,xsm->nxs", lams / lams.sum(-1, keepdim=True), demos).log()
+        return -sft_losses(logps, demos), logps, 0.0
+    if ideal is None:
+        ideal = sft_losses(demos.movedim(-1, 0).log(), demos).diagonal()
+    z = torch.as_tensor(ideal, dtype=torch.float64)
+
+    def solve(c, _):
+        mixture = demos @ c                                                           # (X, S)
+        ratios = torch.where(mixture[..., None] > 0, demos / mixture[..., None], 0.0).flatten(0, 1)
+        logps = mixture.log()
+        return logps, sft_losses(logps, demos), 1 - ratios.T @ demos.flatten(0, 1) / len(demos)
+
+    J, logps, worst = [], [], 0.0
+    for lam in lams:
+        # from equal weights: no dimension in play lacks a response there
+        policy, losses, gap = _dual_ascent(lam, z, (lam > 0).double(), solve, None, tolerance)
+        worst = max(worst, gap)
+        J.append(-losses)
+        logps.append(policy)
+    return torch.stack(J), torch.stack(logps), worst
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,3 +302,59 @@ def rlhf_front(lams, rewards, ref, beta, aggregate="ls", ideal=None, smooth=0.0)
     R = scalar_reward(rewards, lams.double()[:, None, None], aggregate, ideal, smooth)   # (N, X, O)
     logps = (ref + R / beta).log_softmax(-1)
     return rlhf_objectives(logps, ref, rewards, beta)[0], logps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The limits in the space of mean scores: whatever a policy was trained for, at its KL it cannot score higher.
+
+def score_front(lams, scores, ref, budgets):
+    """The largest Σ λ_i E r_i over all policies with mean over prompts KL(π ‖ π_ref) <= κ, for every λ and budget κ.
+
+    It is π* ∝ π_ref exp(λ·r / β) with one β for all prompts (the budget's Lagrange multiplier), so that a prompt where
+    KL buys more score gets more of it. KL falls in β: β is found by bisection.
+
+    lams: (N, m)   scores: (X, S, m)   ref: (X, S) log π_ref, normalised over the S responses   budgets: list of K
+    budgets in nats; None or inf: no limit. Returns the mean scores E r (K, N, m), the KL spent (K, N) in nats and β
+    (K, N): inf for κ = 0, where π* = π_ref; for no limit, or one that the maximum does not need, 1e-8 of the range of
+    λ·r, which stands for β -> 0 and costs at most that times log(1 / smallest π_ref) in score.
+    """
+    budgets = torch.tensor([math.inf if k is None else k for k in budgets], dtype=torch.float64)
+    rows = [[], [], []]
+    for lam in lams.double().split(max(1, 2 ** 20 // ref.numel())):                   # bounds the memory
+        for kappa in budgets:
+            for row, values in zip(rows, _at_kl(lam, kappa.expand(len(lam)), scores, ref)):
+                row.append(values)
+    K = len(budgets)
+    return tuple(torch.stack([torch.cat(row[k::K]) for k in range(K)]) for row in rows)
+
+
+def best_at_kl(lams, kls, scores, ref):
+    """The largest λ·E r of any policy that spends at most KL κ, for N pairs of λ (N, m) and κ (N,) in nats: (N,)."""
+    lams, kls = lams.double(), torch.as_tensor(kls, dtype=torch.float64)
+    parts = zip(*(each.split(max(1, 2 ** 20 // ref.numel())) for each in (lams, kls)))
+    return torch.cat([(lam * _at_kl(lam, kappa, scores, ref)[0]).sum(-1) for lam, kappa in parts])
+
+
+def _at_kl(lams, kappa, scores, ref):
+    """score_front for N pairs of λ (N, m) and budget κ (N,): mean scores (N, m), KL (N,), β (N,)."""
+    R = torch.einsum("nm,xsm->nxs", lams, scores)
+    R = R - R.amax(-1, keepdim=True)                                                  # a constant a prompt is free
+    spread = -R.amin((-2, -1))
+
+    def policy(beta):
+        tilt = R / beta[:, None, None]
+        log_Z = (ref + tilt).logsumexp(-1, keepdim=True)
+        p = (ref + tilt - log_Z).exp()
+        return p, ((p * tilt).sum(-1) - log_Z[..., 0]).mean(-1).clamp(min=0)          # KL = E R/β − log Z, (N,)
+
+    # KL <= (spread / β)² / 8: its slope in t = 1/β is t Var(R), and no variance is above spread² / 4
+    least = 1e-8 * spread.clamp(min=1e-300)
+    most = torch.maximum(spread / (8 * kappa).sqrt(), least)                          # inf for κ = 0
+    low, high = least.log(), most.clamp(max=1e30).log()
+    for _ in range(50):
+        middle = (low + high) / 2
+        over = policy(middle.exp())[1] > kappa
+        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
+    beta = torch.where(policy(least)[1] <= kappa, least, torch.where(kappa > 0, high.exp(), torch.inf))
+    p, kl = policy(beta)
+    return torch.einsum("nxs,xsm->nm", p, scores) / len(ref), kl, beta

@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 
+from aggregate import simplex_lattice
 from data import optimum, toy
-from data.optimum import dpo_losses, label_probs, ls_front, minimise, simplex_lattice, tche_front
+from data.optimum import dpo_losses, label_probs, ls_front, minimise, tche_front
 from objectives import dpo_loss
 
 
@@ -43,7 +44,7 @@ def test_derivatives(close):
     _, _, P = world()
     h = torch.randn(2, 7, generator=torch.Generator().manual_seed(4), dtype=torch.float64).requires_grad_(True)
     assert torch.autograd.gradcheck(lambda h: dpo_losses(h, P), h)
-    grads, hessian = optimum._derivatives(h.detach(), P)
+    grads, hessian = optimum._derivatives(h.detach(), P.sum(-1))
     for q in range(2):
         for i in range(3):
             loss = lambda x: dpo_losses(x[None], P[q:q + 1])[0, i]
