@@ -170,7 +170,9 @@ def _dual_ascent(lam, z, c, solve, state, tolerance):
         c = torch.zeros(len(on), dtype=torch.float64)
         c[on] = mu * lam / (mu @ lam)
         state, losses, slopes = solve(c, state)
-        return state, losses, lam * (losses[on] - z), torch.outer(lam, lam) * slopes[on][:, on] / (mu @ lam)
+        # equal dimensions leave D flat, but for rounding: a trace of curvature decides where a Newton step goes
+        slopes = slopes[on][:, on] - 1e-12 * torch.eye(len(lam), dtype=torch.float64)
+        return state, losses, lam * (losses[on] - z), torch.outer(lam, lam) * slopes / (mu @ lam)
 
     state, losses, g, D2 = dual(mu, state)
     for _ in range(100):
@@ -190,15 +192,12 @@ def _dual_ascent(lam, z, c, solve, state, tolerance):
 
 
 def _quadratic_on_simplex(b, A, y):
-    """argmax over the simplex of b·y + yᵀAy/2, A (m, m) negative semidefinite, from a point y (m,): an active set.
+    """argmax over the simplex of b·y + yᵀAy/2, A (m, m) negative definite, from a point y (m,): an active set.
 
     On the face of the weights held the maximum is a linear system, A y + b = ν 1, Σ y = 1. Walk there; where a weight
     reaches zero on the way, drop it and solve again. Once there, hold the weight that would raise the value most, or
     stop where none would. The value rises from face to face, so no face is seen twice.
     """
-    # equal dimensions make A singular: a little curvature around the start, small beside each weight's own
-    ridge = 1e-12 * A.diagonal().abs() + 1e-15
-    A, b = A - torch.diag(ridge), b + ridge * y
     held = (y > 0).nonzero()[:, 0].tolist()
     for _ in range(20 * len(b)):
         k = len(held)
@@ -351,7 +350,7 @@ def _at_kl(lams, kappa, scores, ref):
     least = 1e-8 * spread.clamp(min=1e-300)
     most = torch.maximum(spread / (8 * kappa).sqrt(), least)                          # inf for κ = 0
     low, high = least.log(), most.clamp(max=1e30).log()
-    for _ in range(50):
+    for _ in range(40):                                                               # to 1e-10 of β and finer
         middle = (low + high) / 2
         over = policy(middle.exp())[1] > kappa
         low, high = torch.where(over, middle, low), torch.where(over, high, middle)

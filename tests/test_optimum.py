@@ -1,4 +1,5 @@
-"""test_optimum.py - the exact front: its losses, Newton's solutions, the Tchebycheff dual, problems and lattices."""
+"""test_optimum.py - the exact DPO front: its losses, Newton's solutions, the Tchebycheff dual, problems and lattices; the
+best scores within a KL budget."""
 import math
 
 import pytest
@@ -6,7 +7,8 @@ import torch
 
 from aggregate import simplex_lattice
 from data import optimum, toy
-from data.optimum import dpo_losses, label_probs, ls_front, minimise, tche_front
+from data.optimum import (best_at_kl, dpo_losses, label_probs, ls_front, minimise, rlhf_front, rlhf_objectives,
+                          score_front, tche_front)
 from objectives import dpo_loss
 
 
@@ -40,6 +42,14 @@ def test_losses_are_the_expectation_of_dpo_loss(close):
     assert close(dpo_losses(h + 3, P), expected, 1e-12)                  # a constant does not matter
 
 
+def test_the_wins_are_all_that_the_losses_need_of_the_labels(close):
+    _, _, P = world()
+    h = 3 * torch.randn(4, 2, 7, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    assert close(optimum._losses(h, P.sum(-1)), dpo_losses(h, P), 1e-13)
+    assert close(optimum._losses(h[0], P.sum(-1)), dpo_losses(h[0], P), 1e-13)
+    assert not close(optimum._losses(h, P.sum(-2)), dpo_losses(h, P), 0.1)           # wrong: the losses, not the wins
+
+
 def test_derivatives(close):
     _, _, P = world()
     h = torch.randn(2, 7, generator=torch.Generator().manual_seed(4), dtype=torch.float64).requires_grad_(True)
@@ -52,6 +62,22 @@ def test_derivatives(close):
             flat = hessian[q] - hessian[q].mean()                        # less the constant that fixes h's constant
             assert close(flat, torch.autograd.functional.hessian(loss, h[q]), 1e-10)      # the same for every i
     torch.linalg.cholesky(hessian)                                       # positive definite
+
+
+def slowly(loss, *shape):
+    """The least loss that LBFGS finds from zero, and where."""
+    h = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([h], max_iter=1000, tolerance_grad=1e-11, tolerance_change=0,
+                                  line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(h)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return loss(h).item(), (h - h.mean(-1, keepdim=True)).detach()
 
 
 # ---- linear scalarisation ----
@@ -86,6 +112,34 @@ def test_ls_front_is_the_minimum():
         assert (dpo_losses(near(h_lam), P) @ lam > value).all()
         assert -j @ lam == pytest.approx((w @ value).item(), rel=1e-12)
     assert (lams @ J.T <= (lams * J).sum(1)[:, None] + 1e-12).all()      # no other λ's solution is better for this λ
+
+
+def test_a_slow_solver_finds_the_same_front(close):
+    """LBFGS on the definition; for Tchebycheff on smooth maxima, which lie above the maximum by less and less."""
+    scores, w, P = world(m=4)
+    lams = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.55, 0.15, 0.3, 0.0]], dtype=torch.float64)
+    J, h, _ = ls_front(lams, scores, w)
+    for n, lam in enumerate(lams):
+        value, where = slowly(lambda h: w @ dpo_losses(h, P) @ lam, 2, 7)
+        assert value == pytest.approx(-(J[n] @ lam).item(), abs=1e-11)
+        assert close(where, h[n] - h[n].mean(-1, keepdim=True), 1e-5)
+    from_zero = minimise(lams, P, 0 * h)                                             # leading dimensions pass through
+    assert close(from_zero, h - h.mean(-1, keepdim=True), 1e-6)
+    assert close(minimise(lams[0], P, 0 * h[0]), from_zero[0], 1e-6)
+    z = torch.tensor([0.1, 0.3, 0.2, 0.0], dtype=torch.float64)
+    J, _, _ = tche_front(lams, scores, w, ideal=z)
+    for n, lam in enumerate(lams):
+        best = (lam * (-J[n] - z)).amax().item()
+        for mu in (1e-2, 1e-3):
+            value, _ = slowly(lambda h: mu * (lam * (w @ dpo_losses(h, P) - z) / mu).logsumexp(-1), 2, 7)
+            assert best - 1e-10 <= value <= best + mu * math.log(4)
+
+
+def test_single_precision_preferences_do_not_stall_newton(close):
+    scores, w, _ = world()
+    lam = torch.full((1, 3), 1 / 3) * (1 + 1e-6)
+    J, _, residual = ls_front(lam, scores, w)
+    assert residual < 1e-12 and close(J, ls_front(torch.full((1, 3), 1 / 3, dtype=torch.float64), scores, w)[0], 1e-7)
 
 
 def test_minimise_raises_where_it_does_not_arrive():
@@ -143,6 +197,129 @@ def test_both_fronts_of_the_embedded_world():
     ls = lams.double() * -J_ls
     assert (ls[1:].amax(1) > weighted[1:].amax(1) + 0.01).all()         # which linear scalarisation's are not
     assert -J[0, 1] == pytest.approx(-J_ls[0, 1].item(), abs=1e-7)
+
+
+def test_a_dimension_without_preference_takes_no_part(close):
+    scores, w, _ = world(m=4)
+    z = torch.tensor([0.6, 0.1, 0.6, 0.2], dtype=torch.float64)          # above what dimensions 0 and 2 reach
+    J, _, gap = tche_front(torch.tensor([[0.3, 0.0, 0.7, 0.0]]), scores, w, z)
+    few, _, _ = tche_front(torch.tensor([[0.3, 0.7]]), scores[..., [0, 2]], w, z[[0, 2]])
+    assert gap < 1e-9 and close(J[0, [0, 2]], few[0], 1e-7)
+
+
+def test_equal_dimensions():
+    scores, w, _ = world()
+    twice = torch.cat([scores, scores[..., :2]], dim=-1)
+    J, _, gap = tche_front(torch.tensor([[0.2, 0.2, 0.2, 0.2, 0.2], [0.1, 0.2, 0.3, 0.3, 0.1]]), twice, w)
+    assert gap < 1e-9 and torch.allclose(J[:, :2], J[:, 3:], atol=1e-12)
+
+
+@pytest.mark.parametrize("m, rank", [(2, 1), (5, 2), (6, 6), (10, 4)])
+def test_the_quadratic_on_the_simplex(m, rank):
+    """The conditions for a maximum: no weight would gain more than those held, whatever the start."""
+    g = torch.Generator().manual_seed(m)
+    supports = set()
+    for trial in range(20):
+        B = torch.randn(m, rank, generator=g, dtype=torch.float64)
+        A = -B @ B.T * 10.0 ** (trial % 5) - 1e-9 * torch.eye(m, dtype=torch.float64)
+        b = torch.randn(m, generator=g, dtype=torch.float64)
+        found = []
+        for start in (torch.full((m,), 1 / m, dtype=torch.float64), torch.eye(m, dtype=torch.float64)[trial % m]):
+            y = optimum._quadratic_on_simplex(b, A, start)
+            gradient = b + A @ y
+            assert y.min() >= 0 and abs(y.sum() - 1) < 1e-12
+            assert gradient.max() - gradient[y > 0].min() < 1e-7
+            found.append((b @ y + y @ A @ y / 2).item())
+            supports.add(tuple((y > 0).tolist()))
+        assert found[0] == pytest.approx(found[1], rel=1e-9, abs=1e-9)
+    assert len(supports) > 2 or m == 2                                   # vertices, faces and the inside occur
+
+
+def test_all_ten_dimensions():
+    """The embedded world on all its dimensions: vertices, the centre, between them, and one face, for both fronts."""
+    scores, w, _ = optimum.problems(toy.prompts("eval"), toy.DIMS)
+    centre, eye = torch.full((1, 10), 0.1, dtype=torch.float64), torch.eye(10, dtype=torch.float64)
+    face = torch.tensor([[0.2, 0, 0.1, 0, 0.3, 0, 0, 0.25, 0, 0.15]], dtype=torch.float64)
+    lams = torch.cat([eye[:2], (eye[:3] + centre) / 2, centre, face])
+    J_ls, h, residual = ls_front(lams, scores, w)
+    J, _, gap = tche_front(lams, scores, w)
+    assert residual < 1e-12 and gap < 1e-8 and h.shape == (7, 8, 160)
+    assert ((lams @ J_ls.T).amax(1) <= (lams * J_ls).sum(1) + 1e-12).all()           # no other is better for this λ
+    value = lambda lam, J: (lam * -J).amax(-1)
+    for lam, j in zip(lams, J):
+        assert (value(lam, torch.cat([J, J_ls])) >= value(lam, j) - 1e-9).all()
+    assert torch.allclose(J[:2].diagonal(), J_ls[:2].diagonal(), atol=1e-8)
+    assert ((lams * -J)[5] > value(lams[5], J[5]) - 1e-7).sum() > 1      # several hold each other at the centre
+
+
+# ---- the best scores within a KL budget ----
+
+def kl_problem(X=3, S=7, m=3, seed=0):
+    """Random scores (X, S, m) and log π_ref (X, S). The prompts differ in how much there is to gain."""
+    g = torch.Generator().manual_seed(seed)
+    scores = torch.randn(X, S, m, generator=g, dtype=torch.float64) * torch.tensor([0.5, 1.0, 3.0])[:X, None, None]
+    return scores, torch.randn(X, S, generator=g, dtype=torch.float64).log_softmax(-1)
+
+
+def test_score_front_meets_its_budgets_and_rises_with_them(close):
+    scores, ref = kl_problem()
+    lams, budgets = simplex_lattice(3, 3), [0, 1e-4, 0.02, 0.1, 0.3, 1.0, 50.0, None]
+    r, kl, beta = score_front(lams, scores, ref, budgets)
+    assert r.shape == (8, 10, 3) and kl.shape == beta.shape == (8, 10)
+    value = torch.einsum("knm,nm->kn", r, lams)
+    assert (value.diff(dim=0) >= -1e-12).all() and (value[:6].diff(dim=0) > 1e-3).all() and (beta.diff(dim=0) <= 0).all()
+    for k in (1, 2, 3, 4):                                               # within the attainable: spent to the last nat
+        assert (kl[k] - budgets[k]).abs().max() < 1e-9 and (kl[k] <= budgets[k]).all()
+    assert close(r[0], (ref.exp()[..., None] * scores).sum(1).mean(0).expand(10, 3), 1e-12)
+    assert kl[0].max() == 0 and beta[0].min() == math.inf                # no budget: the reference
+    highest = torch.einsum("nm,xsm->nxs", lams, scores).amax(-1).mean(-1)
+    for k in (6, 7):                                                     # more than the maximum needs: the maximum
+        assert torch.allclose(value[k], highest, atol=1e-7) and (kl[k] < 50).all()
+    assert torch.equal(score_front(lams, scores, ref, [math.inf])[0][0], r[7])
+
+
+def test_score_front_is_the_rlhf_optimum_at_its_beta(close):
+    scores, ref = kl_problem()
+    lams = simplex_lattice(3, 3)
+    r, kl, beta = score_front(lams, scores, ref, [0.2])
+    for n, lam in enumerate(lams):
+        J, logps = rlhf_front(lam[None], scores, ref, beta[0, n].item())
+        free, spent = rlhf_objectives(logps, ref, scores, 0.0)
+        assert close(r[0, n], free[0], 1e-9) and spent.item() == pytest.approx(0.2, abs=1e-6)
+
+
+def test_no_policy_scores_higher_within_the_budget():
+    scores, ref = kl_problem()
+    lams, budget = simplex_lattice(3, 3), 0.2
+    r, _, beta = score_front(lams, scores, ref, [budget])
+    best = (lams * r[0]).sum(1)
+    optima = torch.stack([rlhf_front(lam[None], scores, ref, b.item())[1][0] for lam, b in zip(lams, beta[0])])
+    g = torch.Generator().manual_seed(5)
+    within = 0
+    for size in (1e-3, 0.1, 1.0):
+        others = (optima + size * torch.randn(200, *optima.shape, generator=g, dtype=torch.float64)).log_softmax(-1)
+        reached, spent = rlhf_objectives(others, ref, scores, 0.0)       # (200, N, m), (200, N)
+        ok = spent <= budget
+        within += ok.sum()
+        assert ((reached * lams).sum(-1) <= best + 1e-12)[ok].all()
+        # and whatever they spend, best_at_kl knows a policy that is better
+        flat = best_at_kl(lams.repeat(20, 1), spent[:20].flatten(), scores, ref)
+        assert (flat > (reached[:20] * lams).sum(-1).flatten()).all()
+    assert within > 500
+    # wrong: the same budget for every prompt
+    alone = torch.stack([score_front(lams, scores[x:x + 1], ref[x:x + 1], [budget])[0][0] for x in range(3)]).mean(0)
+    assert ((alone * lams).sum(1) < best - 0.03).all()
+
+
+def test_best_at_kl(close):
+    scores, ref = kl_problem()
+    lams, kls = simplex_lattice(3, 3)[:4], torch.tensor([0.0, 0.05, 0.5, 1e3])
+    r, _, _ = score_front(lams, scores, ref, kls.tolist())
+    assert close(best_at_kl(lams, kls, scores, ref), (r.diagonal().T * lams).sum(1), 1e-12)
+    assert best_at_kl(lams.float(), kls.tolist(), scores, ref).dtype == torch.float64
+    flat = torch.ones(3, 7, 3, dtype=torch.float64)                      # nothing to gain, nothing to spend
+    r, kl, _ = score_front(lams, flat, ref, [0, 1.0, None])
+    assert torch.allclose(r, torch.ones_like(r)) and kl.abs().max() == 0
 
 
 # ---- problems and lattices ----
