@@ -20,6 +20,12 @@ def simplex_lattice(m, parts):
     return torch.tensor([[*p, parts - sum(p)] for p in points], dtype=torch.float64) / parts
 
 
+def vertex_paths(m, steps=4):
+    """The centre of the simplex, then for each vertex `steps` preferences on the way there: (1 + m · steps, m)."""
+    centre = torch.full((m,), 1 / m, dtype=torch.float64)
+    along = torch.arange(1, steps + 1, dtype=torch.float64)[:, None] / steps                        # (steps, 1)
+    return torch.cat([centre[None], *((1 - along) * centre + along * e for e in torch.eye(m, dtype=torch.float64))])
+
 
 def sample_preference(n, m, alpha=1.0, vertex_share=0.25, generator=None):
     """n preferences λ ~ the simplex: with probability vertex_share a uniformly drawn vertex, else Dirichlet(alpha).

@@ -1,14 +1,16 @@
 """eval_front.py - what a trained run achieves over the whole simplex of preferences, beside what is possible.
 
     python eval_front.py out/a                   # writes front.json and front.png into the run directory
-    python eval_front.py out/a out/b out/c       # the same for each, and one table and picture of all (out/compare)
+    python eval_front.py out/a out/b out/c       # the same for each, and one table and picture of all (out/compare);
+                                                 # runs of different objectives meet in the space of mean scores
     python eval_front.py out/a --evolution       # the front at every snapshot of the training (Fig. 4)
     python eval_front.py out/a --stationarity    # how far an RLHF run is from Pareto-stationary, before and after
 
 N: preferences   m: dimensions   lams: (N, m)   xi: (N, m) the point reached at each preference, larger is better
-DPO: J_i = −L_DPO,i. RLHF: J_i = E r_i − β KL. On the embedded world both are exact expectations, normalised so that the
-exact front's best value of a dimension (ideal) is 1 and its worst (nadir) is 0. Elsewhere xi is the implicit-reward
-accuracy on held-out pairs (DPO), or the normalised mean reward of sampled responses (RLHF): measure.py.
+DPO: J_i = −L_DPO,i. RLHF: J_i = E r_i − β KL. SFT: J_i = E log π(y|x). ParetoHqD: J_i = E r_i. On the embedded world all
+are exact expectations, normalised so that the exact front's best value of a dimension (ideal) is 1 and its worst (nadir)
+is 0: exact.py. Elsewhere xi is the implicit-reward accuracy on held-out pairs (DPO), the normalised mean reward of
+sampled responses (RLHF, ParetoHqD), or the gain in log-likelihood on held-out demonstrations (SFT): measure.py.
 """
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,107 +19,77 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from aggregate import simplex_lattice
+import exact
+from aggregate import linear_scalarization, simplex_lattice, tchebycheff
 from common import UserError, flag, pick_device, read_json, run_main, write_json
 from data import optimum, toy
 from data.rewards import TEXT_REWARDS
 from data.tokenizers import load_tokenizer
-from measure import PreferenceFiles, Samples, World, WorldRewards, policies
+from measure import (DemonstrationFiles, PreferenceFiles, Samples, World, WorldRewards, dpo_objective, policies,
+                     sft_objective)
 from model import Transformer
 from pareto import hypervolume, inner_product, nondominated, sparsity, spacing, spearman
-from plots import draw_evolution, draw_fronts, draw_histograms
+from plots import draw_comparison, draw_evolution, draw_fronts, draw_histograms
 from quantize import dense_state_dict
-from rewards import Rewards, named_rewards, world_rewards
+from rewards import Rewards, named_rewards, of_world, world_rewards
 from svd_lora import fingerprint, merged_state_dict, read_adapter_header
 
 # The hypervolume's reference point, the same in every dimension, for each kind of points
-REFERENCE = {"normalised J": -0.1, "implicit-reward accuracy": 0.0, "normalised mean reward": -2.0}
+REFERENCE = {"normalised J": exact.REFERENCE, "normalised mean score": exact.REFERENCE,
+             "implicit-reward accuracy": 0.0, "normalised mean reward": -2.0, "gain in log-likelihood": -1.0}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. The exact front of the embedded world, and the scale that it sets.
-
-def exact_dpo_front(dims, aggregate, ideal=None, split="eval"):
-    """The best that any policy can do on `split`, for this objective and aggregation, on a fine grid of preferences.
-
-    Returns dict: lams (N, m), J (N, m), ideal (m,), nadir (m,) (the best and worst J_i on the front of linear
-    scalarisation), points (N, m) and hypervolume: normalised J and its volume, residual: the largest gradient entry
-    (ls) or duality gap (tche) that is left, checked to be 0 but for rounding; and h: a tensor (N, prompts, S), the
-    optimal policies as β log π/π_ref.
-    """
-    lams = fine_grid(len(dims))
-    scores, w, problem = optimum.problems(toy.prompts(split), dims)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)                              # small matrices: a second thread costs more than it gives
-    J, h, residual = optimum.ls_front(lams, scores, w)
-    best, worst = J.amax(0), J.amin(0)
-    if aggregate == "tche":
-        J, h, residual = optimum.tche_front(lams, scores, w, ideal)
-    torch.set_num_threads(threads)
-    assert residual < 1e-8, f"the exact front is not exact: residual {residual}"
-    return _with_points(lams, J, best, worst) | {"residual": residual, "h": h[:, problem]}
-
-
-def exact_rlhf_front(data, flags, everything=False):
-    """The same for RLHF, in closed form. data: measure.WorldRewards after reference(); flags: the run's, a dict;
-    everything: "any other text" is an outcome too.
-
-    Returns dict as exact_dpo_front does, without the residual, and logps (N, X, S or O) in the place of h. Its scale is
-    that of linear scalarisation for every aggregation. PAMA and MGDA know no preference: their runs stand beside LS's.
-    """
-    r, ref = (data.r_all, data.ref_all) if everything else (data.r, data.ref)
-    lams, beta = fine_grid(r.shape[-1]), flags["kl_coeff"]
-    J, logps = optimum.rlhf_front(lams, r, ref, beta)
-    best, worst = J.amax(0), J.amin(0)
-    if flags["aggregate"] == "tche":
-        # a trained reward model's own largest rewards are not these: the true ones then
-        ideal = r.amax((0, 1)) if flags["ideal"] is None else torch.tensor(flags["ideal"], dtype=torch.float64)
-        J, logps = optimum.rlhf_front(lams, r, ref, beta, "tche", ideal, flags["smooth"])
-    return _with_points(lams, J, best, worst) | {"logps": logps}
-
-
-def _with_points(lams, J, best, worst):
-    front = {"lams": lams.tolist(), "J": J.tolist(), "ideal": best.tolist(), "nadir": worst.tolist()}
-    points = normalise(front["J"], front)
-    reference = [REFERENCE["normalised J"]] * len(best)
-    return front | {"points": points.tolist(), "hypervolume": hypervolume(points, reference)}
-
-
-def normalise(J, exact):
-    """J (…, m) on the scale of the exact front: 1 is its best value of a dimension, 0 its worst."""
-    ideal, nadir = np.array(exact["ideal"]), np.array(exact["nadir"])
-    return (np.array(J, dtype=float) - nadir) / (ideal - nadir)
-
-
-def parts_for(m):
-    """Into how many parts an evaluation cuts the simplex: 11 preferences for m = 2, 66 for m = 3, then 21 to 55."""
-    return {1: 1, 2: 10, 3: 10, 4: 4, 5: 3}.get(m, 2)
-
-
-def fine_grid(m):
-    """The preferences of the exact front: 101 for m = 2, 861 for m = 3."""
-    return simplex_lattice(m, {2: 100, 3: 40}.get(m, parts_for(m) * 2))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Evaluating runs.
+# 1. Evaluating one run.
 
 def measurements(config, model, tokenizer, device):
     """What a run is measured on: (exact or held-out data, Samples or None), by the script that made it."""
     flags, dims = config["flags"], config["dims"]
     if config["script"] == "train_dpo.py":
-        return (World(dims, tokenizer, device) if flags["data"] is None else
+        return (World(dims, tokenizer, device, dpo_objective(dims)) if flags["data"] is None else
                 PreferenceFiles(config, model, tokenizer, device)), None
-    known = config["rewards"]
-    rewards = (world_rewards(dims, known["scale"]) if flags["rewards"] is None else
-               named_rewards(flags["rewards"], known["scale"], model, device))
+    if config["script"] == "train_sft.py":
+        return (World(dims, tokenizer, device, sft_objective(dims)) if flags["data"] is None else
+                DemonstrationFiles(config, model, tokenizer, device)), None
+    known, names = config["rewards"], flags["rewards"]
+    on_world = of_world(names)
+    rewards = (world_rewards(names or dims, known["scale"]) if on_world else
+               named_rewards(names, known["scale"], model, device))
     rewards = Rewards(dims, rewards.raw, **known)             # the statistics that the run was trained with, always
     samples = Samples(config, rewards, model, tokenizer, device)
-    text = set(flags["rewards"] or []) & set(TEXT_REWARDS)                            # "concise" is in both
-    if flags["prompts"] is None and set(dims) <= set(toy.DIMS) and not text:          # the truth is known
-        true = rewards if flags["rewards"] is None else world_rewards(dims, [1.0] * len(dims))
-        return WorldRewards(dims, true, tokenizer, device), samples
-    return samples, None
+    if flags["prompts"] is not None or not set(dims) <= set(toy.DIMS) or set(names or []) & set(TEXT_REWARDS) - set(
+            toy.DIMS):
+        return samples, None
+    true = rewards if on_world else world_rewards(dims, [1.0] * len(dims))             # the truth is known
+    if config["script"] == "train_hqd.py":
+        return World(dims, tokenizer, device), None
+    # exact figures for every preference of a large grid are enough
+    return WorldRewards(true, tokenizer, device), samples if len(dims) <= 3 else None
+
+
+def ceiling(data, config, lams):
+    """The exact front of a run on the embedded world (exact.py), at `lams`; None where the truth is not known."""
+    flags, dims, script = config["flags"], config["dims"], config["script"]
+    if isinstance(data, WorldRewards):
+        return exact.rlhf_front(lams, data, flags)
+    if not isinstance(data, World):
+        return None
+    if script == "train_dpo.py":
+        return exact.dpo_front(lams, dims, flags["aggregate"], data.ref, flags["beta"], flags["ideal"])
+    if script == "train_sft.py":
+        return exact.sft_front(lams, dims, flags["aggregate"], flags["ideal"])
+    return exact.score_front(lams, data.scores, data.ref)
+
+
+def objective_share(J, base, best, lams, aggregate, z):
+    """How much of the way from the base's aggregated objective to the optimum's a run has gone: the mean over lams.
+
+    J, best (N, m): what the run and the optimal policies reach; base (m,); lams (N, m). Linear scalarisation: Σ λ_i J_i;
+    Tchebycheff: −max λ_i (−J_i − z_i), Eq. (7), (16).
+    """
+    lams, (J, base, best) = torch.tensor(lams), (torch.tensor(x) for x in (J, base, best))
+    value = lambda J: (-tchebycheff(-J, lams, z) if aggregate == "tche" else linear_scalarization(J, lams))
+    return ((value(J) - value(base)) / (value(best) - value(base))).mean().item()
 
 
 def base_of(config, device):
@@ -127,15 +99,14 @@ def base_of(config, device):
     return Transformer.from_pretrained(config["base"], dtype, device, flags.get("quantize"))
 
 
-def evaluate(run, device, parts=None, adapters=None, exact=None):
-    """Measures one run at every preference of the lattice. Returns what front.json holds.
+def evaluate(run, device, parts=None, adapters=None, front=None):
+    """Measures one run at every preference of exact.evaluation_preferences. Returns what front.json holds.
 
-    adapters: a snapshot instead of the run's final adapter (Panacea). exact: the exact front, if it is known already.
+    adapters: a snapshot instead of the run's final adapter (Panacea). front: its exact front, if it is known already.
     """
     config = read_json(run / "config.json")
-    flags, dims = config["flags"], config["dims"]
-    m, rlhf = len(dims), config["script"] == "train_ppo.py"
-    beta = flags["kl_coeff" if rlhf else "beta"]
+    flags, dims, script = config["flags"], config["dims"], config["script"]
+    m, beta = len(dims), flags.get("kl_coeff" if script == "train_ppo.py" else "beta")
     model = base_of(config, device)
     if fingerprint(model) != config["fingerprint"]:
         raise UserError(f"{config['base']} is not the base model that {run} was trained on")
@@ -151,73 +122,161 @@ def evaluate(run, device, parts=None, adapters=None, exact=None):
             each.reference(model)
     base = measure(model)                                                             # no adapter yet: π = π_ref
     lams, results = [], []
-    grid = simplex_lattice(m, parts or parts_for(m)).float()
-    for lam, policy in tqdm(policies(run, config, model, grid, adapters), desc="front", disable=None):
+    grid = exact.evaluation_preferences(m, parts)
+    for lam, policy in tqdm(policies(run, config, model, grid.float(), adapters), desc="front", disable=None):
         lams.append([round(x, 6) for x in lam.tolist()])
         results.append(measure(policy))
     column = {key: [r[key] for r in results] for key in results[0]}                   # key -> one value a preference
     J, scores = column["J"], column["scores"]
-    if isinstance(data, World):
-        exact = exact or exact_dpo_front(dims, flags["aggregate"], flags["ideal"])
-        exact_scores = data.mean_scores(data.ref + exact["h"] / beta)                 # π* ∝ π_ref exp(h/β)
-    elif isinstance(data, WorldRewards):
-        exact = exact or exact_rlhf_front(data, flags)
-        exact_scores = data.mean_scores(exact["logps"])
-    if exact:
-        points, points_are = normalise(J, exact), "normalised J"
-        base["points"] = normalise(base["J"], exact).tolist()
-    elif rlhf:
+    front = front or ceiling(data, config, exact.front_preferences(m, torch.tensor(lams)))
+    if front:
+        points, points_are = exact.normalise(J, front), "normalised J"
+        if script == "train_hqd.py":                          # there the scores themselves are what is aimed at
+            points_are = "normalised mean score"
+        base["points"] = exact.normalise(base["J"], front).tolist()
+    elif isinstance(data, Samples):
         points, points_are = data.rewards.normalise(torch.tensor(scores, dtype=torch.float64)).numpy(), \
             "normalised mean reward"
         base["points"] = data.rewards.normalise(torch.tensor(base["scores"], dtype=torch.float64)).tolist()
     else:
-        points, points_are = np.array(scores), "implicit-reward accuracy"
-        base["points"] = None                                 # a policy equal to its reference orders no pair
+        points = np.array(scores)
+        points_are = "implicit-reward accuracy" if script == "train_dpo.py" else "gain in log-likelihood"
+        # a policy equal to its reference orders no pair
+        base["points"] = None if script == "train_dpo.py" else base["scores"]
     reference = [REFERENCE[points_are]] * m
-    front = points[nondominated(points)]
     result = {"run": str(run), "dims": dims, "lams": lams, "J": J, "scores": scores, "points": points.tolist(),
-              "points_are": points_are,
-              "hypervolume": hypervolume(points, reference), "hypervolume_share": None,
-              "inner_product": inner_product(lams, points), "sparsity": sparsity(front), "spacing": spacing(front),
-              "reference_point": reference, "nondominated": int(nondominated(points).sum()),
-              "spearman": [spearman([lam[i] for lam in lams], points[:, i]) for i in range(m)],
-              "base": base, "exact": None, "eval_labels": getattr(data, "labels", None), "models": config["models"],
-              "script": config["script"], "beta": beta,
+              "points_are": points_are, "hypervolume_share": None, "objective_share": None,
+              **metrics(lams, points, reference), "base": base, "exact": None,
+              "eval_labels": getattr(data, "labels", None), "models": config["models"], "script": script, "beta": beta,
               **{k: flags[k] for k in ("method", "aggregate", "steps", "seed")},
               **{k: column.get(k) for k in ("kl", "outside_mass", "scores_se", "length", "ended", "collapsed", "told")}}
     if "raw" in column:                                       # the sampled responses, for samples.json and histograms
         result["samples"] = {"base": {key: base.pop(key) for key in ("raw", "texts")},
                              **{key: column[key] for key in ("raw", "texts")}}
-    if exact:
-        # what the optimum itself would score with these few points, from the lattice's nearest preferences
-        nearest = [int(np.abs(np.array(exact["lams"]) - lam).sum(1).argmin()) for lam in lams]
-        same = hypervolume(np.array(exact["points"])[nearest], reference) / exact["hypervolume"]
-        result |= {"hypervolume_share": result["hypervolume"] / exact["hypervolume"],
-                   "exact": exact | {"scores": exact_scores.tolist(), "share_at_these_lams": same}}
-    if exact and rlhf:                                        # the same share, with all other texts in it
-        strict = exact_rlhf_front(data, flags, everything=True)
+    if front:
+        # what the optimum itself would score with these few points, from the exact front's nearest preferences
+        nearest = [int(np.abs(np.array(front["lams"]) - lam).sum(1).argmin()) for lam in lams]
+        same = hypervolume(np.array(front["points"])[nearest], reference) / front["hypervolume"]
+        result |= {"hypervolume_share": result["hypervolume"] / front["hypervolume"],
+                   "exact": front | {"scores": data.mean_scores(front["logps"]).tolist(), "share_at_these_lams": same}}
+        # Tchebycheff's objective for RLHF is no function of J: its maximum stands inside the expectation
+        if flags["aggregate"] in ("ls", "tche") and (flags["aggregate"] == "ls" or front["z"]):
+            result["objective_share"] = objective_share(J, base["J"], [front["J"][i] for i in nearest], lams,
+                                                        flags["aggregate"], front["z"])
+    if front and isinstance(data, WorldRewards):              # the same share, with all other texts in it
+        strict = exact.rlhf_front(torch.tensor(front["lams"]), data, flags, everything=True)
         result |= {"J_all": column["J_all"], "kl_all": column["kl_all"], "hypervolume_share_all": hypervolume(
-            normalise(column["J_all"], strict), reference) / strict["hypervolume"]}
+            exact.normalise(column["J_all"], strict), reference) / strict["hypervolume"]}
     return result
 
 
+def metrics(lams, points, reference):
+    """The metrics of pareto.py of the points (N, m) that were reached at lams (N, m)."""
+    points, m, N = np.asarray(points), len(reference), len(lams)
+    kept = nondominated(points)
+    # the whole lattice, or the paths from the centre to the vertices that evaluation_preferences begins with
+    paths = exact.evaluation_preferences(m)[:1 + 4 * m]
+    on_paths = m > 3 and N >= len(paths) and np.allclose(lams[:len(paths)], paths, atol=1e-4)
+    way = lambda i: [0, *range(1 + 4 * i, 5 + 4 * i)] if on_paths else range(N)
+    return {"hypervolume": hypervolume(points, reference), "reference_point": list(reference),
+            "inner_product": inner_product(lams, points), "sparsity": sparsity(points[kept]),
+            "spacing": spacing(points[kept]), "nondominated": int(kept.sum()),
+            "spearman": [spearman([lams[n][i] for n in way(i)], points[list(way(i)), i]) for i in range(m)]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Runs of every kind in one space.
+
+BUDGETS = (0.1, 0.25, 0.5, 1.0, 2.0)            # nats from the reference that the limits in the picture are drawn for
+
+
+def compare(results, device):
+    """All runs in the one space that they share, the mean scores of what they say: exact expectations over the embedded
+    world's responses. 0 and 1 are the worst and the best value of a dimension on the front of what any policy can reach.
+
+    results: front.json of each, of equal dims and base. Returns a dict: limits, the exact fronts of the largest mean
+    scores within each of BUDGETS nats of the reference and without any limit; base; runs: label, points (N, m), KL (N),
+    metrics, and of_best: how much of the way from the base's λ·scores to the largest at the same KL a policy goes, the
+    mean over preferences. Raises UserError for runs that do not lie in this space.
+    """
+    configs = [read_json(Path(r["run"]) / "config.json") for r in results]
+    for r, config in zip(results, configs):
+        # J_all: RLHF's scores are the world's own unless a text reward stands among them
+        if not r["exact"] or any(":" in name for name in config["flags"].get("rewards") or []):
+            raise UserError(f"{r['run']} has no exact mean scores of the embedded world's dimensions: only runs that have "
+                            f"them, or runs of one script and one beta, can be compared")
+        if config["fingerprint"] != configs[0]["fingerprint"]:
+            raise UserError(f"{r['run']} has another base model than {results[0]['run']}: not comparable")
+    dims = results[0]["dims"]
+    world = World(dims, load_tokenizer(configs[0]["tokenizer"]), device)
+    world.reference(base_of(configs[0], device))
+    grid = exact.front_preferences(len(dims), torch.empty(0, len(dims)))
+    whole = exact.score_front(grid, world.scores, world.ref)
+    place = lambda scores: exact.normalise(scores, whole)
+    limits = [{"kl": budget, "points": place(exact.score_front(grid, world.scores, world.ref, budget)["J"]).tolist()}
+              for budget in BUDGETS] + [{"kl": None, "points": whole["points"]}]
+    ref, before = world.ref.log_softmax(-1), world.mean_scores(world.ref)
+    runs = []
+    for r in results:
+        lams, scores = torch.tensor(r["lams"], dtype=torch.float64), torch.tensor(r["scores"], dtype=torch.float64)
+        best = optimum.best_at_kl(lams, torch.tensor(r["kl"], dtype=torch.float64), world.scores, ref)       # (N,)
+        gain = linear_scalarization(scores - before, lams) / (best - linear_scalarization(before, lams))
+        points = place(scores)
+        runs.append({**{k: r[k] for k in ("run", "script", "method", "aggregate", "seed", "models", "steps", "lams", "kl",
+                                          "outside_mass")},
+                     "label": kind_of(r), "points": points.tolist(), "of_best": gain.mean().item(),
+                     **metrics(r["lams"], points, [exact.REFERENCE] * len(dims)),
+                     "hypervolume_share": hypervolume(points, [exact.REFERENCE] * len(dims)) / whole["hypervolume"],
+                     "train_seconds": read_json(Path(r["run"]) / "timing.json")["train_seconds"]})
+    return {"dims": dims, "points_are": "normalised mean score", "base": place(before).tolist(), "limits": limits,
+            "ideal": whole["ideal"], "nadir": whole["nadir"], "limit_lams": whole["lams"], "runs": runs}
+
+
+def kind_of(r):
+    """What a run is called in comparisons: its method, and the objective it was trained with."""
+    objective = {"train_dpo.py": "DPO", "train_ppo.py": "RLHF", "train_sft.py": "SFT", "train_hqd.py": ""}[r["script"]]
+    if r["script"] == "train_hqd.py":
+        return "ParetoHqD" if r["aggregate"] == "directions" else f"HqD, {r['aggregate']}"
+    if r["aggregate"] in ("pama", "mgda"):
+        return r["aggregate"].upper()
+    method = {"panacea": "Panacea", "rs": "RS", "dps": "DPS"}[r["method"]]
+    return f"{method}, {objective}" + (" Tche" if r["aggregate"] == "tche" else "")
+
+
+def comparison_table(c):
+    """One line a run of what compare() returns."""
+    head = (f"{'run':38} {'what':20} {'models':>6} {'HV':>7} {'HV share':>8} {'IP':>7} {'sparsity':>8} {'spacing':>7} "
+            f"{'KL mean':>7} {'KL max':>7} {'of best':>7} {'outside':>7} {'train s':>7}")
+    lines = [head, "-" * len(head)]
+    for r in c["runs"]:
+        lines.append(f"{Path(r['run']).name:38} {r['label']:20} {r['models']:6d} {r['hypervolume']:7.4f} "
+                     f"{r['hypervolume_share']:8.4f} {r['inner_product']:7.4f} {r['sparsity']:8.4f} {r['spacing']:7.4f} "
+                     f"{np.mean(r['kl']):7.3f} {max(r['kl']):7.3f} {r['of_best']:7.3f} {max(r['outside_mass']):7.3f} "
+                     f"{r['train_seconds']:7.0f}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Tables and files.
+
 def stored(result):
     """The result as front.json holds it: without the optimal policies themselves and without the samples."""
-    exact = result["exact"] and {key: value for key, value in result["exact"].items() if key not in ("h", "logps")}
-    return {key: value for key, value in result.items() if key != "samples"} | {"exact": exact}
+    front = result["exact"] and {key: value for key, value in result["exact"].items() if key != "logps"}
+    return {key: value for key, value in result.items() if key != "samples"} | {"exact": front}
 
 
 def table(results):
     """One line a run; the metrics are those of pareto.py, on result["points"]."""
-    head = (f"{'run':46} {'HV share':>8} {'HV':>7} {'IP':>7} {'sparsity':>8} {'spacing':>7} {'Spearman':>8} "
+    head = (f"{'run':46} {'HV share':>8} {'J share':>7} {'HV':>7} {'IP':>7} {'sparsity':>8} {'spacing':>7} {'Spearman':>8} "
             f"{'outside':>7} {'collapse':>8} {'models':>6} {'steps':>6} {'train s':>7}")
     lines = [head, "-" * len(head)]
     for r in results:
-        share, outside, collapse = (
+        share, way, outside, collapse = (
             f"{x:{width}}" if x is not None else f"{'-':>{int(width.split('.')[0])}}" for x, width in
-            ((r["hypervolume_share"], "8.4f"), (max(r["outside_mass"], key=lambda x: x or 0), "7.3f"),
+            ((r["hypervolume_share"], "8.4f"), (r["objective_share"], "7.4f"),
+             (max(r["outside_mass"], key=lambda x: x or 0), "7.3f"),
              (max(r["collapsed"]) if r["collapsed"] else None, "8.3f")))
-        lines.append(f"{Path(r['run']).name:46} {share} {r['hypervolume']:7.4f} {r['inner_product']:7.4f} "
+        lines.append(f"{Path(r['run']).name:46} {share} {way} {r['hypervolume']:7.4f} {r['inner_product']:7.4f} "
                      f"{r['sparsity']:8.4f} {r['spacing']:7.4f} {min(r['spearman']):8.3f} {outside} {collapse} "
                      f"{r['models']:6d} {r['steps']:6d} "
                      f"{read_json(Path(r['run']) / 'timing.json')['train_seconds']:7.0f}")
@@ -251,7 +310,8 @@ class Flags:
     """The script's flags, with defaults and --help texts."""
 
     runs: list[str] = flag([], "run directories", positional=True)
-    parts: int | None = flag(None, "cut the simplex into so many parts (default 10 for m = 2 and 3)")
+    parts: int | None = flag(None, "cut the simplex into so many parts (default 10 for m = 2 and 3; beyond, paths from "
+                                   "the centre to the vertices and 100 random preferences instead)")
     out: str = flag("out/compare", "where the comparison of several runs is written")
     evolution: bool = flag(False, "evaluate every snapshot of the (one) run instead")
     stationarity: bool = flag(False, "RLHF runs on the embedded world, instead: min ‖Σ c_i ∇J_i‖ of their models, and "
@@ -278,11 +338,10 @@ def main(flags):
             raise UserError(f"{run}: the training has not ended; run its command again to resume it")
         # runs that share all of this share their exact front
         key = str([config[k] for k in ("script", "base", "dims")]
-                  + [config["flags"].get(k) for k in ("aggregate", "ideal", "smooth", "kl_coeff", "quantize")])
-        r = evaluate(run, device, flags.parts, exact=fronts.get(key))
+                  + [config["flags"].get(k) for k in ("aggregate", "ideal", "smooth", "kl_coeff", "beta", "rewards",
+                                                      "quantize", "lam") + ("method",) * (len(config["dims"]) > 3)])
+        r = evaluate(run, device, flags.parts, front=fronts.get(key))
         fronts[key] = r["exact"]
-        if results and any(r[k] != results[0][k] for k in ("script", "points_are", "beta")):
-            raise UserError(f"{run} and {runs[0]} were measured on other data or with another beta: not comparable")
         if results and r["dims"] != results[0]["dims"]:
             raise UserError(f"{run} has the dimensions {' '.join(r['dims'])}, {runs[0]} has "
                             f"{' '.join(results[0]['dims'])}: their fronts lie in different spaces")
@@ -292,7 +351,7 @@ def main(flags):
         write_json(run / "front.json", stored(r))
         draw_fronts([r], run / "front.png")
         results.append(r)
-    if len(results) == 1:
+    if len(results) == 1 and len(results[0]["dims"]) <= 3:
         print(front_table(results[0]))
     print(table(results))
     for r in results:
@@ -302,12 +361,22 @@ def main(flags):
     if results[0]["exact"]:
         print(f"HV share: of the exact front's hypervolume {results[0]['exact']['hypervolume']:.4f} on "
               f"{len(results[0]['exact']['lams'])} preferences; the exact front itself, at these "
-              f"{len(results[0]['lams'])}: {results[0]['exact']['share_at_these_lams']:.4f}")
-    if len(results) > 1:
-        write_json(Path(flags.out) / "front.json", [stored(r) for r in results])
-        draw_fronts(results, Path(flags.out) / "front.png")
+              f"{len(results[0]['lams'])}: {results[0]['exact']['share_at_these_lams']:.4f}. J share: of the way from the "
+              f"base's aggregated objective to the optimum's")
     print(f"reference point {results[0]['reference_point']} in {results[0]['points_are']}; pictures: "
-          + ", ".join(str(run / "front.png") for run in (runs if len(runs) == 1 else [Path(flags.out)])))
+          + ", ".join(str(run / "front.png") for run in runs))
+    out = Path(flags.out)
+    if len(results) > 1 and all(r[k] == results[0][k] for r in results for k in ("script", "points_are", "beta")):
+        write_json(out / "front.json", [stored(r) for r in results])
+        draw_fronts(results, out / "front.png")
+        print(f"all of them: {out / 'front.png'}")
+    elif len(results) > 1:                                    # trained for different things: what do they say?
+        c = compare(results, device)
+        write_json(out / "compare.json", c)
+        draw_comparison(c, out / "compare.png")
+        print(comparison_table(c))
+        print(f"mean scores of what the runs say, 0 and 1 being the ends of the front of what any policy can reach; of "
+              f"best: of the largest gain in λ·scores at the same KL; picture: {out / 'compare.png'}")
     return results
 
 
@@ -318,10 +387,10 @@ def evolution(run, device, parts):
         raise UserError(f"{run}: --evolution takes a finished run of method panacea")
     files = sorted((run / "snapshots").glob("adapter-*.safetensors"))
     steps = [read_adapter_header(f)["step"] for f in files] + [config["flags"]["steps"]]
-    results, exact = [], None
+    results, front = [], None
     for step, file in zip(steps, files + [run / "adapter.safetensors"]):
-        results.append(evaluate(run, device, parts, file, exact))
-        exact = results[-1]["exact"]
+        results.append(evaluate(run, device, parts, file, front))
+        front = results[-1]["exact"]
         print(f"step {step:06d} | hypervolume {results[-1]['hypervolume']:.4f} | "
               f"share {results[-1]['hypervolume_share']}")
     write_json(run / "evolution.json", {"steps": steps, "fronts": [stored(r) for r in results]})

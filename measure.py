@@ -13,12 +13,13 @@ from aggregate import min_norm_weights
 from common import generator_for
 from data import optimum, toy
 from data.preferences import read_preferences
-from data.prompts import read_prompts, split
+from data.prompts import read_demonstrations, read_prompts, split
 from data.rewards import collapsed
 from data.tokenizers import TokenRow, spoken, tokenize
 from data.trees import batch_logprobs, pack
 from model import Transformer, generate
 from objectives import dpo_on_pairs
+from rewards import world_scores
 from svd_lora import adapters_off, load_adapter, merged_state_dict, set_preference, shared_base
 
 
@@ -75,13 +76,14 @@ def policies(run, config, model, lams, adapters=None):
 class World:
     """The embedded world's evaluation prompts with all their responses, ready to measure policies exactly."""
 
-    def __init__(self, dims, tokenizer, device, split="eval"):
+    def __init__(self, dims, tokenizer, device, objective=None, split="eval"):
+        """objective(logps, ref, beta) -> J (m,), of log-probs (prompts, S) under policy and reference: dpo_objective or
+        sft_objective. None: J are the mean scores themselves."""
         prompts = toy.prompts(split)
+        columns = [toy.DIMS.index(dim) for dim in dims]
         self.batches = world_batches(prompts, tokenizer, device)
-        self.scores = torch.stack([toy.scores(x, toy.responses(x)) for x in prompts])                 # (prompts, S, 10)
-        self.columns = [toy.DIMS.index(dim) for dim in dims]
-        problem_scores, _, self.problem = optimum.problems(prompts, dims)
-        self.label_probs = optimum.label_probs(problem_scores)                                         # (Q, m, S, S)
+        self.scores = torch.stack([toy.scores(x, toy.responses(x))[:, columns] for x in prompts])     # (prompts, S, m)
+        self.objective = objective or (lambda logps, ref, beta: self.mean_scores(logps))
 
     def reference(self, model):
         """Measures the base model once; what measure() needs of it."""
@@ -94,18 +96,34 @@ class World:
         Scores and KL are of the policies renormalised to the world's responses.
         """
         logps = world_logprobs(model, self.batches)                                                    # (prompts, S)
-        h, J = beta * (logps - self.ref), 0.0
-        for q in self.problem.unique():                                               # few: equal prompts share
-            here = self.problem == q
-            J = J - optimum.dpo_losses(h[here][:, None], self.label_probs[q][None]).sum((0, 1)) / len(h)
         inside, ref = logps.log_softmax(-1), self.ref.log_softmax(-1)
-        return {"J": J.tolist(), "scores": self.mean_scores(logps).tolist(),
+        return {"J": self.objective(logps, self.ref, beta).tolist(), "scores": self.mean_scores(logps).tolist(),
                 "kl": (inside.exp() * (inside - ref)).sum(1).mean().item(),
                 "outside_mass": (1 - logps.exp().sum(1)).mean().item()}
 
     def mean_scores(self, logps):
         """E r_i over the world's responses, renormalised to them. logps: (…, prompts, S) -> (…, m)"""
-        return torch.einsum("...xs,xsi->...i", logps.softmax(-1), self.scores[..., self.columns]) / len(self.scores)
+        return torch.einsum("...xs,xsi->...i", logps.softmax(-1), self.scores) / len(self.scores)
+
+
+def dpo_objective(dims, split="eval"):
+    """J_i = −L_DPO,i, the exact expectation over all pairs of responses and their labels: a function for World."""
+    scores, _, problem = optimum.problems(toy.prompts(split), dims)
+    P = optimum.label_probs(scores)                                                                    # (Q, m, S, S)
+
+    def objective(logps, ref, beta):
+        h, J = beta * (logps - ref), 0.0
+        for q in problem.unique():                                                    # few: equal prompts share
+            here = problem == q
+            J = J - optimum.dpo_losses(h[here][:, None], P[q][None]).sum((0, 1)) / len(h)
+        return J
+    return objective
+
+
+def sft_objective(dims, split="eval"):
+    """J_i = E log π(y|x), y from the writer of dimension i, exactly: a function for World."""
+    demos = torch.stack([toy.demonstrator_probs(x, dims) for x in toy.prompts(split)])                 # (prompts, S, m)
+    return lambda logps, ref, beta: -optimum.sft_losses(logps, demos)
 
 
 class PreferenceFiles:
@@ -137,19 +155,48 @@ class PreferenceFiles:
         return {"J": (-loss / count).tolist(), "scores": (correct / count).tolist(), "kl": None, "outside_mass": None}
 
 
+class DemonstrationFiles:
+    """Held-out demonstrations, a file a dimension: J_i = log π(y|x), and how much better than the base that is."""
+
+    def __init__(self, config, model, tokenizer, device):
+        flags = config["flags"]
+        rows, kinds = read_demonstrations(flags["eval_data"])
+        rows, cut = tokenize(rows, tokenizer, min(flags["max_length"], model.config.context_length))
+        print("evaluation: {prompts} prompts, {prompts_cut} cut, and {responses_cut} of {responses} responses cut"
+              .format(**cut))
+        B = flags["batch_size"]
+        self.batches = [pack(rows[i:i + B]).to(device) for i in range(0, len(rows), B)]
+        self.kinds = torch.tensor([i for kind in kinds for i in kind])                                 # (R,)
+        self.scale = torch.tensor(config["loss_scale"], dtype=torch.float64)                           # (m,)
+
+    def reference(self, model):
+        """Measures the base model once; what measure() needs of it."""
+        with adapters_off(model):
+            self.ref = self.objectives(model)
+
+    @torch.no_grad()
+    def objectives(self, model):
+        """J (m,): mean nats a response, or by the mean length, as in training (config's loss_scale)."""
+        logps = torch.cat([batch_logprobs(model, batch) for batch in self.batches]).double().cpu()    # (R,)
+        return self.scale * torch.stack([logps[self.kinds == i].mean() for i in range(len(self.scale))])
+
+    def measure(self, model, beta):
+        """J (m,), and scores (m,): J less the base's."""
+        J = self.objectives(model)
+        return {"J": J.tolist(), "scores": (J - self.ref).tolist(), "kl": None, "outside_mass": None}
+
+
 class WorldRewards:
     """RLHF on the embedded world, exactly, in two ways: over its responses alone, policy and reference renormalised to
     them, with the mass on other texts beside it; and over everything, "any other text" being one more outcome."""
 
-    def __init__(self, dims, rewards, tokenizer, device, split="eval"):
+    def __init__(self, rewards, tokenizer, device, split="eval"):
         """rewards: rewards.Rewards with the statistics that the run was trained with."""
         prompts = toy.prompts(split)
         self.batches = world_batches(prompts, tokenizer, device)
-        columns = [toy.DIMS.index(dim) for dim in dims]
-        scores = torch.stack([toy.scores(x, toy.responses(x)) for x in prompts])[..., columns]         # (X, S, m)
-        self.scores = scores
-        outside = torch.full_like(scores[:, :1], toy.OUTSIDE)
-        self.r_all = rewards.normalise(torch.cat([scores, outside], dim=1))                            # (X, O, m)
+        self.scores = world_scores(rewards, prompts)                                                   # (X, S, m)
+        outside = torch.full_like(self.scores[:, :1], toy.OUTSIDE)
+        self.r_all = rewards.normalise(torch.cat([self.scores, outside], dim=1))                       # (X, O, m)
         self.r = self.r_all[:, :-1]                                                                    # (X, S, m)
 
     def reference(self, model):

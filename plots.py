@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen: no window is needed)
 
 STYLE = {"panacea": ("#0072B2", "o", "Panacea: one model, every preference"), "rs": ("#D55E00", "s", "Rewarded soups"),
-         "dps": ("#009E73", "^", "Discrete policy solutions"),
+         "dps": ("#009E73", "^", "Discrete policy solutions"), "hqd": ("#000000", "P", "ParetoHqD"),
          "pama": ("#E69F00", "D", "PAMA: one policy, no preference"),
          "mgda": ("#56B4E9", "v", "MGDA: one policy, no preference")}
 
@@ -108,6 +108,15 @@ def _picture_pairs(results, dims):
                  + ", ".join(f"{c} = all weight on {d}" for c, d in zip(("red", "green", "blue"), dims))
                  + "; mixtures between", fontsize=11)
     return fig
+
+
+def draw_comparison(c, path):
+    """Runs of every kind in one space: what eval_front.compare returns."""
+    fig, ax = plt.subplots()
+    for r in c["runs"]:
+        P = np.array(r["points"])
+        ax.plot(P[:, 0], P[:, 1], marker="o", label=r["label"])
+    _save(fig, path)
 
 
 def draw_histograms(result, path):

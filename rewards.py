@@ -3,19 +3,20 @@
     --rewards happy concise                    # text rewards of data/rewards.py, by name
     --rewards out/reward-a                     # every dimension of a reward model that train_reward.py wrote
     --rewards out/reward-a:harmless length     # one dimension of it, beside a text reward
+    --rewards helpful harmless concise:12      # on the embedded world: its own scores, and a text reward of 12 words
 
 B: responses   m: dimensions   raw: (B, m), in a source's own units   r = scale · (raw − mean) / std: what PPO sees
 mean and std are those of the reference policy's own responses, measured once, stored with the run and used ever after:
 so λ weighs rewards of one spread. scale (--reward_scale) is on top, like the paper's ×5 for harmlessness.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable
 
 import torch
 
 from common import UserError
 from data import toy
-from data.rewards import TEXT_REWARDS, text_rewards
+from data.rewards import TEXT_REWARDS, is_concise, text_rewards
 
 
 @dataclass
@@ -33,29 +34,45 @@ class Rewards:
         return scale * (raw - mean) / std
 
 
-def world_rewards(dims, scale):
-    """The embedded world's scores of `dims`; mean and std are exact, over its own distribution on the train prompts.
+def of_world(names):
+    """Whether all of --rewards are functions on the embedded world: its dimensions, or concise:WORDS. None is."""
+    return names is None or all(name in toy.DIMS or is_concise(name) for name in names)
+
+
+def world_rewards(names, scale):
+    """The embedded world's scores of dimensions, or text rewards of its responses (concise:12); mean and std are exact,
+    over the world's own distribution on the train prompts.
 
     A response that is not one of the world's, or was cut off before its end, has the score toy.OUTSIDE everywhere.
     """
-    columns = [toy.DIMS.index(dim) for dim in dims]
+    columns = [None if is_concise(name) else toy.DIMS.index(name) for name in names]
 
     def raw(prompts, responses, finished):
         ended = [y if end else "" for y, end in zip(responses, finished)]             # "" is not of the world either
-        return torch.cat([toy.scores(x.removesuffix("\n"), [y]) for x, y in zip(prompts, ended)])[:, columns]
+        r = torch.cat([toy.scores(x.removesuffix("\n"), [y]) for x, y in zip(prompts, ended)])         # (B, 10)
+        texts = text_rewards([n for n, c in zip(names, columns) if c is None], prompts, ended)
+        texts = torch.where((r == toy.OUTSIDE).all(1, keepdim=True), toy.OUTSIDE, texts).T.unbind()
+        texts = iter(texts)
+        return torch.stack([next(texts) if c is None else r[:, c] for c in columns], dim=1)
 
+    rewards = Rewards([name.partition(":")[0] for name in names], raw, [0.0] * len(names), [1.0] * len(names),
+                      scale or [1.0] * len(names))
     p = torch.stack([toy.base_probs(x) for x in toy.prompts("train")])[..., None] / len(toy.prompts("train"))
-    scores = torch.stack([toy.scores(x, toy.responses(x)) for x in toy.prompts("train")])[..., columns]
+    scores = world_scores(rewards, toy.prompts("train"))                              # (X, S, m)
     mean = (p * scores).sum((0, 1))
     std = (p * (scores - mean).square()).sum((0, 1)).sqrt()
-    return Rewards(dims, raw, mean.tolist(), std.tolist(), scale or [1.0] * len(dims))
+    return replace(rewards, mean=mean.tolist(), std=std.tolist())
+
+
+def world_scores(rewards, prompts):
+    """Raw rewards of all responses of the embedded world to `prompts`. (X, S, m)"""
+    S = toy.N_RESPONSES
+    return torch.stack([rewards.raw([x] * S, toy.responses(x), [True] * S) for x in prompts])
 
 
 def world_ideal(rewards, split="train"):
     """The largest normalised reward z_i of each dimension over the world's responses, Eq. (13). (m,)"""
-    columns = [toy.DIMS.index(dim) for dim in rewards.dims]
-    scores = torch.cat([toy.scores(x, toy.responses(x)) for x in toy.prompts(split)])[:, columns]
-    return rewards.normalise(scores).amax(0)
+    return rewards.normalise(world_scores(rewards, toy.prompts(split)).flatten(0, 1)).amax(0)
 
 
 def named_rewards(names, scale, policy, device):
@@ -65,8 +82,8 @@ def named_rewards(names, scale, policy, device):
     """
     dims, parts, mean, std = [], [], [], []
     for name in names:
-        if name in TEXT_REWARDS:
-            dims, mean, std = dims + [name], mean + [None], std + [None]
+        if name in TEXT_REWARDS or is_concise(name):
+            dims, mean, std = dims + [name.partition(":")[0]], mean + [None], std + [None]
             parts.append(lambda x, y, end, name=name: text_rewards([name], x, y))
             continue
         from train_reward import load_reward_model                                    # it trains too: only on demand

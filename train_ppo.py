@@ -36,7 +36,7 @@ from data.trees import TreeBatch, batch_logprobs, pack, path_logprobs, predictin
 from heads import Critic
 from model import generate
 from objectives import gae, kl_penalized_rewards, noon, ppo_policy_loss, ppo_value_loss, sft_loss
-from rewards import named_rewards, world_ideal, world_rewards
+from rewards import named_rewards, of_world, world_ideal, world_rewards
 from svd_lora import adapters_off, fingerprint, inject_svd_lora, parameter_groups, save_adapter, set_preference
 from train_base import find_base, load_base
 
@@ -48,8 +48,9 @@ class Flags(RunFlags):
     # what is trained
     pref_dim: int = flag(2, "m: the number of preference dimensions, the first m of the embedded world's")
     dims: list[str] | None = flag(None, "these dimensions of the embedded world instead, in this order")
-    rewards: list[str] | None = flag(None, "other rewards: names of text rewards, or directories of train_reward.py "
-                                           "(directory:dimension for one of several)")
+    rewards: list[str] | None = flag(None, "other rewards: names of text rewards, directories of train_reward.py "
+                                           "(directory:dimension for one of several), or, on the embedded world, its "
+                                           "dimensions and concise:WORDS")
     reward_scale: list[float] | None = flag(None, "factors on the normalised rewards (the paper's harmless × 5), "
                                                     "beside a reward model's own")
     method: Literal["panacea", "rs", "dps"] = flag("panacea", "Panacea, rewarded soups, or discrete policy solutions")
@@ -116,10 +117,11 @@ def main(flags):
     model, tokenizer = load_base(base, tokenizer_name, flags, device, dtype)
     if flags.eos_id is not None:
         tokenizer = replace(tokenizer, eos_id=flags.eos_id)
-    rewards = (world_rewards(toy.choose_dims(flags.dims, flags.pref_dim), flags.reward_scale)
-               if flags.rewards is None else named_rewards(flags.rewards, flags.reward_scale, model, device))
+    on_world = flags.prompts is None and of_world(flags.rewards)
+    rewards = (world_rewards(flags.rewards or toy.choose_dims(flags.dims, flags.pref_dim), flags.reward_scale)
+               if on_world else named_rewards(flags.rewards, flags.reward_scale, model, device))
     check_lengths(flags, rewards.dims)
-    defaults(flags, rewards)
+    defaults(flags, rewards, on_world)
     prompts = [toy.as_row(x, toy.responses(x) if flags.ptx_coeff else []) for x in toy.prompts("train")]
     weights = [toy.base_probs(x) for x in toy.prompts("train")]        # of those responses, where PTX draws some
     if flags.prompts is not None:
@@ -202,13 +204,13 @@ def check_lengths(flags, dims):
         raise UserError(f"--lam {' '.join(map(str, flags.lam))}: a preference is not negative and sums to 1")
 
 
-def defaults(flags, rewards):
+def defaults(flags, rewards, on_world):
     """Fills in the flags whose defaults depend on others, and checks that the batch divides."""
     if flags.kl_coeff is None:
-        flags.kl_coeff = 0.5 if flags.rewards is None else 0.02
+        flags.kl_coeff = 0.5 if on_world else 0.02
     if flags.samples is None:
         flags.samples = 16 if flags.prompts is None else 1
-    if flags.aggregate == "tche" and flags.ideal is None and flags.rewards is None:
+    if flags.aggregate == "tche" and flags.ideal is None and on_world:
         flags.ideal = world_ideal(rewards).tolist()
     if flags.minibatch is None:
         flags.minibatch = flags.batch_size // (1 if flags.batch_size // flags.samples % 2 else 2)

@@ -4,7 +4,8 @@ A .txt file holds stories that follow each other by a single newline, their para
 one text). Each is cut after its first words: a prompt, and the rest as the response that a human wrote. Where a story
 has single newlines inside, its paragraphs are taken for stories: the file does not tell them apart.
 A JSONL file has one object a row with `prompt` and, where there is one, `response`. Both take the form that
-data.preferences gives them (HH-RLHF's), so that policy and reward model see the same prompts.
+data.preferences gives them (HH-RLHF's), so that policy and reward model see the same prompts. Demonstrations for SFT
+are such files, one a dimension.
 """
 import hashlib
 import json
@@ -44,6 +45,29 @@ def read_prompts(paths, prompt_words=None):
     if not rows:
         raise UserError("no prompt file given; name at least one .txt or .jsonl file")
     return list(rows.values()), {"short": short, "duplicate": read - len(rows)}
+
+
+def read_demonstrations(paths):
+    """One JSONL file a dimension, rows with `prompt` and `response` -> (rows, kinds): a Row(prompt, responses) for each
+    prompt, in order, and which file each of its responses is from, list[list[int]].
+
+    Equal prompts of several files (one prompt set, an answer of every style) become one row, so what they share is
+    computed once. Raises UserError for a file, row or field that is not so.
+    """
+    rows, kinds = {}, {}
+    for i, path in enumerate(map(Path, paths)):
+        found = 0
+        for number, line in enumerate(_read_text(path).split("\n"), start=1):
+            if line.strip():
+                row = _read_row(line, f"{path}, row {number}")
+                if not row.responses:
+                    raise UserError(f'{path}, row {number}: field "response" is missing; a demonstration needs it')
+                rows.setdefault(row.prompt, Row(row.prompt, [], [], [])).responses.append(row.responses[0])
+                kinds.setdefault(row.prompt, []).append(i)
+                found += 1
+        if not found:
+            raise UserError(f"{path}: the file is empty; give JSONL, one object with prompt and response per line")
+    return list(rows.values()), list(kinds.values())
 
 
 def split(rows, share=0.1):

@@ -7,6 +7,7 @@ stories: repetition is not paid (words, speeches and sentences count once), ever
 is divided by the response's own length, where a single good word would win.
 """
 import re
+from functools import partial
 
 import torch
 
@@ -69,7 +70,7 @@ def length(prompt, response):
 def concise(prompt, response, r_max=4.0, c=50):
     """r_max up to c words, then r_max + 1 − words / c (the form of Panacea's helpful-harmless-concise problem).
 
-    # not in paper: r_max and c are those of a re-implementation, whose unit is tokens. The best: anything of up to c
+    # not in paper: r_max and c are those of a re-implementation, whose unit is tokens. "concise:12" has c = 12. The best: anything of up to c
     words, so base texts that end soon; an empty one is as good, and is held off by KL and by the other rewards alone.
     """
     n = len(words(response))
@@ -114,15 +115,22 @@ TEXT_REWARDS = {"length": length, "concise": concise, "happy": _lexicon(HAPPY), 
                 "nature": _lexicon(NATURE), "dialogue": dialogue, "narrative": narrative}
 
 
+def is_concise(name):
+    """Whether this names `concise` with a number of words of its own: "concise:12"."""
+    return re.fullmatch("concise:[1-9][0-9]*", name) is not None
+
+
 def text_rewards(names, prompts, responses):
     """names: keys of TEXT_REWARDS; prompts, responses: B texts each -> (B, len(names)) float64.
 
     Raises UserError for an unknown name.
     """
     for name in names:
-        if name not in TEXT_REWARDS:
+        if name not in TEXT_REWARDS and not is_concise(name):
             raise UserError(f"unknown reward {name!r}; the text rewards are: {' '.join(TEXT_REWARDS)}")
-    rows = [[TEXT_REWARDS[name](x, y) for name in names] for x, y in zip(prompts, responses, strict=True)]
+    functions = [partial(concise, c=int(name.partition(":")[2])) if is_concise(name) else TEXT_REWARDS[name]
+                 for name in names]
+    rows = [[f(x, y) for f in functions] for x, y in zip(prompts, responses, strict=True)]
     return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(names))
 
 

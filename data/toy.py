@@ -157,6 +157,8 @@ _SCORES = {
         {"cheer": 3.0, "sure": 0.8, "question": 0.4}.get(e, -0.6) + {"refuse": -1.5, "hint": 0.4}.get(b, 0.0)
         + (0.6 if o == "warm" else 0.0)),
 }
+
+
 def choose_dims(dims, pref_dim):
     """The dimensions that the flags --dims and --pref_dim ask for. Raises UserError where the world has them not."""
     if dims is None and not 1 <= pref_dim <= len(DIMS):
@@ -231,3 +233,32 @@ def sample_pairs(split, dims, n_rows, n_responses, generator):
         better = (torch.rand(p_first.shape, generator=generator, dtype=torch.float64) >= p_first).long()   # 0: first
         rows.append(as_row(prompt, texts, zip(first.tolist(), second.tolist()), better.tolist()))
     return rows
+
+
+def demonstrator_probs(prompt, dims):
+    """How a writer who cares for one dimension answers, for each of `dims`: (S, m), every column a distribution,
+
+        p_i(y|x)  ∝  base_probs(y|x) · exp(r_i(x, y)),
+
+    the base's habits tilted by the scores. It is also what DPO and RLHF with β = 1 aim at for that dimension alone.
+    """
+    columns = [DIMS.index(dim) for dim in dims]
+    return (base_probs(prompt).log()[:, None] + scores(prompt, responses(prompt))[:, columns]).softmax(0)
+
+
+def sample_demonstrations(split, dims, n_rows, each, generator):
+    """Data for SFT: n_rows prompts (in turn), for each `each` responses by every dimension's writer, drawn from p_i.
+
+    Returns a list of data.preferences.Row, and for each row which of `dims` its responses demonstrate, list[list[int]].
+    """
+    all_prompts = prompts(split)
+    probs = {x: demonstrator_probs(x, dims).T for x in all_prompts}                                 # (m, S)
+    rows, kinds = [], [i for i in range(len(dims)) for _ in range(each)]
+    for j in range(n_rows):
+        if j % len(all_prompts) == 0:
+            order = torch.randperm(len(all_prompts), generator=generator)
+        prompt = all_prompts[order[j % len(all_prompts)]]
+        world = responses(prompt)
+        drawn = torch.multinomial(probs[prompt], each, replacement=True, generator=generator)       # (m, each)
+        rows.append(as_row(prompt, [world[s] for s in drawn.flatten()]))
+    return rows, [kinds] * n_rows

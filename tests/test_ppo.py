@@ -422,7 +422,7 @@ def test_ppo_learns_and_follows_the_preference(mini):
     run = go("learns", dims=["formal", "encouraging"], steps=20, batch_size=48, samples=8, vertex_share=1.0, lr=4e-3)
     config = config_of(run)
     model, tokenizer = Transformer.from_pretrained(config["base"]), load_tokenizer("toy")
-    data = measure.WorldRewards(config["dims"], world_rewards(config["dims"], None), tokenizer, "cpu")
+    data = measure.WorldRewards(world_rewards(config["dims"], None), tokenizer, "cpu")
     data.reference(model)
     base = data.measure(model, 0.2)
     load_adapter(model, run / "adapter.safetensors", config["dims"])
@@ -474,7 +474,7 @@ def test_evolution(mini, panacea):
 def test_stationarity_of_runs(mini, panacea):
     soups = go("soups", method="rs", steps=2)
     results = eval_front.main(eval_front.Flags(runs=[str(panacea[0]), str(soups)], stationarity=True, device="cpu"))
-    data = measure.WorldRewards(["helpful", "harmless"], world_rewards(["helpful", "harmless"], None),
+    data = measure.WorldRewards(world_rewards(["helpful", "harmless"], None),
                                 load_tokenizer("toy"), "cpu")
     model = Transformer.from_pretrained("out/base-tiny-seed0")
     data.reference(model)
@@ -503,7 +503,7 @@ def test_reward_models_are_evaluated_by_the_true_rewards(mini, judge, aggregate)
     assert all(r["first_ratio"] == 1 and r["rewards"] == r["normalised"] for r in records)
     (r,) = eval_front.main(eval_front.Flags(runs=[str(run)], parts=1, device="cpu"))
     assert r["points_are"] == "normalised J" and 0 <= r["hypervolume_share"] <= 1
-    data = measure.WorldRewards(r["dims"], world_rewards(r["dims"], None), load_tokenizer("toy"), "cpu")
+    data = measure.WorldRewards(world_rewards(r["dims"], None), load_tokenizer("toy"), "cpu")
     model = Transformer.from_pretrained(config["base"])
     data.reference(model)
     assert r["base"]["J"] == pytest.approx(data.measure(model, r["beta"])["J"], rel=1e-6)

@@ -221,7 +221,7 @@ def small():
 def world(small):
     """A fresh WorldRewards, the base measured, and a policy that differs from the base."""
     model, rewards, tokenizer = small
-    data = measure.WorldRewards(rewards.dims, rewards, tokenizer, "cpu")
+    data = measure.WorldRewards(rewards, tokenizer, "cpu")
     data.reference(model)
     policy = Transformer(model.config)
     g = torch.Generator().manual_seed(1)

@@ -109,7 +109,8 @@ def test_evolution(work, panacea):
 def test_world_evaluation_against_plain_loops(work):
     """World.measure on one policy: J by a loop over pairs, scores by a loop over responses, in float64."""
     from data.tokenizers import load_tokenizer
-    world = measure.World(["helpful", "concise"], load_tokenizer("toy"), "cpu")
+    dims = ["helpful", "concise"]
+    world = measure.World(dims, load_tokenizer("toy"), "cpu", measure.dpo_objective(dims))
     g = torch.Generator().manual_seed(7)
     logps = torch.randn(40, toy.N_RESPONSES, generator=g, dtype=torch.float64).log_softmax(-1) - 0.1   # 9.5 % outside
     world.ref = torch.randn(40, toy.N_RESPONSES, generator=g, dtype=torch.float64).log_softmax(-1)
