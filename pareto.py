@@ -29,7 +29,7 @@ def nondominated(points):
 
 
 def nondominated_layers(points, at_least=None, most_layers=None):
-    """Non-dominated sorting: 0 for the first front, 1 for the front of what is left without it, ... (N, m) -> (N,) int64
+    """Non-dominated sorting: 0 for the first front, 1 for the front of what is left then, ... (N, m) -> (N,) int64
 
     The peeling stops after the first layer that brings the peeled points to `at_least`, or after `most_layers` layers,
     whichever is first; the points behind get -1. Duplicates share a layer. Raises ValueError if a point has a NaN.
@@ -81,7 +81,7 @@ def _sweep_layers(ranks):
 
 
 def _block_layers(ranks, copies, at_least, most_layers):
-    """The layers that are asked for of n distinct points: ranks (n, m), so many copies each (n,). -> (n,), -1 behind."""
+    """The layers that are asked for, of n distinct points: ranks (n, m), how many copies (n,) -> (n,), -1 behind."""
     layer, fronts = np.full(len(ranks), -1), []                               # fronts: the members of every layer
     order = np.argsort(-ranks.sum(1), kind="stable")                          # who dominates has the larger sum
     columns, stop = np.ascontiguousarray(ranks.T), _layers_asked_for([], at_least, most_layers)
@@ -167,7 +167,7 @@ def _boxes(P):
     * With bits(a, b) = {dimensions in which a ≤ b} as one integer, min(p_i, p_j) ≤ min(p_i, p_l) everywhere if and only
       if bits(p_i, p_l) | bits(p_j, p_l) is full: one operation, not m, for every i, j, l.
     A set is the indices of its points in P and one corner `clip`, (m,), that they are cut to. All sets of one size are
-    worked on at once, the largest size first, so that the sets of one size have gathered when their turn comes.
+    worked on at once, the largest size first, so that those of a size have gathered when it is their turn.
     """
     n, m = P.shape
     total, pending, waiting = 0.0, {n: [(np.arange(n)[None], P.max(0)[None], np.ones(1))]}, n     # size -> batches
@@ -337,9 +337,9 @@ def select_high_quality(points, lams, k=100, at_least=None, most_layers=None, qu
     `most_layers` is given, that many (with both: whichever is first). A pool of fewer than k points takes further
     layers until it has k.
     The paper's ablations: "linear" takes the k points of all N with the largest Σ λ_i X_i; "all" takes every point, in
-    the order of the data, for every preference (index is then (G, N), a read-only view).
-    Of equally good points those of lower index come first. Raises ValueError if N < k, for an unknown rule, a NaN, an
-    objective without a range, or lams that are no preferences.
+    the order of the data, for every preference: index is then (G, N), a read-only view.
+    Of equally good points (to 12 decimals) those of lower index come first. Raises ValueError if N < k, for an unknown
+    rule, a NaN, an objective without a range, or lams that are no preferences.
     """
     P, lams = np.asarray(points, dtype=float), np.atleast_2d(np.asarray(lams, dtype=float))
     n = len(P)
@@ -367,6 +367,7 @@ def select_high_quality(points, lams, k=100, at_least=None, most_layers=None, qu
 
 
 def _smallest(values, k):
-    """The indices of the k smallest values, in ascending order; of equal values the first."""
+    """The indices of the k smallest values, in ascending order; of equal values (to 12 decimals) the first."""
+    values = np.round(values, 12)                             # what is equal but for rounding errors is equal
     candidates = np.flatnonzero(values <= np.partition(values, k - 1)[k - 1])
     return candidates[np.argsort(values[candidates], kind="stable")[:k]]
