@@ -13,6 +13,8 @@ Stage 1: all pairs are scored, the first non-dominated layers kept, and of these
 point to W(λ) (pareto.py) teach λ's adapter. Stage 2, against learning k texts by heart: the models of the m vertices
 and of the middle answer prompts, their answers are the new pool, and every adapter goes on with its k / 2 nearest.
 All adapters train in one batch, whose rows choose their adapter (--together), or one after the other: the same models.
+Together, a step has few and large products, but each layer multiplies by all A adapters. On a CPU the other way is
+faster: @.
 A killed run continues from its last checkpoint, bit for bit.
 """
 import json
@@ -101,7 +103,8 @@ class Flags(RunFlags):
     max_grad_norm: float = flag(1.0, "gradient clipping, of each adapter by itself")
     seed: int = flag(0, "seed of adapters, offline set, data order and answers")
     # running; more in common.RunFlags
-    together: bool = flag(True, "all adapters in one batch, or one after the other: less memory, the same models")
+    together: bool | None = flag(None, "all adapters in one batch, or one after the other: the same models "
+                                       "(default: together on a GPU)")
     gen_batch: int = flag(256, "answers sampled at a time")
 
 
@@ -118,10 +121,10 @@ def main(flags):
     if flags.eos_id is not None:
         tokenizer = replace(tokenizer, eos_id=flags.eos_id)
     rewards = (world_rewards(flags.rewards or toy.choose_dims(flags.dims, flags.pref_dim), None)
-               if flags.data is None and of_world(flags.rewards or []) else
+               if flags.data is None and of_world(flags.rewards) else
                named_rewards(flags.rewards, None, model, device))
     lams = preferences(flags, rewards.dims)                            # (A, m)
-    defaults(flags, model)
+    defaults(flags, model, device)
     rows, held_out = (rows, []) if flags.data is None else split(rows)
     print(f"offline set: {len(rows)} pairs, " + (f"{len(held_out)} held out, " if flags.data else "") + "dropped: "
           + ", ".join(f"{n} {why}" for why, n in dropped.items()))
@@ -191,25 +194,27 @@ def check(flags):
 
 
 def preferences(flags, dims):
-    """The preferences of --lam or --parts: (A, m) fp32. Raises UserError for what is none."""
+    """The preferences of --lam or --parts: (A, m) float64. Raises UserError for what is none."""
     m = len(dims)
     if m < 2:
         raise UserError("a front needs at least 2 dimensions: name two rewards after --rewards")
     if flags.lam is None:
         flags.parts = flags.parts or {2: 10, 3: 4}.get(m, 2)
-        return simplex_lattice(m, flags.parts).float()
+        return simplex_lattice(m, flags.parts)
     if len(flags.lam) % m:
         raise UserError(f"--lam takes {m} numbers a preference, for {' '.join(dims)}; got {len(flags.lam)}")
-    lams = torch.tensor(flags.lam).view(-1, m)
+    lams = torch.tensor(flags.lam, dtype=torch.float64).view(-1, m)
     if not ((lams >= 0).all() and ((lams.sum(1) - 1).abs() < 1e-4).all()):
         raise UserError(f"--lam {' '.join(map(str, flags.lam))}: a preference is not negative and sums to 1")
     if len(lams.unique(dim=0)) < len(lams):
         raise UserError(f"--lam {' '.join(map(str, flags.lam))}: the same preference twice")
-    return lams
+    return lams / lams.sum(1, keepdim=True)
 
 
-def defaults(flags, model):
+def defaults(flags, model, device):
     """Fills in the flags whose defaults depend on others."""
+    if flags.together is None:
+        flags.together = device.type == "cuda"
     if flags.near2 is None:
         flags.near2 = max(1, flags.near // 2)
     if flags.steps2 is None:
@@ -258,25 +263,30 @@ def select(pool, lams, stage, dims, flags):
     """near (A, k): which pairs of the pool each preference trains on, a list of lists; and what there is to know of
     them, for selection.json."""
     k = min(flags.near if stage == 1 else flags.near2, len(pool.rows))
-    chosen = select_high_quality(pool.scores.numpy(), lams.numpy(), k, flags.min_pool, flags.layers, flags.quantile,
-                                 flags.select)
-    near = chosen.index.tolist()
-    means = [pool.scores[index].mean(0).tolist() for index in near]
-    report = {"pairs": len(pool.rows), "layers": chosen.layers, "pool": chosen.pool, "low": list(chosen.low),
-              "high": list(chosen.high), "lams": lams.tolist(), "distance": chosen.distance.mean(1).tolist(),
-              "scores": means, "overlap": list(chosen.overlap), "index": near}
-    print(f"stage {stage} | {len(pool.rows)} pairs | {chosen.layers} layers | pool {chosen.pool} | range "
-          + " ".join(f"{d} {low:.3f} to {high:.3f}" for d, low, high in zip(dims, chosen.low, chosen.high)))
-    for lam, distance, mean in zip(lams.tolist(), report["distance"], means):
-        print(f"stage {stage} | lam {' '.join(f'{x:.2f}' for x in lam)} | {k} pairs | distance {distance:.4f} | "
-              + " ".join(f"{d} {x:.3f}" for d, x in zip(dims, mean)))
+    try:
+        chosen = select_high_quality(pool.scores.numpy(), lams.numpy(), k, flags.min_pool, flags.layers, flags.quantile,
+                                     flags.select)
+    except ValueError as e:                                            # a reward that does not vary, or is no number
+        raise UserError(f"stage {stage}, {len(pool.rows)} pairs for {' '.join(dims)}: {e}") from None
+    near, low, high = chosen.index.tolist(), chosen.low.tolist(), chosen.high.tolist()
+    report = {"pairs": len(pool.rows), "layers": chosen.layers, "pool": len(chosen.pool), "low": low, "high": high,
+              "lams": lams.tolist(), "distance": chosen.distance.mean(1).tolist(),
+              "scores": [pool.scores[index].mean(0).tolist() for index in near], "overlap": chosen.overlap.tolist(),
+              "index": near if flags.select != "all" else None}
+    print(f"stage {stage} | {len(pool.rows)} pairs | {chosen.layers} layers | pool {len(chosen.pool)} | range "
+          + " ".join(f"{d} {a:.3f} to {b:.3f}" for d, a, b in zip(dims, low, high)))
+    for lam, index, distance, mean, shared in zip(lams.tolist(), near, report["distance"], report["scores"],
+                                                  [*report["overlap"], None]):
+        print(f"stage {stage} | lam {' '.join(f'{x:.2f}' for x in lam)} | {len(index)} pairs | distance {distance:.4f}"
+              f" | " + " ".join(f"{d} {x:.3f}" for d, x in zip(dims, mean))
+              + (f" | shared with the next {shared:.2f}" if shared is not None else ""))
     return near, report
 
 
 def representatives(lams):
     """Which preferences stand for all: the nearest to each vertex and to the centre. At most m + 1 indices."""
     m = lams.shape[1]
-    ends = torch.cat([torch.eye(m), torch.full((1, m), 1 / m)])                       # (m + 1, m)
+    ends = torch.cat([torch.eye(m), torch.full((1, m), 1 / m)]).to(lams)              # (m + 1, m)
     return list(dict.fromkeys(torch.cdist(ends, lams).argmin(1).tolist()))
 
 
@@ -287,7 +297,7 @@ def answers(model, out, lams, pool, rewards, tokens_of, tokenizer, resumed, memb
     off, are empty, or fell into a loop (data.rewards.collapsed). They are kept in generated.jsonl, which a run that
     was killed in stage 2 reads again (`resumed`).
     """
-    file, known = out / "generated.jsonl", flags.data is None and of_world(flags.rewards or [])
+    file, known = out / "generated.jsonl", flags.data is None and of_world(flags.rewards)
     prompts = list(dict.fromkeys(row.prompt for row in pool.rows))
     order = torch.randperm(len(prompts), generator=generator_for(flags.seed, "prompts2"))
     prompts = [prompts[i] for i in order[:flags.prompts2 or 10_000].tolist() for _ in range(flags.samples2)]
