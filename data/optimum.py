@@ -174,21 +174,25 @@ def _dual_ascent(lam, z, c, solve, state, tolerance):
         slopes = slopes[on][:, on] - 1e-12 * torch.eye(len(lam), dtype=torch.float64)
         return state, losses, lam * (losses[on] - z), torch.outer(lam, lam) * slopes / (mu @ lam)
 
+    gap = lambda mu, g: (g.max() - mu @ g).item()             # primal value − dual value: zero at the optimum
     state, losses, g, D2 = dual(mu, state)
     for _ in range(100):
-        if (g.max() - mu @ g).item() < tolerance:             # primal value − dual value: zero at the optimum
+        if gap(mu, g) < tolerance:
             break
         target = _quadratic_on_simplex(g - D2 @ mu, D2, mu)
-        for t in (0.5 ** k for k in range(12)):               # the first step that raises D
+        for t in (0.5 ** k for k in range(12)):
             mu_new = (1 - t) * mu + t * target
             new = dual(mu_new, state)
-            # an infinite loss: this policy lacks what a dimension without weight wants; nearer to μ it does not
-            if new[2].isfinite().all() and mu_new @ new[2] >= mu @ g - 1e-15:
+            # The first step that raises D, or halves the gap: a steep D is at its maximum, but for rounding, before its
+            # slopes are. An infinite loss: this policy lacks what a dimension without weight wants; nearer to μ it
+            # does not.
+            g_new = new[2]
+            if g_new.isfinite().all() and (mu_new @ g_new >= mu @ g - 1e-15 or gap(mu_new, g_new) < gap(mu, g) / 2):
                 mu, (state, losses, g, D2) = mu_new, new
                 break
         else:
             break                                             # no step does: the caller checks the gap that is left
-    return state, losses, (g.max() - mu @ g).item()
+    return state, losses, gap(mu, g)
 
 
 def _quadratic_on_simplex(b, A, y):
@@ -306,6 +310,9 @@ def rlhf_front(lams, rewards, ref, beta, aggregate="ls", ideal=None, smooth=0.0)
 # ---------------------------------------------------------------------------------------------------------------------
 # The limits in the space of mean scores: whatever a policy was trained for, at its KL it cannot score higher.
 
+AT_ONCE = 2 ** 20                                             # numbers in one (N, X, S): bounds the memory
+
+
 def score_front(lams, scores, ref, budgets):
     """The largest Σ λ_i E r_i over all policies with mean over prompts KL(π ‖ π_ref) <= κ, for every λ and budget κ.
 
@@ -319,7 +326,7 @@ def score_front(lams, scores, ref, budgets):
     """
     budgets = torch.tensor([math.inf if k is None else k for k in budgets], dtype=torch.float64)
     rows = [[], [], []]
-    for lam in lams.double().split(max(1, 2 ** 20 // ref.numel())):                   # bounds the memory
+    for lam in lams.double().split(max(1, AT_ONCE // ref.numel())):
         for kappa in budgets:
             for row, values in zip(rows, _at_kl(lam, kappa.expand(len(lam)), scores, ref)):
                 row.append(values)
@@ -330,7 +337,7 @@ def score_front(lams, scores, ref, budgets):
 def best_at_kl(lams, kls, scores, ref):
     """The largest λ·E r of any policy that spends at most KL κ, for N pairs of λ (N, m) and κ (N,) in nats: (N,)."""
     lams, kls = lams.double(), torch.as_tensor(kls, dtype=torch.float64)
-    parts = zip(*(each.split(max(1, 2 ** 20 // ref.numel())) for each in (lams, kls)))
+    parts = zip(*(each.split(max(1, AT_ONCE // ref.numel())) for each in (lams, kls)))
     return torch.cat([(lam * _at_kl(lam, kappa, scores, ref)[0]).sum(-1) for lam, kappa in parts])
 
 

@@ -311,6 +311,16 @@ def test_no_policy_scores_higher_within_the_budget():
     assert ((alone * lams).sum(1) < best - 0.03).all()
 
 
+def test_few_preferences_at_once(monkeypatch):
+    scores, ref = kl_problem()
+    lams, budgets = simplex_lattice(3, 3), [0.1, 1.0, None]
+    whole = score_front(lams, scores, ref, budgets), best_at_kl(lams, [0.3] * 10, scores, ref)
+    monkeypatch.setattr(optimum, "AT_ONCE", 4 * ref.numel())             # 4, 4 and 2 preferences
+    for a, b in zip(whole[0], score_front(lams, scores, ref, budgets)):
+        assert torch.allclose(a, b, rtol=1e-9, atol=0)
+    assert torch.allclose(whole[1], best_at_kl(lams, [0.3] * 10, scores, ref))
+
+
 def test_best_at_kl(close):
     scores, ref = kl_problem()
     lams, kls = simplex_lattice(3, 3)[:4], torch.tensor([0.0, 0.05, 0.5, 1e3])
