@@ -108,7 +108,7 @@ def ls_front(lams, scores, w):
     lams: (N, m)   scores: (Q, S, m)   w: (Q,)  ->  J (N, m), h (N, Q, S), and the largest gradient entry left over.
     """
     wins, J, hs, worst = label_probs(scores).sum(-1), [], [], 0.0
-    lams = lams.double() / lams.double().sum(-1, keepdim=True)                        # single precision sums to 1 + 1e-7
+    lams = lams.double() / lams.double().sum(-1, keepdim=True)                        # fp32 sums to 1 + 1e-7
     for lam in lams.split(max(1, 16 // len(scores))):                                 # some problems at once
         mixed = torch.einsum("nm,qms->nqs", lam, wins)
         # from the weighted scores: exact at vertices, near elsewhere
@@ -225,19 +225,20 @@ def _quadratic_on_simplex(b, A, y):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # SFT. Dimension i has a demonstrator, a distribution p_i(.|x) over a prompt's responses, and J_i = E log π(y|x) with
-# y ~ p_i, every prompt alike (the SFT objective of Panacea's second version). For any weights c on the simplex
+# y ~ p_i, every prompt alike (the SFT objective of Panacea's second version). For any weights c on the simplex, at
+# every prompt,
 #
-#     −Σ_i c_i J_i = cross-entropy of p_c with π = H(p_c) + KL(p_c ‖ π),     p_c = Σ_i c_i p_i,
+#     Σ_i c_i L_i = −Σ_y p_c log π = H(p_c) + KL(p_c ‖ π),     p_c = Σ_i c_i p_i,
 #
 # and KL ≥ 0 with equality at π = p_c alone (Gibbs' inequality): the optimum is the mixture of the demonstrators. So all
-# of the front is mixtures, and Tchebycheff's is the one whose weights c ∝ μλ solve the dual. With z_i = inf L_i its terms
-# are λ_i KL(p_i ‖ π): at equal λ the radius of the demonstrators, which is the capacity of the channel i -> y.
+# of the front is mixtures, and Tchebycheff's is the one whose weights c ∝ μλ solve the dual. With z_i = inf L_i its
+# terms are λ_i KL(p_i ‖ π): at equal λ the radius of the demonstrators, which is the capacity of the channel i -> y.
 
 def sft_losses(logps, demos):
     """The SFT loss of every dimension, −mean over prompts of Σ_y p_i(y|x) log π(y|x), in nats a response.
 
-    logps: (…, X, S) log π(y|x), which need not sum to 1 over the S   demos: (X, S, m) p_i(y|x)  ->  (…, m). It is inf
-    where π lacks a response that demonstrator i gives.
+    logps: (…, X, S) log π(y|x), which need not sum to 1 over the S: other texts may have mass   demos: (X, S, m)
+    p_i(y|x)  ->  (…, m). It is inf where π lacks a response that demonstrator i gives.
     """
     never = logps == -torch.inf
     losses = -torch.einsum("...xs,xsm->...m", logps.masked_fill(never, 0).to(demos.dtype), demos) / len(demos)

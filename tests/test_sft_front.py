@@ -55,7 +55,7 @@ def test_losses_against_loops(close):
 
 
 def test_a_response_that_the_policy_lacks():
-    demos = torch.tensor([[[1.0, 0.5], [0.0, 0.5]]], dtype=torch.float64)            # demonstrator 0 never says the second
+    demos = torch.tensor([[[1.0, 0.5], [0.0, 0.5]]], dtype=torch.float64)            # the first never says the second
     assert sft_losses(demos[..., 0].log(), demos).tolist() == [0.0, math.inf]
     assert sft_losses(demos[..., 1].log(), demos).tolist() == pytest.approx([math.log(2)] * 2)
 
