@@ -1,5 +1,5 @@
-"""test_optimum.py - the exact DPO front: its losses, Newton's solutions, the Tchebycheff dual, problems, lattices; the best
-scores within a KL budget."""
+"""test_optimum.py - the exact DPO front: its losses, Newton's solutions, the Tchebycheff dual, problems and lattices;
+the best scores within a KL budget."""
 import math
 
 import pytest
