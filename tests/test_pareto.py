@@ -201,8 +201,9 @@ def test_hypervolume_of_many_points_depends_on_the_set_alone(m, n, monkeypatch):
     assert same(np.concatenate([P, P * rng.random((n, m)), P[:5]]))      # dominated points and duplicates
     assert same(P * np.arange(1, m + 1), np.arange(1.0, m + 1).prod())
     assert hypervolume(P[1:], zero) < value * (1 - 1e-9) < value < hypervolume(np.append(P, [[0.9] * m], 0), zero)
-    monkeypatch.setattr("pareto.CHUNK", 1000)                            # batches are cut, small sets go first
-    monkeypatch.setattr("pareto.MOST_PENDING", 100)
+    monkeypatch.setattr("pareto.CHUNK", 4096)                            # batches are cut
+    assert same(P)
+    monkeypatch.setattr("pareto.MOST_PENDING", 100)                      # small sets go first
     assert same(P)
 
 
