@@ -84,7 +84,7 @@ def _front(lams, J, best, worst, logps, z):
 def normalise(J, exact):
     """J (…, m) on the scale of the exact front: 1 is its best value of a dimension, 0 its worst."""
     ideal, nadir = np.array(exact["ideal"]), np.array(exact["nadir"])
-    return (np.array(J, dtype=float) - nadir) / (ideal - nadir)
+    return (np.asarray(J, dtype=float) - nadir) / (ideal - nadir)
 
 
 class one_thread:

@@ -208,12 +208,14 @@ def as_row(prompt, texts, pairs=(), better=()):
     return Row(prompt + "\n", list(texts), list(pairs), list(better))
 
 
-def sample_pairs(split, dims, n_rows, n_responses, generator):
+def sample_pairs(split, dims, n_rows, n_responses, generator, labelers=None):
     """Preference data: n_rows data rows, each with K = n_responses distinct responses drawn uniformly for one prompt
     (prompts in turn) and all K(K-1)/2 comparisons among them, labelled on each of `dims` by Bradley-Terry:
 
         P(a better than b on i) = sigmoid(r_i(a) - r_i(b)),  drawn independently for every pair and dimension.
 
+    labelers: (n, m) preferences of n people. Then a pair has one scalar label instead of m, given by one of them, drawn
+    evenly for each pair, whose reward is Σ λ_i r_i (Eq. (10)).
     Returns a list of data.preferences.Row. Raises ValueError for an unknown dimension.
     """
     unknown = [dim for dim in dims if dim not in DIMS]
@@ -229,7 +231,12 @@ def sample_pairs(split, dims, n_rows, n_responses, generator):
         world = responses(prompt)
         texts = [world[s] for s in torch.randperm(len(world), generator=generator)[:n_responses]]
         r = scores(prompt, texts)[:, columns]                                                       # (K, m)
-        p_first = torch.sigmoid(r[first] - r[second])                                               # (pairs, m)
+        if labelers is not None:
+            who = torch.randint(len(labelers), first.shape, generator=generator)
+            gap = ((r[first] - r[second]) * labelers[who].double()).sum(1, keepdim=True)            # (pairs, 1)
+        else:
+            gap = r[first] - r[second]                                                              # (pairs, m)
+        p_first = torch.sigmoid(gap)
         better = (torch.rand(p_first.shape, generator=generator, dtype=torch.float64) >= p_first).long()   # 0: first
         rows.append(as_row(prompt, texts, zip(first.tolist(), second.tolist()), better.tolist()))
     return rows
