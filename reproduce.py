@@ -9,6 +9,12 @@
     python reproduce.py rlhf                 # PPO: Panacea (LS, Tche), rewarded soups: 3 seeds
     python reproduce.py pama                 # PPO: PAMA, MORLHF and MGDA, one policy each: 3 seeds
     python reproduce.py stories --stories_init DIR --stories_text FILE      # text rewards on a real tiny Llama
+    python reproduce.py sft                  # the SFT objective, m = 2: Panacea (LS, Tche), rewarded soups
+    python reproduce.py ten                  # m = 10 by SFT and by DPO
+    python reproduce.py hhc                  # helpful, harmless, concise, by DPO and by RLHF
+    python reproduce.py hqd                  # ParetoHqD and its ablations: 3 seeds
+    python reproduce.py everything           # runs of all of the above with m = 2 in the one space of mean scores
+    python reproduce.py labels               # Appendix A: pooled scalar labels
 """
 import subprocess
 import sys
@@ -18,8 +24,8 @@ from pathlib import Path
 import numpy as np
 
 import eval_front
-from common import ROOT, UserError, flag, pick_device, read_json, run_main
-from plots import draw_fronts
+from common import ROOT, UserError, flag, pick_device, read_json, run_main, write_json
+from plots import draw_comparison, draw_fronts
 
 
 @dataclass
@@ -38,6 +44,8 @@ class Flags:
 STORIES = ("--rewards", "dialogue", "narrative", "--eos_id", 1, "--max_new_tokens", 96, "--max_length", 144,
            "--batch_size", 48, "--steps", 100, "--kl_coeff", 0.1, "--ptx_coeff", 0.1)
 
+TEN = {"sft": (), "dpo": ()}                    # flags of the runs with ten dimensions
+
 
 def run(out, name, *flags, script="train_dpo.py"):
     """Runs a script with these flags unless out/name is finished. Returns its front.json."""
@@ -51,16 +59,22 @@ def run(out, name, *flags, script="train_dpo.py"):
     return read_json(path / "front.json")
 
 
+def mean_of(x):
+    """"mean ± standard deviation" of numbers; of one number there is no ±, and of None a dash."""
+    if None in x:
+        return "-"
+    return f"{np.mean(x):.4f}" + (f" ± {np.std(x, ddof=1):.4f}" if len(x) > 1 else "")
+
+
 def summary(rows):
     """Prints one line a method: mean ± standard deviation over its seeds. rows: {label: [front.json, …]}"""
-    print(f"\n{'':34} {'HV share':>16} {'IP':>15} {'sparsity':>17} {'spacing':>17} {'min Spearman':>12} "
+    print(f"\n{'':34} {'HV share':>16} {'J share':>15} {'IP':>15} {'sparsity':>17} {'spacing':>17} {'min Spearman':>12} "
           f"{'max outside':>11} {'models':>6} {'steps':>6}")
     for label, fronts in rows.items():
         cells = []
-        for key in ("hypervolume_share", "inner_product", "sparsity", "spacing"):
-            x = np.array([f[key] for f in fronts])
-            cells.append(f"{x.mean():.4f}" + (f" ± {x.std(ddof=1):.4f}" if len(x) > 1 else ""))      # one seed: no ±
-        print(f"{label:34} {cells[0]:>16} {cells[1]:>15} {cells[2]:>17} {cells[3]:>17} "
+        for key in ("hypervolume_share", "objective_share", "inner_product", "sparsity", "spacing"):
+            cells.append(mean_of([f.get(key) for f in fronts]))
+        print(f"{label:34} {cells[0]:>16} {cells[1]:>15} {cells[2]:>15} {cells[3]:>17} {cells[4]:>17} "
               f"{min(min(f['spearman']) for f in fronts):12.3f} {max(max(f['outside_mass']) for f in fronts):11.3f} "
               f"{fronts[0]['models']:6d} {fronts[0]['steps']:6d}")
 
@@ -165,9 +179,97 @@ def stories(flags):
         print(f"λ = {lam}: {texts[flags.stories_prompt]}\n")
 
 
+def of_seeds(flags, script, names, *more):
+    """front.json of a run for each seed; names: with {} for the seed."""
+    return [run(flags.out, names.format(s), *more, "--seed", s, script=script) for s in range(flags.seeds)]
+
+
+def sft(flags):
+    """The SFT objective, m = 2: Panacea by LS and by Tche, rewarded soups at the same total steps."""
+    rows = {"panacea sft ls": of_seeds(flags, "train_sft.py", "sft-ls-seed{}"),
+            "panacea sft tche": of_seeds(flags, "train_sft.py", "sft-tche-seed{}", "--aggregate", "tche"),
+            "rs sft": of_seeds(flags, "train_sft.py", "sft-rs-seed{}", "--method", "rs")}
+    summary(rows)
+    draw_fronts([rows["panacea sft ls"][0], rows["rs sft"][0]], Path(flags.out) / "sft.png")
+
+
+def ten(flags):
+    """Ten dimensions in one model, by SFT and by DPO."""
+    rows = {f"m = 10, {name}": [run(flags.out, f"m10-{name}-ls-seed0", "--pref_dim", 10, *TEN[name],
+                                    script=f"train_{name}.py")] for name in ("sft", "dpo")}
+    summary(rows)
+    for name, (front,) in rows.items():
+        draw_fronts([front], Path(flags.out) / f"ten_{name.split()[-1]}.png")
+
+
+def hhc(flags):
+    """Helpful, harmless, concise: Panacea, rewarded soups and six single models (at Panacea's total steps), by DPO on
+    the world's labels and by RLHF with the conciseness reward of the paper's second version, c = 12 words."""
+    few = ("--method", "dps", "--dps_parts", 2)
+    for name, script, more in (("dpo", "train_dpo.py", ("--pref_dim", 3)),
+                               ("ppo", "train_ppo.py", ("--rewards", "helpful", "harmless", "concise:12"))):
+        rows = {f"panacea {name}": [run(flags.out, f"hhc-{name}-panacea", *more, script=script)],
+                f"rs {name}": [run(flags.out, f"hhc-{name}-rs", *more, "--method", "rs", script=script)],
+                f"dps {name}": [run(flags.out, f"hhc-{name}-dps", *more, *few, script=script)]}
+        summary(rows)
+        draw_fronts([row[0] for row in rows.values()], Path(flags.out) / f"hhc_{name}.png")
+
+
+def hqd(flags):
+    """ParetoHqD, without its second stage, with linear scalarisation for directions, and on the whole data set."""
+    script = "train_hqd.py"
+    rows = {"ParetoHqD": of_seeds(flags, script, "hqd-seed{}"),
+            "stage 1 alone": of_seeds(flags, script, "hqd-stage1-seed{}", "--no-stage2"),
+            "linear scalarisation": of_seeds(flags, script, "hqd-linear-seed{}", "--select", "linear"),
+            "whole data set": [run(flags.out, "hqd-all-seed0", "--select", "all", script=script)]}
+    summary(rows)
+    compare_all({label: [f["run"] for f in fronts] for label, fronts in rows.items()}, Path(flags.out) / "hqd")
+
+
+def everything(flags):
+    """All methods in the space of mean scores, m = 2: runs of results, dps, rlhf, pama, sft and hqd."""
+    seeds = lambda name: [str(Path(flags.out) / name.format(s)) for s in range(flags.seeds)]
+    compare_all({"Panacea, DPO": seeds("m2-panacea-ls-seed{}"), "Panacea, RLHF": seeds("ppo-ls-seed{}"),
+                 "Panacea, SFT": seeds("sft-ls-seed{}"), "RS, DPO": seeds("m2-rs-ls-seed{}"),
+                 "RS, RLHF": seeds("ppo-rs-seed{}"), "RS, SFT": seeds("sft-rs-seed{}"),
+                 "DPS, DPO (5 models)": [str(Path(flags.out) / "m2-dps5-ls-seed0")],
+                 "PAMA (V)": seeds("ppo-pamav-seed{}"), "PAMA (T)": seeds("ppo-pamat-seed{}"),
+                 "MGDA": seeds("ppo-mgda-seed{}"), "ParetoHqD": seeds("hqd-seed{}")}, Path(flags.out) / "everything")
+
+
+def compare_all(groups, out):
+    """eval_front.compare of finished runs, {label: [run directory, …]}: a line a label, compare.json, compare.png."""
+    missing = [run for runs in groups.values() for run in runs if not (Path(run) / "front.json").exists()]
+    if missing:
+        raise UserError(f"{missing[0]} is not there: run the part of reproduce.py that makes it first")
+    fronts = [(label, read_json(Path(run) / "front.json") | {"run": run}) for label, runs in groups.items()
+              for run in runs]
+    c = eval_front.compare([front for _, front in fronts], pick_device("auto")[0])
+    for r, (label, _) in zip(c["runs"], fronts):
+        r["label"] = label
+    write_json(out / "compare.json", c)
+    draw_comparison(c, out / "compare.png")
+    keys = ("hypervolume", "hypervolume_share", "inner_product", "sparsity", "spacing", "of_best")
+    print(f"\n{'':24} {'models':>6}" + "".join(f"{key:>18}" for key in (*keys, "KL mean", "KL max", "train s")))
+    for label in groups:
+        of = [r for r in c["runs"] if r["label"] == label]
+        cells = [mean_of([r[key] for r in of]) for key in keys]
+        cells += [mean_of([f(r["kl"]) for r in of]) for f in (np.mean, np.max)]
+        cells += [f"{np.mean([r['train_seconds'] for r in of]):.0f}"]
+        print(f"{label:24} {of[0]['models']:6d}" + "".join(f"{cell:>18}" for cell in cells))
+
+
+def labels(flags):
+    """Appendix A, against the Panacea run of `results`."""
+    import appendix_a                                                  # here: it trains too
+    panacea = run(flags.out, "m2-panacea-ls-seed0")["run"]
+    appendix_a.main(appendix_a.Flags(panacea=panacea, out=str(Path(flags.out) / "appendix-a")))
+
+
 def main(flags):
     """Runs what was asked for, in order."""
-    parts = {f.__name__: f for f in (results, three, dps, scaling, evolution, beta, rlhf, pama, stories)}
+    parts = {f.__name__: f for f in (results, three, dps, scaling, evolution, beta, rlhf, pama, stories, sft,
+                                      ten, hhc, hqd, everything, labels)}
     for what in flags.what:
         if what not in parts:
             raise UserError(f"{what!r}: choose among {', '.join(parts)}")
