@@ -187,12 +187,13 @@ def metrics(lams, points, reference):
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Runs of every kind in one space.
 
-BUDGETS = (0.1, 0.25, 0.5, 1.0, 2.0)            # nats from the reference that the limits in the picture are drawn for
+BUDGETS = (0.1, 0.25, 0.5, 1.0, exact.NATS)     # nats from the reference that the picture has limits for
 
 
 def compare(results, device):
     """All runs in the one space that they share, the mean scores of what they say: exact expectations over the embedded
-    world's responses. 0 and 1 are the worst and the best value of a dimension on the front of what any policy can reach.
+    world's responses. 0 and 1 are the worst and the best value of a dimension on the front of what any policy within
+    exact.NATS nats of the reference can reach; a hypervolume's share is of the front without any limit.
 
     results: front.json of each, of equal dims and base. Returns a dict: limits, the exact fronts of the largest mean
     scores within each of BUDGETS nats of the reference and without any limit; base; runs: label, points (N, m), KL (N),
@@ -210,12 +211,14 @@ def compare(results, device):
     dims = results[0]["dims"]
     world = World(dims, load_tokenizer(configs[0]["tokenizer"]), device)
     world.reference(base_of(configs[0], device))
-    grid = exact.front_preferences(len(dims), torch.empty(0, len(dims)))
-    whole = exact.score_front(grid, world.scores, world.ref)
-    place = lambda scores: exact.normalise(scores, whole)
-    limits = [{"kl": budget, "points": place(exact.score_front(grid, world.scores, world.ref, budget)["J"]).tolist()}
-              for budget in BUDGETS] + [{"kl": None, "points": whole["points"]}]
     ref, before = world.ref.log_softmax(-1), world.mean_scores(world.ref)
+    grid = exact.front_preferences(len(dims), torch.empty(0, len(dims)))
+    limits, *_ = optimum.score_front(grid, world.scores, ref, [*BUDGETS, None])                        # (K, N, m)
+    scale = {"ideal": limits[BUDGETS.index(exact.NATS)].amax(0).tolist(),
+             "nadir": limits[BUDGETS.index(exact.NATS)].amin(0).tolist()}
+    place = lambda scores: exact.normalise(scores, scale)
+    reference = [exact.REFERENCE] * len(dims)
+    whole = hypervolume(place(limits[-1]), reference)
     runs = []
     for r in results:
         lams, scores = torch.tensor(r["lams"], dtype=torch.float64), torch.tensor(r["scores"], dtype=torch.float64)
@@ -225,11 +228,12 @@ def compare(results, device):
         runs.append({**{k: r[k] for k in ("run", "script", "method", "aggregate", "seed", "models", "steps", "lams", "kl",
                                           "outside_mass")},
                      "label": kind_of(r), "points": points.tolist(), "of_best": gain.mean().item(),
-                     **metrics(r["lams"], points, [exact.REFERENCE] * len(dims)),
-                     "hypervolume_share": hypervolume(points, [exact.REFERENCE] * len(dims)) / whole["hypervolume"],
+                     **metrics(r["lams"], points, reference),
+                     "hypervolume_share": hypervolume(points, reference) / whole,
                      "train_seconds": read_json(Path(r["run"]) / "timing.json")["train_seconds"]})
-    return {"dims": dims, "points_are": "normalised mean score", "base": place(before).tolist(), "limits": limits,
-            "ideal": whole["ideal"], "nadir": whole["nadir"], "limit_lams": whole["lams"], "runs": runs}
+    return {"dims": dims, "points_are": "normalised mean score", "base": place(before).tolist(), **scale,
+            "limits": [{"kl": k, "points": place(J).tolist()} for k, J in zip([*BUDGETS, None], limits)],
+            "limit_lams": grid.tolist(), "runs": runs}
 
 
 def kind_of(r):
@@ -375,8 +379,9 @@ def main(flags):
         write_json(out / "compare.json", c)
         draw_comparison(c, out / "compare.png")
         print(comparison_table(c))
-        print(f"mean scores of what the runs say, 0 and 1 being the ends of the front of what any policy can reach; of "
-              f"best: of the largest gain in λ·scores at the same KL; picture: {out / 'compare.png'}")
+        print(f"mean scores of what the runs say, 0 and 1 being the ends of the front of what any policy can reach within "
+              f"{exact.NATS:g} nats of the base; HV share: of the front without a limit; of best: of the largest gain in "
+              f"λ·scores at the same KL; picture: {out / 'compare.png'}")
     return results
 
 

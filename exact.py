@@ -15,6 +15,7 @@ from data import optimum, toy
 from pareto import hypervolume
 
 REFERENCE = -0.1                # the hypervolume's reference point in every dimension of normalised points
+NATS = 2.0                      # mean scores are normalised by the front of what is within so many nats of the reference
 
 
 def dpo_front(lams, dims, aggregate, ref, beta, ideal=None, split="eval"):
@@ -68,10 +69,14 @@ def rlhf_front(lams, data, flags, everything=False):
 
 def score_front(lams, scores, ref, budget=None):
     """The largest mean scores that a policy can have, at most `budget` nats from the reference (None: at any distance):
-    the outer limit of every method. scores: (X, S, m)   ref: (X, S) log π_ref. J are mean scores."""
-    J, _, beta = optimum.score_front(lams, scores, ref.log_softmax(-1), [budget])
+    the outer limit of every method. scores: (X, S, m)   ref: (X, S) log π_ref. J are mean scores.
+
+    Points of every budget have one scale, that of NATS: without a limit the base itself, and all that stays near it, can
+    lie below the worst that is on the front.
+    """
+    J, _, beta = optimum.score_front(lams, scores, ref.log_softmax(-1), [budget, NATS])
     logps = (ref + torch.einsum("xsm,nm->nxs", scores, lams.double()) / beta[0][:, None, None]).log_softmax(-1)
-    return _front(lams, J[0], J[0].amax(0), J[0].amin(0), logps, None)
+    return _front(lams, J[0], J[1].amax(0), J[1].amin(0), logps, None)
 
 
 def _front(lams, J, best, worst, logps, z):
