@@ -26,7 +26,7 @@ from svd_lora import adapters_off, load_adapter, merged_state_dict, set_preferen
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Log-probs of responses under a model.
 
-def world_batches(prompts, tokenizer, device, responses=32, rows=40):
+def world_batches(prompts, tokenizer, device, responses=32, rows=20):
     """All responses to `prompts`, packed for world_logprobs: `responses` neighbours a tree, `rows` trees a batch."""
     cut = [toy.as_row(x, texts[i:i + responses]) for x in prompts for texts in [toy.responses(x)]
            for i in range(0, len(texts), responses)]
