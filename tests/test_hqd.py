@@ -19,11 +19,10 @@ from data.offline import draw_world, read_offline
 from data.prompts import split
 from data.rewards import text_rewards
 from data.tokenizers import load_tokenizer, spoken
-from svd_lora import read_adapter_header
+from model import Transformer
+from svd_lora import load_adapter, read_adapter_header
 from test_rlhf_front import shrink
-from test_scripts import SHARED, metrics, script
-
-STORIES = SHARED / "material/text/tinystories_sample.txt"
+from test_scripts import metrics, script
 
 
 # ---- offline sets ----
@@ -259,17 +258,22 @@ def test_together_is_one_after_the_other(mini, together):
     assert min(moved) > 1e-2                                             # far more than that
 
 
-def test_losses_are_nats_a_token_of_the_base_at_first(together):
-    """σ = 0 at first: the loss of step 1 is the base's, all tokens of an adapter's rows in one mean."""
-    from model import Transformer
+@pytest.mark.parametrize("stage", [1, 2])
+def test_first_losses_are_nats_a_token_of_what_the_stage_begins_with(together, stage):
+    """Of the base in stage 1, since σ = 0; of stage 1's adapters in stage 2. One mean over all tokens of an adapter."""
     run, batches = together
-    model, losses = Transformer.from_pretrained("out/base-tiny-seed0"), []
-    for rows in (batches[0][:3], batches[0][3:6], batches[0][6:]):
+    rows, losses, by_response = batches[0 if stage == 1 else 4], [], []
+    for a in range(3):
+        model = Transformer.from_pretrained("out/base-tiny-seed0")
+        if stage == 2:
+            load_adapter(model, run / f"snapshots/stage1-{a:03d}.safetensors")
         nats = [-model(torch.tensor([row.prompt + y]))[0, len(row.prompt) - 1:-1].log_softmax(-1)[range(len(y)), y]
-                for row in rows for y in row.responses]
+                for row in rows[3 * a:3 * a + 3] for y in row.responses]
         losses.append(torch.cat(nats).mean().item())
-        assert abs(losses[-1] - np.mean([x.mean().item() for x in nats])) > 1e-4 or len({len(x) for x in nats}) == 1
-    assert metrics(run)[0]["losses"] == pytest.approx(losses, rel=1e-4)
+        by_response.append(np.mean([x.mean().item() for x in nats]))
+    first = next(r for r in metrics(run) if r["stage"] == stage and r["step"] == 1)
+    assert first["losses"] == pytest.approx(losses, rel=1e-4)
+    assert first["losses"] != pytest.approx(by_response, rel=1e-3)       # wrong: each response's own mean first
 
 
 class Killed(Exception):
@@ -309,16 +313,6 @@ def test_another_seed_is_another_run(mini, together):
     other = go("seed", together=True, max_grad_norm=0.02, seed=1)
     for file in ("selection.json", "generated.jsonl", "adapter-000.safetensors"):
         assert (other / file).read_bytes() != (together[0] / file).read_bytes()
-
-
-def test_stage_2_goes_on_where_stage_1_ended(together):
-    run, _ = together
-    for before, after in zip(adapters(run, 1), adapters(run)):
-        gaps = [(before[key] - after[key]).abs().max().item() for key in before if key.endswith(("U", "sigma"))]
-        size = max(before[key].abs().max().item() for key in before if key.endswith("U"))
-        assert 0 < max(gaps) < size                                      # wrong: a fresh adapter, or the same again
-    first = next(r for r in metrics(run) if r["stage"] == 2 and r["step"] == 1)
-    assert min(first["lr"], metrics(run)[0]["lr"]) == max(first["lr"], metrics(run)[0]["lr"])
 
 
 def test_degenerate_answers_are_counted_and_dropped(mini, monkeypatch):
@@ -404,7 +398,7 @@ def test_an_offline_set_of_one_s_own(mini, capsys):
     rows += [{"prompt": f"How do I clean {i} bicycles?", "response_0": say(), "response_1": say()} for i in range(5)]
     file = write(mini / "own.jsonl", rows)
     run = go("own", data=[file], init="out/base-tiny-seed0", rewards=["length", "narrative"], near=10, steps=2,
-             steps2=1, prompts2=None, samples2=None, max_new_tokens=16, together=True)
+             steps2=1, prompts2=None, samples2=None, max_new_tokens=16, together=True, eval=True)
     train, held = split(read_offline([file])[0])
     assert len(train) + len(held) == 50 and len(held) >= 2
     said, s, config = answers_of(run), read(run, "selection.json"), read(run, "config.json")
@@ -418,6 +412,9 @@ def test_an_offline_set_of_one_s_own(mini, capsys):
     assert s["stage 2"]["representatives"][0]["outside"] is None
     counts = f"{len(train)} pairs, {len(held)} held out, dropped: 0 short, 0 empty, 0 duplicate\n"
     assert counts in capsys.readouterr().out
+    r = read(run, "front.json")                                          # on sampled answers to the held-out prompts
+    assert r["points_are"] == "normalised mean reward" and r["lams"] == [[0, 1], [0.5, 0.5], [1, 0]]
+    assert np.shape(read(run, "samples.json")["raw"]) == (3, 4 * len({row.prompt for row in held}), 2)
 
 
 # ---- bad input ----
