@@ -150,7 +150,7 @@ def plane_figure(results):
         fig, axes = plt.subplots(1, 2, figsize=(13, 5.8), layout="constrained")
         panels.append(
             ("scores", "Bradley-Terry score", "What the model says: mean scores (grey: of the optimal policies)")
-            if world else ("J", "normalised reward − β KL" if sampled else goal, f"Held-out objective, J = {goal}"))
+            if world else ("J", f"normalised {goal}" if sampled else goal, f"Held-out objective, J = {goal}"))
     for ax, (key, unit, title) in zip(axes, panels):
         if world:                                             # on the right: the scores of the same optimal policies
             ax.plot(*arrays(first["exact"], key)[1].T, color=EXACT, lw=1.5, zorder=1,
@@ -191,9 +191,7 @@ def triangulated(lams):
     """The triangulation of preferences (N, 3); None where they all lie on a line, or are fewer than three."""
     if len(lams) < 3 or np.linalg.matrix_rank(lams - lams[0], tol=1e-3) < 2:
         return None
-    mesh = tri.Triangulation(*ternary(lams).T)
-    mesh.set_mask(tri.TriAnalyzer(mesh).get_flat_tri_mask(1e-3))                # flat ones along the edges: rounding
-    return mesh
+    return tri.Triangulation(*ternary(lams).T)
 
 
 def mixed(lams):
@@ -215,7 +213,7 @@ def triangle_figure(results):
         tenths = (np.abs(E_lams * 10 - np.round(E_lams * 10)) < 1e-6).all(1)                  # a net over the surface
         for at, look in ((slice(None), dict(color="0.8", alpha=0.35, lw=0)),
                          (tenths, dict(color=(0, 0, 0, 0), shade=False, lw=0.6, edgecolor="0.55"))):
-            space.plot_trisurf(*E[at].T, triangles=triangulated(E_lams[at]).get_masked_triangles(), **look)
+            space.plot_trisurf(*E[at].T, triangles=triangulated(E_lams[at]).triangles, **look)
     for n, (r, look) in enumerate(zip(results, styles)):
         lams, P = arrays(r)
         dots = dict(c=mixed(lams), marker=look["marker"], edgecolors="k", linewidths=0.5, alpha=look["alpha"])
@@ -293,17 +291,21 @@ def parallel_figure(results):
 def draw_parallel(ax, r):
     """Parallel coordinates of one run: an axis a dimension, a line a preference; bold those nearest to the vertices."""
     lams, P = arrays(r)
-    m, x = lams.shape[1], np.arange(lams.shape[1])
-    if r["exact"]:
+    m, x, base = lams.shape[1], np.arange(lams.shape[1]), r["base"]["points"]
+    shown = np.vstack([P] + ([base] if base is not None else []))
+    low, high = shown.min(), shown.max()
+    if r["exact"]:                                            # its lower end may be far below what a short run moves
         E = np.array(r["exact"]["points"])
         ax.fill_between(x, E.min(0), E.max(0), color="0.93", zorder=0, label="Range of the exact front")
+        high = max(high, E.max())
+    ax.set_ylim(low - 0.05 * (high - low) - 1e-9, high + 0.05 * (high - low) + 1e-9)
     ax.plot(x, P.T, color="0.6", lw=0.6, alpha=min(0.7, max(0.08, 40 / len(P))), zorder=1)
     for i in range(m):
         n, color = nearest(lams, np.eye(m)[i]), DIMENSION[i % len(DIMENSION)]
         ax.plot(x, P[n], color=color, lw=1.8, zorder=3)
         ax.plot(i, P[n, i], color=color, marker="o", ms=10, markeredgecolor="white", zorder=4)
-    if r["base"]["points"] is not None:
-        ax.plot(x, r["base"]["points"], color=BASE, ls="--", lw=2, zorder=5, label="Base model")
+    if base is not None:
+        ax.plot(x, base, color=BASE, ls="--", lw=2, zorder=5, label="Base model")
     if len(P) > m:
         ax.plot([], [], color="0.6", lw=1, label="Other preferences")
     ax.set_xticks(x, r["dims"], rotation=25 if m > 6 else 0)
@@ -385,6 +387,7 @@ def draw_limits_plane(ax, c, styles, i, j):
                 color=BASE, ha="center", va="top", path_effects=OUTLINE)
     ax.set(xlabel=f"{c['dims'][i]}  ({c['points_are']}; right is better)",
            ylabel=f"{c['dims'][j]}  ({c['points_are']}; up is better)")
+    ax.margins(0.08)
     ax.grid(alpha=0.25)
 
 

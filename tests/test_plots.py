@@ -71,8 +71,8 @@ def test_the_ternary_transform_sends_corners_to_corners_and_the_centre_to_the_ce
 
 
 def test_preferences_fill_a_triangle_or_have_no_triangulation():
-    lattice = exact.evaluation_preferences(3, 4).numpy()
-    assert len(plots.triangulated(lattice).get_masked_triangles()) == 16               # 4²: all small triangles
+    lattice = exact.evaluation_preferences(3, 7).numpy().round(6)                       # as front.json holds it
+    assert len(plots.triangulated(lattice).triangles) == 49               # 7²: all small triangles
     assert plots.triangulated(lattice[:1]) is None
     assert plots.triangulated(lattice[lattice[:, 0] == 0]) is None                     # all on one side
 
@@ -133,8 +133,7 @@ def test_three_dimensions_show_space_triangles_and_planes():
     x, y, z = [c for c in space.collections if c.get_label().startswith("Panacea")][0]._offsets3d
     assert np.allclose(sorted(np.stack([x, y, z], 1).tolist()), sorted(r["points"]))
     for i, ax in enumerate(triangles):
-        heat = ax.collections[0].get_array()
-        assert np.allclose(sorted(heat), sorted(np.array(r["points"])[:, i]))
+        assert np.allclose(ax.collections[0].get_array(), plots.arrays(r)[1][:, i])
     P, E, E_lams = np.array(r["points"]), np.array(r["exact"]["points"]), np.array(r["exact"]["lams"])
     for ax, (i, j) in zip(planes, ((0, 1), (0, 2), (1, 2))):
         without = np.delete(E_lams, [i, j], 1)[:, 0] == 0
@@ -148,6 +147,7 @@ def test_more_dimensions_show_lines_conflicts_and_every_dimension(m):
     parallel, heat, small = fig.axes[0], fig.axes[1], [ax for ax in fig.axes if ax.get_xlabel().startswith("λ of")]
     bold = [line.get_ydata() for line in parallel.lines if line.get_linewidth() == 1.8]
     assert np.allclose(bold, 0.9 * np.eye(m))                                           # all weight on one: √1, else 0
+    assert all(shows(parallel, [(i, 0.9)]) for i in range(m))                           # its dot
     assert np.allclose(heat.images[0].get_array(), 0.9 * np.eye(m) - 0.2)
     assert len(small) == m
     for i, ax in enumerate(small):
@@ -192,7 +192,8 @@ def test_a_comparison_shows_runs_and_limits(m, panels, tmp_path):
         assert shows(main, np.array(c["limits"][0]["points"])[edge][:, :2]) and shows(main, [[0.2, 0.2]])
         edge = [n for n, lam in enumerate(runs[0]["lams"]) if lam[0] + lam[1] > 1 - 1e-9]
         assert shows(main, np.array(runs[0]["points"])[edge][:, :2])
-        assert shows(main, np.array(runs[3]["points"])[:, :2])                          # one policy, wherever it is
+        large = [line.get_xydata() for line in main.lines if line.get_markersize() == 9]
+        assert [runs[3]["points"][0][:2]] in [xy.tolist() for xy in large]              # one policy, wherever it is
     else:
         for level in (0.5, 1.0, 0.9, 0.6):                                    # limits and runs at the vertices
             assert shows(main, [(i, level) for i in range(m)])
