@@ -79,7 +79,7 @@ class Flags(RunFlags):
         "directions", "the points near λ's direction; ablations: the largest Σ λ_i r_i, or the whole set for every λ")
     near: int = flag(100, "k: pairs that a preference trains on in stage 1")
     near2: int | None = flag(None, "… and in stage 2 (default k / 2)")
-    min_pool: int | None = flag(None, "layers of non-dominated pairs are taken until they hold so many (default 10 k)")
+    min_pool: int | None = flag(None, "layers of non-dominated pairs are taken until they hold so many (default 3 k)")
     layers: int | None = flag(None, "so many layers instead")
     quantile: float = flag(0.0, "ranges of the rewards from this quantile to 1 minus it, against outliers")
     # stage 2
@@ -92,7 +92,7 @@ class Flags(RunFlags):
     merge_pool: bool = flag(False, "stage 2 selects among the answers and the offline set, not among answers alone")
     # hyper-parameters
     steps: int = flag(200, "optimizer steps of each adapter in stage 1")
-    steps2: int | None = flag(None, "… and in stage 2 (default: as many)")
+    steps2: int | None = flag(None, "… and in stage 2 (default a quarter: the paper's 200 learn 50 pairs by heart)")
     batch_size: int = flag(8, "B: pairs a step of each adapter")
     lora_dim: int = flag(8, "the rank of an adapter is this + 1, as for the other baselines")
     lora_scaling: float = flag(512.0, "the adapter's gain is lora_scaling / lora_dim")
@@ -221,8 +221,10 @@ def defaults(flags, model, device):
         flags.together = device.type == "cuda"
     if flags.near2 is None:
         flags.near2 = max(1, flags.near // 2)
+    if flags.min_pool is None and flags.layers is None:
+        flags.min_pool = 3 * flags.near                       # deeper layers lie below the front, yet rays meet them
     if flags.steps2 is None:
-        flags.steps2 = flags.steps
+        flags.steps2 = max(1, flags.steps // 4)
     if flags.samples2 is None:
         flags.samples2 = 8 if flags.data is None else 1
     if flags.lr is None:
