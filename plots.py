@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 
 from common import write_whole
+from exact import NATS
 
 matplotlib.use("Agg")
 from matplotlib import colors, patheffects, pyplot as plt, ticker, tri  # noqa: E402  (after the backend)
@@ -75,8 +76,9 @@ def looks(runs):
     several, result = len({r["script"] for r in runs}) > 1, []
     for j, (r, f, name) in enumerate(zip(runs, family, names)):
         shades = list(dict.fromkeys(n for n, g in zip(names, family) if g == f))
-        k, t = shades.index(name), np.linspace(-0.35, 0.5, len(shades))[shades.index(name)] * (len(shades) > 1)
-        color = (1 - abs(t)) * np.array(colors.to_rgb(STYLE[f][0])) + max(t, 0)           # towards black or white
+        k, color = shades.index(name), np.array(colors.to_rgb(STYLE[f][0]))
+        t = np.linspace(-0.3 if color.any() else 0, 0.42, len(shades))[k] if len(shades) > 1 else 0
+        color = (1 - abs(t)) * color + max(t, 0)                                          # towards black or white
         marker = (OBJECTIVE[r["script"]][1] if several and f in ("panacea", "rs", "dps") else
                   (STYLE[f][1] + "X<ph>8")[k % 7])
         result.append({"color": color, "marker": marker, "alpha": 0.3 if name in names[:j] else 1.0, "name": name,
@@ -133,9 +135,10 @@ def plane_figure(results):
     first, dims = results[0], results[0]["dims"]
     world, are, goal = first["exact"] is not None, first["points_are"], OBJECTIVE[first["script"]][0]
     sampled = are == "normalised mean reward"
-    scale = ": 1 is the best that any policy can do, 0 the worst on the exact front"
-    panels = [{"normalised J": ("points", f"normalised {goal}", "Objectives" + scale),
-               "normalised mean score": ("points", are, "Mean scores" + scale),
+    panels = [{"normalised J": ("points", f"normalised {goal}", "Objectives: 1 is the best that any policy can do, 0 the "
+                                                             "worst on the exact front"),
+               "normalised mean score": ("points", are, f"Mean scores: 0 and 1 are the ends of the exact front within "
+                                                        f"{NATS:g} nats of the base"),
                "normalised mean reward": ("scores", "reward", "Mean rewards of sampled responses, ± standard error"),
                "implicit-reward accuracy": ("points", "share of pairs ordered as labelled",
                                             "Held-out accuracy of the implicit reward"),
@@ -243,7 +246,7 @@ def triangle_figure(results):
 def draw_triangle(ax, i, r):
     """A heat map of what dimension i reaches over the triangle of preferences; dots where they do not fill it."""
     lams, P = arrays(r)
-    low, high = (0, 1) if r["exact"] else (P.min(), P.max() + 1e-9)
+    low, high = (min(0, P.min()), max(1, P.max())) if r["exact"] else (P.min(), P.max() + 1e-9)
     shade = dict(vmin=low, vmax=high, cmap="cividis")
     if triangulated(lams) is None:
         image = ax.scatter(*ternary(lams).T, c=P[:, i], s=90, edgecolors="k", zorder=3, **shade)
@@ -254,7 +257,7 @@ def draw_triangle(ax, i, r):
             drawn = ax.tricontour(triangulated(at), values[:, i], levels, colors="white", linewidths=1.1,
                                   linestyles=style)
             if style == "solid":
-                ax.clabel(drawn, fontsize=8)
+                ax.clabel(drawn, fontsize=8, fmt="%.2g")
     corners = ternary(np.eye(3))
     ax.plot(*corners[[0, 1, 2, 0]].T, color="0.3", lw=1)
     for corner, dim, color, dy in zip(corners, r["dims"], CORNERS, (-0.08, -0.08, 0.08)):
@@ -464,6 +467,43 @@ def evolution_figure(steps, results):
     axes[1].set(xlabel="optimizer steps", ylabel="share of the exact front's hypervolume" if world else
                 f"hypervolume of the {first['points_are']}")
     for ax in axes:
+        ax.grid(alpha=0.25)
+    return fig
+
+
+def draw_labelers(r, path):
+    """Appendix A: what pooled labels make of a model. r: labelers.json of appendix_a.py, m = 2."""
+    save(labelers_figure(r), path)
+
+
+def labelers_figure(r):
+    """Left the plane of mean scores: each labeler's own best policy, and what he gets; right how well that serves him."""
+    labelers, scores, served = np.array(r["labelers"]), r["scores"], r["served"]
+    style = {"a model of his own": (EXACT, "*"), "Panacea (DPO), trained": (STYLE["panacea"][0], "o"),
+             "pooled DPO, trained": (STYLE["rs"][0], "X"), "pooled RLHF, exact: λ^opt": (STYLE["dps"][0], "s")}
+    fig, (plane, bars) = plt.subplots(1, 2, figsize=(12.5, 5.2), layout="constrained")
+    for name, (color, marker) in style.items():
+        P = np.array(scores[name])
+        one = np.ptp(P, axis=0).max() < 1e-9                                          # one model for all of them
+        plane.plot(*(P[:1] if one else P).T, marker=marker, ms=11, lw=0 if one else 1, color=color, label=name)
+    for lam, point in zip(labelers, np.array(scores["a model of his own"])):
+        plane.annotate(f"λ = ({lam[0]:g}, {lam[1]:g})", point, xytext=(8, 6), textcoords="offset points", fontsize=8)
+    plane.plot(*r["base"], marker="P", ms=11, ls="", color=BASE, label="Base model")
+    plane.set(xlabel=f"mean score of {r['dims'][0]}", ylabel=f"mean score of {r['dims'][1]}",
+              title="What the models say")
+    plane.margins(0.15)
+    plane.legend(fontsize=8.5)
+    names = [name for name in style if name != "a model of his own"]
+    for j, name in enumerate(names):
+        x = np.arange(len(labelers)) + (j - 1) * 0.27
+        bars.bar(x, served[name], 0.25, color=style[name][0], label=name)
+        for a, value in zip(x, served[name]):
+            bars.text(a, max(value, 0) + 0.015, f"{value:.2f}", ha="center", fontsize=8)
+    bars.axhline(1, color=EXACT, lw=1.2)
+    bars.set_xticks(range(len(labelers)), [f"({a:g}, {b:g})" for a, b in labelers])
+    bars.set(xlabel=f"labeler's λ = ({', '.join(r['dims'])})", title="How well each labeler is served: 1 as by his own "
+             "model, 0 as by the base", ylim=(min(0, min(map(min, served.values()))) - 0.02, 1.12))
+    for ax in (plane, bars):
         ax.grid(alpha=0.25)
     return fig
 
