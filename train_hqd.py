@@ -86,7 +86,8 @@ class Flags(RunFlags):
     stage2: bool = flag(True, "the second stage")
     prompts2: int | None = flag(None, "prompts that each representative answers (default: all, at most 10000)")
     samples2: int | None = flag(None, "answers to each (default 8 on the embedded world, 1 otherwise)")
-    max_new_tokens: int = flag(64, "an answer that has not ended by then is cut off, and dropped")
+    max_new_tokens: int | None = flag(None, "an answer that has not ended by then is cut off, and dropped (default 64 "
+                                            "on the embedded world, else 256, at most half of --max_length)")
     temperature: float = flag(1.0, "of these answers")
     top_p: float = flag(1.0, "nucleus that they are drawn from")
     merge_pool: bool = flag(False, "stage 2 selects among the answers and the offline set, not among answers alone")
@@ -125,13 +126,13 @@ def main(flags):
                if flags.data is None and of_world(flags.rewards) else
                named_rewards(flags.rewards, None, model, device))
     lams = preferences(flags, rewards.dims)                            # (A, m)
-    defaults(flags, model, device)
+    length = min(flags.max_length, model.config.context_length)
+    defaults(flags, model, length, device)
     rows, held_out = (rows, []) if flags.data is None else split(rows)
     print(f"offline set: {len(rows)} pairs, " + (f"{len(held_out)} held out, " if flags.data else "") + "dropped: "
           + ", ".join(f"{n} {why}" for why, n in dropped.items()))
     if len(rows) < flags.near:
         raise UserError(f"--near {flags.near}: the offline set has only {len(rows)} pairs to train on")
-    length = min(flags.max_length, model.config.context_length)
     if flags.max_new_tokens >= length:
         raise UserError(f"--max_new_tokens {flags.max_new_tokens} leave no room for a prompt in {length} tokens")
     tokens_of = lambda rows: tokenize(rows, tokenizer, length, length - flags.max_new_tokens)
@@ -215,8 +216,10 @@ def preferences(flags, dims):
     return lams / lams.sum(1, keepdim=True)
 
 
-def defaults(flags, model, device):
-    """Fills in the flags whose defaults depend on others."""
+def defaults(flags, model, length, device):
+    """Fills in the flags whose defaults depend on others. length: tokens that prompt and response may have together."""
+    if flags.max_new_tokens is None:
+        flags.max_new_tokens = min(64 if flags.data is None else 256, length // 2)
     if flags.together is None:
         flags.together = device.type == "cuda"
     if flags.near2 is None:
@@ -268,7 +271,7 @@ def measure_rewards(rewards, scores):
 def select(pool, lams, stage, dims, flags):
     """near (A, k): which pairs of the pool each preference trains on, a list of lists; and what there is to know of
     them, for selection.json."""
-    k = min(flags.near if stage == 1 else flags.near2, len(pool.rows))
+    k = flags.near if stage == 1 else flags.near2
     try:
         chosen = select_high_quality(pool.scores.numpy(), lams.numpy(), k, flags.min_pool, flags.layers, flags.quantile,
                                      flags.select)
@@ -330,10 +333,7 @@ def answers(model, out, lams, pool, rewards, tokens_of, tokenizer, resumed, memb
     said = [json.loads(line) for line in file.read_text().splitlines()]
     good = [s for s in said if s["ended"] and s["response"].strip() and not s["collapsed"]]
     rows, _ = distinct([(s["prompt"], s["response"]) for s in good])
-    if not rows:
-        raise UserError(f"{file}: all {len(said)} answers of stage 2 are degenerate; --no-stage2, fewer --steps, or "
-                        f"more --max_new_tokens")
-    scores, reports = score(rewards, rows), []
+    scores, reports = score(rewards, rows) if rows else pool.scores[:0], []
     outside = {(row.prompt, row.responses[0]) for row, s in zip(rows, scores) if known and (s == toy.OUTSIDE).all()}
     for a in representatives(lams):
         mine, kept = ([s for s in group if s["adapter"] == a] for group in (said, good))
@@ -346,6 +346,10 @@ def answers(model, out, lams, pool, rewards, tokens_of, tokenizer, resumed, memb
         print(f"stage 2 | lam {' '.join(f'{x:.2f}' for x in report['lam'])} answers {len(mine)} times | "
               + " | ".join(f"{key} {report[key]:.3f}" for key in ("collapsed", "empty", "cut_off", "outside")
                            if report[key] is not None) + f" | kept {len(kept)}")
+    if len(rows) < flags.near2 and not flags.merge_pool:
+        raise UserError(f"stage 2: {len(rows)} different answers of {len(said)} are left, --near2 asks for "
+                        f"{flags.near2}: give more --prompts2 or --samples2, more --max_new_tokens where they were cut "
+                        f"off, or fewer --steps")
     return Pool(rows, tokens_of(rows)[0], scores), reports
 
 

@@ -346,7 +346,7 @@ def test_degenerate_answers_are_counted_and_dropped(mini, monkeypatch):
     assert s["pairs"] == len(kept) and s["low"] == [toy.OUTSIDE] * 2     # what is none of the world's counts, as that
     assert any(y.startswith("Nobody") for _, y in kept) and not any(y.startswith(" so so") for _, y in kept)
     monkeypatch.setattr(train_hqd, "generate", lambda model, prompts, *args: [[eos]] * len(prompts))
-    with pytest.raises(UserError, match="all 90 answers of stage 2 are degenerate"):
+    with pytest.raises(UserError, match="0 different answers of 90 are left, --near2 asks for 6"):
         go("hopeless", steps=1, steps2=1)
 
 
