@@ -407,7 +407,8 @@ def explained_variance(parts):
     """1 − Var(G − V) / Var(G) over all tokens, the mean over the n heads; 0 where all returns are equal."""
     tokens = lambda key: torch.cat([getattr(e, key)[e.mask.bool()] for e in parts])                # (N', n)
     returns, values = tokens("returns"), tokens("values")
-    return (1 - (returns - values).var(0) / returns.var(0)).nan_to_num(0.0).mean().item()
+    spread, missed = returns.var(0), (returns - values).var(0)                                     # (n,)
+    return torch.where(spread > 1e-9, 1 - missed / spread.clamp(min=1e-9), 0.0).mean().item()
 
 
 def aggregated(e, logp, flags):

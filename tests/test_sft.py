@@ -273,6 +273,17 @@ def test_four_dimensions_run_and_are_evaluated(work):
     assert r["exact"]["share_at_these_lams"] == pytest.approx(1) and len(r["spearman"]) == 4
 
 
+@pytest.mark.parametrize("script, flags", [("train_dpo.py", ["--rows", 16, "--responses", 4]),
+                                           ("train_ppo.py", ["--batch_size", 16, "--samples", 4, "--max_new_tokens", 8])])
+def test_ten_dimensions_by_dpo_and_by_ppo(work, script, flags):
+    run = script[6:9] + "10"
+    here(script, "--pref_dim", 10, "--steps", 2, *flags, "--no-eval", "--out", f"out/{run}", cwd=work)
+    assert np.shape(metrics(work / "out" / run)[0]["lam"])[1] == 10
+    (r,) = here("eval_front.py", f"out/{run}", "--parts", 1, cwd=work)               # the ten vertices
+    assert np.shape(r["J"]) == (10, 10) and len(r["exact"]["lams"]) == 141 and r["dims"] == list(toy.DIMS)
+    assert -0.5 < r["objective_share"] < 1 and (work / "out" / run / "front.png").exists()
+
+
 # ---- runs of every kind in one space ----
 
 def test_comparison_of_runs_of_different_objectives(work):
