@@ -135,9 +135,9 @@ def plane_figure(results):
     first, dims = results[0], results[0]["dims"]
     world, are, goal = first["exact"] is not None, first["points_are"], OBJECTIVE[first["script"]][0]
     sampled = are == "normalised mean reward"
-    panels = [{"normalised J": ("points", f"normalised {goal}", "Objectives: 1 is the best that any policy can do, 0 the "
-                                                             "worst on the exact front"),
-               "normalised mean score": ("points", are, f"Mean scores: 0 and 1 are the ends of the exact front within "
+    panels = [{"normalised J": ("points", f"normalised {goal}",
+                                "Objectives: 1 is the best that any policy can do, 0 the worst on the exact front"),
+               "normalised mean score": ("points", are, "Mean scores: 0 and 1 are the ends of the exact front within "
                                                         f"{NATS:g} nats of the base"),
                "normalised mean reward": ("scores", "reward", "Mean rewards of sampled responses, ± standard error"),
                "implicit-reward accuracy": ("points", "share of pairs ordered as labelled",
@@ -169,8 +169,8 @@ def plane_figure(results):
             ax.plot(*P.T, color=look["color"], marker=look["marker"], ms=6, lw=1, alpha=look["alpha"],
                     label=legend_text(look), zorder=2 + len(results) - j)
             for n in range(0, len(P) if j == 0 and len(P) > 1 else 0, -(-len(P) // 11)):    # λ along the first run
-                ax.annotate(f"{lams[n, 0]:.1f}", P[n], xytext=(7, 5), textcoords="offset points", fontsize=8,
-                            color=look["color"], path_effects=OUTLINE, zorder=99)
+                ax.annotate(f"{lams[n, 0]:.2g}", P[n], xytext=(7, 5), textcoords="offset points", fontsize=8,
+                            color=look["color"], path_effects=OUTLINE, zorder=1.5)
         if first["base"][key] is not None:
             ax.plot(*first["base"][key], marker="*", ms=15, color=BASE, ls="", label="Base model, before alignment",
                     zorder=98)
@@ -178,7 +178,7 @@ def plane_figure(results):
         ax.set_title(title, fontsize=11)
         ax.grid(alpha=0.25)
         if ax is axes[0] or not world:
-            ax.legend(fontsize=8.5, loc="lower left" if world else "best")
+            ax.legend(fontsize=8.5)
     fig.suptitle(f"One preference λ = (weight of {dims[0]}, weight of {dims[1]}) a point; "
                  f"small numbers: weight of {dims[0]}", fontsize=11)
     return fig
@@ -477,7 +477,7 @@ def draw_labelers(r, path):
 
 
 def labelers_figure(r):
-    """Left the plane of mean scores: each labeler's own best policy, and what he gets; right how well that serves him."""
+    """Left the plane of mean scores: each labeler's best policy, and what he gets; right how well it serves him."""
     labelers, scores, served = np.array(r["labelers"]), r["scores"], r["served"]
     style = {"a model of his own": (EXACT, "*"), "Panacea (DPO), trained": (STYLE["panacea"][0], "o"),
              "pooled DPO, trained": (STYLE["rs"][0], "X"), "pooled RLHF, exact: λ^opt": (STYLE["dps"][0], "s")}
