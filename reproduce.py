@@ -232,7 +232,7 @@ def everything(flags):
     compare_all({"Panacea, DPO": seeds("m2-panacea-ls-seed{}"), "Panacea, RLHF": seeds("ppo-ls-seed{}"),
                  "Panacea, SFT": seeds("sft-ls-seed{}"), "RS, DPO": seeds("m2-rs-ls-seed{}"),
                  "RS, RLHF": seeds("ppo-rs-seed{}"), "RS, SFT": seeds("sft-rs-seed{}"),
-                 "DPS, DPO (5 models)": [str(Path(flags.out) / "m2-dps5-ls-seed0")],
+                 "DPS, DPO": [str(Path(flags.out) / "m2-dps5-ls-seed0")],
                  "PAMA (V)": seeds("ppo-pamav-seed{}"), "PAMA (T)": seeds("ppo-pamat-seed{}"),
                  "MGDA": seeds("ppo-mgda-seed{}"), "ParetoHqD": seeds("hqd-seed{}")}, Path(flags.out) / "everything")
 
