@@ -303,8 +303,9 @@ def answers(model, out, lams, pool, rewards, tokens_of, tokenizer, resumed, memb
     """What the representatives' stage-1 models answer to prompts of the offline set -> (Pool, a report of each).
 
     Degenerate answers are dropped before anything is sorted, for reward models love some of them: those that were cut
-    off, are empty, or fell into a loop (data.rewards.collapsed). They are kept in generated.jsonl, which a run that
-    was killed in stage 2 reads again (`resumed`).
+    off, are empty, or fell into a loop (data.rewards.collapsed). A text that is none of the embedded world's is no
+    such answer: it is scored, toy.OUTSIDE. generated.jsonl has all of them, and a run that was killed in stage 2 reads
+    it again (`resumed`).
     """
     file, known = out / "generated.jsonl", flags.data is None and of_world(flags.rewards)
     prompts = list(dict.fromkeys(row.prompt for row in pool.rows))
@@ -338,10 +339,11 @@ def answers(model, out, lams, pool, rewards, tokens_of, tokenizer, resumed, memb
     for a in representatives(lams):
         mine, kept = ([s for s in group if s["adapter"] == a] for group in (said, good))
         share = lambda what: sum(map(what, mine)) / len(mine)
-        report = {"lam": lams[a].tolist(), "answers": len(mine), "kept": len(kept), "collapsed": share(
-            lambda s: s["collapsed"]), "empty": share(lambda s: not s["response"].strip()), "cut_off": share(
-            lambda s: not s["ended"]), "outside": share(
-            lambda s: (s["prompt"], s["response"]) in outside) if known else None}
+        report = {"lam": lams[a].tolist(), "answers": len(mine), "kept": len(kept),
+                  "collapsed": share(lambda s: s["collapsed"]),
+                  "empty": share(lambda s: not s["response"].strip()),
+                  "cut_off": share(lambda s: not s["ended"]),
+                  "outside": share(lambda s: (s["prompt"], s["response"]) in outside) if known else None}
         reports.append(report)
         print(f"stage 2 | lam {' '.join(f'{x:.2f}' for x in report['lam'])} answers {len(mine)} times | "
               + " | ".join(f"{key} {report[key]:.3f}" for key in ("collapsed", "empty", "cut_off", "outside")
@@ -359,6 +361,7 @@ def stage1_file(out, a):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Training.
 
 def train(model, out, stage, member, group, lams, rows, near, dims, flags, resume, device):
     """Plain SFT of the n adapters `group`, each on its own pairs near[a] of the rows; writes them to files.
