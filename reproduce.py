@@ -47,6 +47,8 @@ STORIES = ("--rewards", "dialogue", "narrative", "--eos_id", 1, "--max_new_token
 # ten dimensions want more steps; by trial, see docs/log.md
 TEN = {"sft": ("--steps", 2000, "--lr", 4e-3), "dpo": ("--steps", 800)}
 
+HHC_REWARDS = ("--rewards", "helpful", "harmless", "concise:12", "--steps", 200)
+
 
 def run(out, name, *flags, script="train_dpo.py"):
     """Runs a script with these flags unless out/name is finished. Returns its front.json."""
@@ -188,7 +190,7 @@ def of_seeds(flags, script, names, *more):
 def sft(flags):
     """The SFT objective, m = 2: Panacea by LS and by Tche, rewarded soups at the same total steps."""
     rows = {"panacea sft ls": of_seeds(flags, "train_sft.py", "sft-ls-seed{}"),
-            "panacea sft tche": of_seeds(flags, "train_sft.py", "sft-tche-seed{}", "--aggregate", "tche"),
+            "panacea sft tche": [run(flags.out, "sft-tche-seed0", "--aggregate", "tche", script="train_sft.py")],
             "rs sft": of_seeds(flags, "train_sft.py", "sft-rs-seed{}", "--method", "rs")}
     summary(rows)
     draw_fronts([rows["panacea sft ls"][0], rows["rs sft"][0]], Path(flags.out) / "sft.png")
@@ -208,7 +210,7 @@ def hhc(flags):
     the world's labels and by RLHF with the conciseness reward of the paper's second version, c = 12 words."""
     few = ("--method", "dps", "--dps_parts", 2)
     for name, script, more in (("dpo", "train_dpo.py", ("--pref_dim", 3)),
-                               ("ppo", "train_ppo.py", ("--rewards", "helpful", "harmless", "concise:12"))):
+                               ("ppo", "train_ppo.py", HHC_REWARDS)):
         rows = {f"panacea {name}": [run(flags.out, f"hhc-{name}-panacea", *more, script=script)],
                 f"rs {name}": [run(flags.out, f"hhc-{name}-rs", *more, "--method", "rs", script=script)],
                 f"dps {name}": [run(flags.out, f"hhc-{name}-dps", *more, *few, script=script)]}
