@@ -15,7 +15,9 @@
     python reproduce.py hqd                  # ParetoHqD and its ablations: 3 seeds
     python reproduce.py everything           # runs of all of the above with m = 2 in the one space of mean scores
     python reproduce.py labels               # Appendix A: pooled scalar labels
+    python reproduce.py styles --styles_data DIR     # SFT on files: concise and verbose answers to the same prompts
 """
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -24,7 +26,8 @@ from pathlib import Path
 import numpy as np
 
 import eval_front
-from common import ROOT, UserError, flag, pick_device, read_json, run_main, write_json
+from common import ROOT, UserError, flag, pick_device, read_json, run_main, write_json, write_whole
+from data.preferences import read_preferences
 from plots import draw_comparison, draw_fronts
 
 
@@ -37,6 +40,7 @@ class Flags:
     out: str = flag("out", "where the runs go")
     stories_init: str = flag("../shared/material/stories260K", "stories: Hugging Face directory of the base model")
     stories_text: str = flag("../shared/material/text/tinystories_sample.txt", "stories: a text file of stories")
+    styles_data: str = flag("../shared/material/helpsteer2", "styles: directory with helpsteer2_{train,eval}.jsonl")
     stories_prompt: int = flag(3, "stories: which of the evaluation prompts is shown at five λ")
 
 
@@ -262,6 +266,22 @@ def compare_all(groups, out):
         print(f"{label:24} {of[0]['models']:6d}" + "".join(f"{cell:>18}" for cell in cells))
 
 
+def styles(flags):
+    """SFT on files of one's own: of each HelpSteer2 pair the terser answer is a demonstration of one style, the wordier
+    of the other: one prompt set, two answers (the chat experiment of the paper's second version, in small)."""
+    files = []
+    for part in ("train", "eval"):
+        rows, *_ = read_preferences(Path(flags.styles_data) / f"helpsteer2_{part}.jsonl", ["concise"])
+        for style in (0, 1):                                           # better: 0 where the first is the terser one
+            files.append(Path(flags.out) / "styles" / f"{('concise', 'verbose')[style]}_{part}.jsonl")
+            lines = [json.dumps({"prompt": row.prompt, "response": row.responses[row.better[0][0] ^ style]})
+                     for row in rows]
+            write_whole(files[-1], lambda f: Path(f).write_text("\n".join(lines) + "\n"))
+    r = run(flags.out, "sft-styles-seed0", "--init", flags.stories_init, "--data", *files[:2], "--eval_data", *files[2:],
+            "--dims", "concise", "verbose", script="train_sft.py")
+    print(eval_front.front_table(r))
+
+
 def labels(flags):
     """Appendix A, against the Panacea run of `results`."""
     import appendix_a                                                  # here: it trains too
@@ -272,7 +292,7 @@ def labels(flags):
 def main(flags):
     """Runs what was asked for, in order."""
     parts = {f.__name__: f for f in (results, three, dps, scaling, evolution, beta, rlhf, pama, stories, sft,
-                                      ten, hhc, hqd, everything, labels)}
+                                      ten, hhc, hqd, everything, labels, styles)}
     for what in flags.what:
         if what not in parts:
             raise UserError(f"{what!r}: choose among {', '.join(parts)}")
