@@ -11,7 +11,7 @@ from data.optimum import rlhf_front, rlhf_objectives, with_outside
 from data.tokenizers import load_tokenizer, tokenize
 from data.trees import batch_logprobs
 from model import Config, Transformer
-from rewards import Rewards
+from rewards import Rewards, world_rewards
 
 BETA = 0.4
 AGGREGATES = {"ls": {}, "tche": {}, "smooth": {"smooth": 0.3}}
@@ -212,7 +212,8 @@ def small():
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    rewards = Rewards(["helpful", "harmless"], None, [0.3, -0.2], [1.5, 2.0], [1.0, 3.0])
+    raw = world_rewards(["helpful", "harmless"], None).raw
+    rewards = Rewards(["helpful", "harmless"], raw, [0.3, -0.2], [1.5, 2.0], [1.0, 3.0])
     yield model, rewards, tokenizer
     patch.undo()
     toy._world.cache_clear()
