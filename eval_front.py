@@ -85,11 +85,13 @@ def objective_share(J, base, best, lams, aggregate, z):
     """How much of the way from the base's aggregated objective to the optimum's a run has gone: the mean over lams.
 
     J, best (N, m): what the run and the optimal policies reach; base (m,); lams (N, m). Linear scalarisation: Σ λ_i J_i;
-    Tchebycheff: −max λ_i (−J_i − z_i), Eq. (7), (16).
+    Tchebycheff: −max λ_i (−J_i − z_i), Eq. (7), (16). Preferences for which the base is optimal already do not count;
+    None where it is for all.
     """
     lams, (J, base, best) = torch.tensor(lams), (torch.tensor(x) for x in (J, base, best))
     value = lambda J: (-tchebycheff(-J, lams, z) if aggregate == "tche" else linear_scalarization(J, lams))
-    return ((value(J) - value(base)) / (value(best) - value(base))).mean().item()
+    way, whole = value(J) - value(base), value(best) - value(base)
+    return (way / whole)[whole > 1e-9].mean().item() if (whole > 1e-9).any() else None
 
 
 def base_of(config, device):

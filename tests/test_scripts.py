@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import measure
-from common import cli
+from common import cli, run_main
 from data import toy
 
 ROOT = Path(__file__).parents[1]
@@ -82,10 +82,12 @@ def test_dpo_run_directory(panacea):
     assert config["flags"]["beta"] == 1.0 and config["flags"]["lr"] == 2e-3
 
 
-def test_evaluation_of_several_runs(work, panacea):
+def test_evaluation_of_several_runs(work, panacea, monkeypatch, capsys):
     here("train_dpo.py", *TINY, "--method", "rs", "--out", "out/rs", cwd=work)
-    done = script("eval_front.py", panacea, "out/rs", "--parts", 2, "--out", "out/both", cwd=work)
-    assert "HV share" in done.stdout
+    every = toy.prompts                                                               # a fifth of them is enough here
+    monkeypatch.setattr(toy, "prompts", lambda split: every(split)[::5] if split == "eval" else every(split))
+    here("eval_front.py", panacea, "out/rs", "--parts", 2, "--out", "out/both", cwd=work)
+    assert "HV share" in capsys.readouterr().out
     for run in ("panacea", "rs"):
         r = json.loads((work / "out" / run / "front.json").read_text())
         keys = ("dims lams J scores hypervolume hypervolume_share inner_product sparsity spacing reference_point "
@@ -166,7 +168,7 @@ def test_discrete_policy_solutions_have_one_model_a_preference(work):
 
 def test_same_seed_same_files_other_seed_other_files(work, panacea):
     script("train_dpo.py", *TINY, "--out", "out/again", cwd=work)
-    script("train_dpo.py", *TINY, "--seed", 1, "--out", "out/other", cwd=work)
+    here("train_dpo.py", *TINY, "--seed", 1, "--out", "out/other", cwd=work)
     adapter = lambda run: (work / "out" / run / "adapter.safetensors").read_bytes()
     assert adapter("again") == adapter("panacea") != adapter("other")
     timeless = lambda run: [{k: v for k, v in r.items() if "second" not in k} for r in metrics(work / "out" / run)]
@@ -297,12 +299,21 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_status_2(work, case):
+def test_bad_input_is_one_line_and_status_2(work, case, monkeypatch, capsys):
     (work / "preset.json").write_text('{"betta": 1}')
     (work / "choice.json").write_text('{"method": "foo"}')
     flags, text = BAD[case]
-    done = script("train_dpo.py", "--out", "out/bad", *flags, cwd=work, status=2)
-    assert text in done.stderr and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+    if case == "one dimension":                               # one case as a user meets it, the others in this process
+        done = script("train_dpo.py", "--out", "out/bad", *flags, cwd=work, status=2)
+        status, error = done.returncode, done.stderr
+    else:
+        import train_dpo
+        monkeypatch.chdir(work)
+        monkeypatch.setattr(sys, "argv", ["train_dpo.py", "--out", "out/bad", *flags])
+        with pytest.raises(SystemExit) as end:
+            run_main(train_dpo.main, train_dpo.Flags, "", several=True)
+        status, error = end.value.code, capsys.readouterr().err
+    assert status == 2 and text in error and error.count("\n") == 1 and error.startswith("error: ")
     assert not (work / "out/bad").exists()
 
 

@@ -177,6 +177,8 @@ def test_objective_share_by_hand():
     assert eval_front.objective_share(J, base, best, lams, "tche", [1.0, 3.0]) == pytest.approx((0.5 + 0.8) / 2)
     assert eval_front.objective_share(best, base, best, lams, "ls", None) == pytest.approx(1)
     assert eval_front.objective_share([base, base], base, best, lams, "tche", [0.0, 0.0]) == pytest.approx(0)
+    assert eval_front.objective_share(J, base, [best[0], base], lams, "ls", None) == pytest.approx(0.5)   # one way left
+    assert eval_front.objective_share(J, base, [base, base], lams, "ls", None) is None
 
 
 def test_tche_aims_at_the_entropies(work):
@@ -266,6 +268,7 @@ def test_spearman_is_taken_along_the_paths():
     assert eval_front.metrics(lams.tolist(), points, [-0.1] * 5)["spearman"][1] == pytest.approx(0)
 
 
+@pytest.mark.slow
 def test_four_dimensions_run_and_are_evaluated(work):
     here("train_sft.py", *TINY, "--pref_dim", 4, "--steps", 2, "--no-eval", "--out", "out/four", cwd=work)
     (r,) = here("eval_front.py", "out/four", cwd=work)
@@ -281,7 +284,7 @@ def test_ten_dimensions_by_dpo_and_by_ppo(work, script, flags):
     assert np.shape(metrics(work / "out" / run)[0]["lam"])[1] == 10
     (r,) = here("eval_front.py", f"out/{run}", "--parts", 1, cwd=work)               # the ten vertices
     assert np.shape(r["J"]) == (10, 10) and len(r["exact"]["lams"]) == 141 and r["dims"] == list(toy.DIMS)
-    assert -0.5 < r["objective_share"] < 1 and (work / "out" / run / "front.png").exists()
+    assert (r["objective_share"] is None or r["objective_share"] < 1) and (work / "out" / run / "front.png").exists()
 
 
 # ---- runs of every kind in one space ----
