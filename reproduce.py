@@ -49,7 +49,7 @@ STORIES = ("--rewards", "dialogue", "narrative", "--eos_id", 1, "--max_new_token
            "--batch_size", 48, "--steps", 100, "--kl_coeff", 0.1, "--ptx_coeff", 0.1)
 
 # ten dimensions want more steps; by trial, see docs/log.md
-TEN = {"sft": ("--steps", 2000, "--lr", 4e-3), "dpo": ("--steps", 800)}
+TEN = {"sft": ("--steps", 2000, "--lr", 5e-3, "--vertex_share", 0.1), "dpo": ("--steps", 800)}
 
 HHC_REWARDS = ("--rewards", "helpful", "harmless", "concise:12", "--steps", 200)
 
@@ -239,7 +239,7 @@ def everything(flags):
     compare_all({"Panacea, DPO": seeds("m2-panacea-ls-seed{}"), "Panacea, RLHF": seeds("ppo-ls-seed{}"),
                  "Panacea, SFT": seeds("sft-ls-seed{}"), "RS, DPO": seeds("m2-rs-ls-seed{}"),
                  "RS, RLHF": seeds("ppo-rs-seed{}"), "RS, SFT": seeds("sft-rs-seed{}"),
-                 "DPS, DPO": [str(Path(flags.out) / "m2-dps5-ls-seed0")],
+                 "DPS, DPO": [str(Path(flags.out) / "m2-dps-ls-seed0")],
                  "PAMA (V)": seeds("ppo-pamav-seed{}"), "PAMA (T)": seeds("ppo-pamat-seed{}"),
                  "MGDA": seeds("ppo-mgda-seed{}"), "ParetoHqD": seeds("hqd-seed{}")}, Path(flags.out) / "everything")
 
