@@ -163,8 +163,9 @@ def evaluate(run, device, parts=None, adapters=None, front=None):
                    "exact": front | {"scores": data.mean_scores(front["logps"]).tolist(), "share_at_these_lams": same}}
         # Tchebycheff's objective for RLHF is no function of J: its maximum stands inside the expectation
         if flags["aggregate"] in ("ls", "tche") and (flags["aggregate"] == "ls" or front["z"]):
-            result["objective_share"] = objective_share(J, base["J"], [front["J"][i] for i in nearest], lams,
-                                                        flags["aggregate"], front["z"])
+            drawn = slice(1 + 4 * m, None) if on_paths(lams) else slice(None)         # the random preferences, for m > 3
+            result["objective_share"] = objective_share(J[drawn], base["J"], [front["J"][i] for i in nearest[drawn]],
+                                                        lams[drawn], flags["aggregate"], front["z"])
     if front and isinstance(data, WorldRewards):              # the same share, with all other texts in it
         strict = exact.rlhf_front(torch.tensor(front["lams"]), data, flags, everything=True)
         result |= {"J_all": column["J_all"], "kl_all": column["kl_all"], "hypervolume_share_all": hypervolume(
@@ -172,14 +173,19 @@ def evaluate(run, device, parts=None, adapters=None, front=None):
     return result
 
 
+def on_paths(lams):
+    """Whether these are exact.evaluation_preferences for m > 3: the paths to the vertices first, then random ones."""
+    m = len(lams[0])
+    usual = exact.evaluation_preferences(m)
+    return m > 3 and len(lams) == len(usual) and np.allclose(lams, usual, atol=1e-4)
+
+
 def metrics(lams, points, reference):
     """The metrics of pareto.py of the points (N, m) that were reached at lams (N, m)."""
     points, m, N = np.asarray(points), len(reference), len(lams)
     kept = nondominated(points)
-    # the whole lattice, or the paths from the centre to the vertices that evaluation_preferences begins with
-    paths = exact.evaluation_preferences(m)[:1 + 4 * m]
-    on_paths = m > 3 and N >= len(paths) and np.allclose(lams[:len(paths)], paths, atol=1e-4)
-    way = lambda i: [0, *range(1 + 4 * i, 5 + 4 * i)] if on_paths else range(N)
+    # all preferences, or the path from the centre to vertex i
+    way = lambda i: [0, *range(1 + 4 * i, 5 + 4 * i)] if on_paths(lams) else range(N)
     return {"hypervolume": hypervolume(points, reference), "reference_point": list(reference),
             "inner_product": inner_product(lams, points), "sparsity": sparsity(points[kept]),
             "spacing": spacing(points[kept]), "nondominated": int(kept.sum()),
