@@ -228,7 +228,8 @@ def hqd(flags):
     rows = {"ParetoHqD": of_seeds(flags, script, "hqd-seed{}"),
             "stage 1 alone": of_seeds(flags, script, "hqd-stage1-seed{}", "--no-stage2"),
             "linear scalarisation": of_seeds(flags, script, "hqd-linear-seed{}", "--select", "linear"),
-            "whole data set": [run(flags.out, "hqd-all-seed0", "--select", "all", script=script)]}
+            "whole data set": [run(flags.out, "hqd-all-seed0", "--select", "all", "--no-stage2", "--parts", 2,
+                                   script=script)]}
     summary(rows)
     compare_all({label: [f["run"] for f in fronts] for label, fronts in rows.items()}, Path(flags.out) / "hqd")
 
