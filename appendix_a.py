@@ -5,8 +5,8 @@
 Labelers agree on every dimension, r_1 … r_m, and weigh the dimensions differently: labeler i judges by Σ_j λ^i_j r_j
 (Assumption A.3, Eq. (10)). Asked for one label a pair, "which is better?", they contradict each other, and a model that
 is trained on the pooled labels serves none of them: RLHF gets the λ^opt = Σ p^i λ^i that nobody has (Theorem A.4, Eq.
-(11)); DPO, which fits the pooled probabilities of the labels, here even less. Asked for one label a dimension they agree,
-and one Panacea model serves each of them at his own λ.
+(11)); DPO fits the pooled probabilities of the labels, which contradictions pull to ½. Asked for one label a dimension
+they agree, and one Panacea model serves each of them at his own λ.
 
 Served: U_i(π) = E Σ_j λ^i_j r_j − KL(π‖π_ref), 0 for the base model and 1 for what labeler i would get from a model of
 his own, the best of all policies, π_ref exp(Σ_j λ^i_j r_j). Exact expectations on unseen prompts.

@@ -501,8 +501,8 @@ def labelers_figure(r):
             bars.text(a, max(value, 0) + 0.015, f"{value:.2f}", ha="center", fontsize=8)
     bars.axhline(1, color=EXACT, lw=1.2)
     bars.set_xticks(range(len(labelers)), [f"({a:g}, {b:g})" for a, b in labelers])
-    bars.set(xlabel=f"labeler's λ = ({', '.join(r['dims'])})", title="How well each labeler is served: 1 as by his own "
-             "model, 0 as by the base", ylim=(min(0, min(map(min, served.values()))) - 0.02, 1.12))
+    bars.set(xlabel=f"labeler's λ = ({', '.join(r['dims'])})", title="How well each is served (own model 1, base 0)",
+             ylim=(min(0, min(map(min, served.values()))) - 0.02, 1.12))
     for ax in (plane, bars):
         ax.grid(alpha=0.25)
     return fig
