@@ -111,6 +111,7 @@ def test_one_process_prints_and_writes(work):
     assert sum(line.startswith("trained ") for line in lines) == len(RUNS)
 
 
+@pytest.mark.slow
 def test_killed_processes_resume_bit_for_bit(work):
     command = [*TORCHRUN, str(ROOT / "train_dpo.py"), *as_flags(LONG), "--out", "out/killed"]
     process = subprocess.Popen(command, cwd=work, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -198,6 +198,7 @@ def test_killed_run_resumes_bit_for_bit(work):
     assert not list(run.glob("*.tmp*")) and not (run / "state.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_other_flags_starts_afresh(work):
     flags = [*TINY, "--save_every", "1", "--out", "out/changed"]
     process = subprocess.Popen([sys.executable, str(ROOT / "train_dpo.py"), *flags, "--steps", "500"], cwd=work,

@@ -191,6 +191,7 @@ def test_tche_aims_at_the_entropies(work):
     assert np.allclose(z, -(p * p.log()).sum(1).mean(0))
 
 
+@pytest.mark.slow
 def test_same_seed_same_adapter_and_a_killed_run_resumes_bit_for_bit(work):
     flags = [*TINY, "--steps", "40", "--save_every", "5", "--method", "rs", "--no-eval"]
     here("train_sft.py", *flags, "--out", "out/whole", cwd=work)
