@@ -77,6 +77,18 @@ def tchebycheff(losses, lam, ideal=None, smooth=0.0):
     return (lam * losses).amax(-1)
 
 
+def denominators(known, aggregate):
+    """Turns sums of losses into L_i. known: (G, m), how many labels (or responses) a dimension has under each of the G
+    preferences of a step. Returns counts (G or 1, m) to divide the sums by, and absent, to add to the quotients.
+
+    "ls" is linear: sharing the step's mean count weighs dimension i by λ_i however unevenly its data is spread. "tche"
+    takes the maximum of each preference's own means; a dimension without data there cannot be it.
+    """
+    if aggregate == "ls":
+        return (known.sum(0, keepdim=True) / len(known)).clamp(min=1e-9), 0.0
+    return known.clamp(min=1e-9), -1e9 * (known == 0)
+
+
 def scalar_reward(rewards, lam, aggregate, ideal=None, smooth=0.0):
     """The one reward of a response under λ: "ls" Σ λ_i r_i, Eq. (12); "tche" −max_i λ_i (z_i − r_i), Eq. (13).
 

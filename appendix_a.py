@@ -104,7 +104,7 @@ def train_pooled(base, config, labelers, flags, tokenizer, device):
 
 
 def optimal(world, ref, labelers, dims):
-    """{name: log-probs (n, X, S)} of the optimal policies: pooled labels by RLHF and by DPO, Panacea by DPO, one each."""
+    """{name: log-probs (n, X, S)} of the optimal policies: pooled labels by RLHF and by DPO, Panacea, one each."""
     n, own = len(labelers), torch.einsum("xsm,nm->nxs", world.scores, labelers)       # labeler i's scalar reward
     scores, w, problem = optimum.problems(toy.prompts("eval"), dims)                  # (Q, S, m)
     # DPO on pooled labels: P(a better than b) = Σ p^i σ(λ^i · (r(a) − r(b))), one dimension for the solver

@@ -7,9 +7,9 @@
     python eval_front.py out/a --stationarity    # how far an RLHF run is from Pareto-stationary, before and after
 
 N: preferences   m: dimensions   lams: (N, m)   xi: (N, m) the point reached at each preference, larger is better
-DPO: J_i = −L_DPO,i. RLHF: J_i = E r_i − β KL. SFT: J_i = E log π(y|x). ParetoHqD: J_i = E r_i. On the embedded world all
-are exact expectations, normalised so that the exact front's best value of a dimension (ideal) is 1 and its worst (nadir)
-is 0: exact.py. Elsewhere xi is the implicit-reward accuracy on held-out pairs (DPO), the normalised mean reward of
+DPO: J_i = −L_DPO,i. RLHF: J_i = E r_i − β KL. SFT: J_i = E log π(y|x). ParetoHqD: J_i = E r_i. On the embedded world
+all are exact expectations, normalised so that the exact front's best value of a dimension (ideal) is 1 and its worst
+(nadir) is 0: exact.py. Elsewhere xi is the implicit-reward accuracy on held-out pairs (DPO), the normalised mean reward of
 sampled responses (RLHF, ParetoHqD), or the gain in log-likelihood on held-out demonstrations (SFT): measure.py.
 """
 from dataclasses import dataclass, replace
@@ -53,18 +53,18 @@ def measurements(config, model, tokenizer, device):
                 DemonstrationFiles(config, model, tokenizer, device)), None
     known, names = config["rewards"], flags["rewards"]
     on_world = of_world(names)
+    truth_known = flags["prompts"] is None and set(dims) <= set(toy.DIMS) and not (
+        set(names or []) & set(TEXT_REWARDS) - set(toy.DIMS))
+    if config["script"] == "train_hqd.py" and truth_known:
+        return World(dims, tokenizer, device), None
     rewards = (world_rewards(names or dims, known["scale"]) if on_world else
                named_rewards(names, known["scale"], model, device))
     rewards = Rewards(dims, rewards.raw, **known)             # the statistics that the run was trained with, always
-    samples = Samples(config, rewards, model, tokenizer, device)
-    if flags["prompts"] is not None or not set(dims) <= set(toy.DIMS) or set(names or []) & set(TEXT_REWARDS) - set(
-            toy.DIMS):
+    # for every preference of a large grid exact figures are enough
+    samples = None if truth_known and len(dims) > 3 else Samples(config, rewards, model, tokenizer, device)
+    if not truth_known:
         return samples, None
-    true = rewards if on_world else world_rewards(dims, [1.0] * len(dims))             # the truth is known
-    if config["script"] == "train_hqd.py":
-        return World(dims, tokenizer, device), None
-    # exact figures for every preference of a large grid are enough
-    return WorldRewards(true, tokenizer, device), samples if len(dims) <= 3 else None
+    return WorldRewards(rewards if on_world else world_rewards(dims, [1.0] * len(dims)), tokenizer, device), samples
 
 
 def ceiling(data, config, lams):
@@ -84,8 +84,8 @@ def ceiling(data, config, lams):
 def objective_share(J, base, best, lams, aggregate, z):
     """How much of the way from the base's aggregated objective to the optimum's a run has gone: the mean over lams.
 
-    J, best (N, m): what the run and the optimal policies reach; base (m,); lams (N, m). Linear scalarisation: Σ λ_i J_i;
-    Tchebycheff: −max λ_i (−J_i − z_i), Eq. (7), (16). Preferences for which the base is optimal already do not count;
+    J, best (N, m): what the run and the optimal policies reach; base (m,); lams (N, m). Linear scalarisation:
+    Σ λ_i J_i; Tchebycheff: −max λ_i (−J_i − z_i), Eq. (7), (16). Preferences for which the base is optimal already do not count;
     None where it is for all.
     """
     lams, (J, base, best) = torch.tensor(lams), (torch.tensor(x) for x in (J, base, best))
@@ -163,7 +163,7 @@ def evaluate(run, device, parts=None, adapters=None, front=None):
                    "exact": front | {"scores": data.mean_scores(front["logps"]).tolist(), "share_at_these_lams": same}}
         # Tchebycheff's objective for RLHF is no function of J: its maximum stands inside the expectation
         if flags["aggregate"] in ("ls", "tche") and (flags["aggregate"] == "ls" or front["z"]):
-            drawn = slice(1 + 4 * m, None) if on_paths(lams) else slice(None)         # the random preferences, for m > 3
+            drawn = slice(1 + 4 * m, None) if on_paths(lams) else slice(None)        # the random preferences, for m > 3
             result["objective_share"] = objective_share(J[drawn], base["J"], [front["J"][i] for i in nearest[drawn]],
                                                         lams[drawn], flags["aggregate"], front["z"])
     if front and isinstance(data, WorldRewards):              # the same share, with all other texts in it
@@ -210,10 +210,10 @@ def compare(results, device):
     """
     configs = [read_json(Path(r["run"]) / "config.json") for r in results]
     for r, config in zip(results, configs):
-        # J_all: RLHF's scores are the world's own unless a text reward stands among them
+        # RLHF's scores are the world's own unless a text reward stands among them
         if not r["exact"] or any(":" in name for name in config["flags"].get("rewards") or []):
-            raise UserError(f"{r['run']} has no exact mean scores of the embedded world's dimensions: only runs that have "
-                            f"them, or runs of one script and one beta, can be compared")
+            raise UserError(f"{r['run']} has no exact mean scores of the embedded world's dimensions: only runs that "
+                            f"have them, or runs of one script and one beta, can be compared")
         if config["fingerprint"] != configs[0]["fingerprint"]:
             raise UserError(f"{r['run']} has another base model than {results[0]['run']}: not comparable")
     dims = results[0]["dims"]
@@ -373,8 +373,8 @@ def main(flags):
     if results[0]["exact"]:
         print(f"HV share: of the exact front's hypervolume {results[0]['exact']['hypervolume']:.4f} on "
               f"{len(results[0]['exact']['lams'])} preferences; the exact front itself, at these "
-              f"{len(results[0]['lams'])}: {results[0]['exact']['share_at_these_lams']:.4f}. J share: of the way from the "
-              f"base's aggregated objective to the optimum's")
+              f"{len(results[0]['lams'])}: {results[0]['exact']['share_at_these_lams']:.4f}. J share: of the way from "
+              f"the base's aggregated objective to the optimum's")
     print(f"reference point {results[0]['reference_point']} in {results[0]['points_are']}; pictures: "
           + ", ".join(str(run / "front.png") for run in runs))
     out = Path(flags.out)
@@ -387,9 +387,9 @@ def main(flags):
         write_json(out / "compare.json", c)
         draw_comparison(c, out / "compare.png")
         print(comparison_table(c))
-        print(f"mean scores of what the runs say, 0 and 1 being the ends of the front of what any policy can reach within "
-              f"{exact.NATS:g} nats of the base; HV share: of the front without a limit; of best: of the largest gain in "
-              f"λ·scores at the same KL; picture: {out / 'compare.png'}")
+        print(f"mean scores of what the runs say, 0 and 1 being the ends of the front of what any policy can reach "
+              f"within {exact.NATS:g} nats of the base; HV share: of the front without a limit; of best: of the largest "
+              f"gain in λ·scores at the same KL; picture: {out / 'compare.png'}")
     return results
 
 

@@ -15,12 +15,12 @@ from data import optimum, toy
 from pareto import hypervolume
 
 REFERENCE = -0.1                # the hypervolume's reference point in every dimension of normalised points
-NATS = 2.0                      # mean scores are normalised by the front of what is within so many nats of the reference
+NATS = 2.0                      # mean scores are normalised by the front of what lies within so many nats
 
 
 def dpo_front(lams, dims, aggregate, ref, beta, ideal=None, split="eval"):
-    """Eq. (14), (16) by Newton's method. ref: (X, S) log π_ref. Also residual: the largest gradient entry (ls) or duality
-    gap (tche) that is left, checked to be 0 but for rounding."""
+    """Eq. (14), (16) by Newton's method. ref: (X, S) log π_ref. Also residual: the largest gradient entry (ls) or
+    duality gap (tche) that is left, checked to be 0 but for rounding."""
     scores, w, problem = optimum.problems(toy.prompts(split), dims)
     with one_thread():
         J, h, residual = optimum.ls_front(lams, scores, w)
@@ -47,7 +47,7 @@ def sft_front(lams, dims, aggregate, ideal=None, split="eval"):
 def sft_ideal(dims, split="eval"):
     """The smallest losses L_i that any policy can have, (m,): the entropies of the writers, each alone."""
     demos = torch.stack([toy.demonstrator_probs(x, dims) for x in toy.prompts(split)])
-    return optimum.sft_losses(demos.log().movedim(-1, 0), demos).diagonal().tolist()   # L_j under the policy p_i: (m, m)
+    return optimum.sft_losses(demos.log().movedim(-1, 0), demos).diagonal().tolist()   # L_j of p_i: (m, m)
 
 
 def rlhf_front(lams, data, flags, everything=False):
@@ -71,8 +71,8 @@ def score_front(lams, scores, ref, budget=None):
     """The largest mean scores that a policy can have, at most `budget` nats from the reference (None: at any distance):
     the outer limit of every method. scores: (X, S, m)   ref: (X, S) log π_ref. J are mean scores.
 
-    Points of every budget have one scale, that of NATS: without a limit the base itself, and all that stays near it, can
-    lie below the worst that is on the front.
+    Points of every budget have one scale, that of NATS: without a limit the base itself, and all that stays near it,
+    can lie below the worst that is on the front.
     """
     J, _, beta = optimum.score_front(lams, scores, ref.log_softmax(-1), [budget, NATS])
     logps = (ref + torch.einsum("xsm,nm->nxs", scores, lams.double()) / beta[0][:, None, None]).log_softmax(-1)

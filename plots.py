@@ -540,5 +540,6 @@ def draw_histograms(result, path):
 
 
 def save(fig, path):
+    """Writes a figure as a picture, whole or not at all, and closes it."""
     write_whole(path, lambda f: fig.savefig(f, dpi=130))
     plt.close(fig)

@@ -278,8 +278,8 @@ def styles(flags):
             lines = [json.dumps({"prompt": row.prompt, "response": row.responses[row.better[0][0] ^ style]})
                      for row in rows]
             write_whole(files[-1], lambda f: Path(f).write_text("\n".join(lines) + "\n"))
-    r = run(flags.out, "sft-styles-seed0", "--init", flags.stories_init, "--data", *files[:2], "--eval_data", *files[2:],
-            "--dims", "concise", "verbose", script="train_sft.py")
+    r = run(flags.out, "sft-styles-seed0", "--init", flags.stories_init, "--data", *files[:2], "--eval_data",
+            *files[2:], "--dims", "concise", "verbose", script="train_sft.py")
     print(eval_front.front_table(r))
 
 

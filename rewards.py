@@ -10,6 +10,8 @@ mean and std are those of the reference policy's own responses, measured once, s
 so λ weighs rewards of one spread. scale (--reward_scale) is on top, like the paper's ×5 for harmlessness.
 """
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Callable
 
 import torch
@@ -45,15 +47,14 @@ def world_rewards(names, scale):
 
     A response that is not one of the world's, or was cut off before its end, has the score toy.OUTSIDE everywhere.
     """
-    columns = [None if is_concise(name) else toy.DIMS.index(name) for name in names]
-
     def raw(prompts, responses, finished):
         ended = [y if end else "" for y, end in zip(responses, finished)]             # "" is not of the world either
-        r = torch.cat([toy.scores(x.removesuffix("\n"), [y]) for x, y in zip(prompts, ended)])         # (B, 10)
-        texts = text_rewards([n for n, c in zip(names, columns) if c is None], prompts, ended)
-        texts = torch.where((r == toy.OUTSIDE).all(1, keepdim=True), toy.OUTSIDE, texts).T.unbind()
-        texts = iter(texts)
-        return torch.stack([next(texts) if c is None else r[:, c] for c in columns], dim=1)
+        r = torch.cat([toy.scores(x.removesuffix("\n"), [y for _, y in same])                          # (B, 10)
+                       for x, same in groupby(zip(prompts, ended), key=itemgetter(0))])
+        outside = (r == toy.OUTSIDE).all(1)
+        return torch.stack([r[:, toy.DIMS.index(name)] if name in toy.DIMS else
+                            torch.where(outside, toy.OUTSIDE, text_rewards([name], prompts, ended)[:, 0])
+                            for name in names], dim=1)
 
     rewards = Rewards([name.partition(":")[0] for name in names], raw, [0.0] * len(names), [1.0] * len(names),
                       scale or [1.0] * len(names))

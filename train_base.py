@@ -1,4 +1,4 @@
-"""train_base.py - language modelling from scratch: makes the base model of the embedded world, π_ref of all that follows.
+"""train_base.py - language modelling from scratch: makes the embedded world's base model, π_ref of all that follows.
 
     python train_base.py --size tiny           # about a minute on 2 CPU cores; kept in out/base-tiny-seed0 and reused
 

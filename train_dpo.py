@@ -22,14 +22,14 @@ from typing import Literal
 import torch
 
 import eval_front
-from aggregate import linear_scalarization, models_of, sample_preference, tchebycheff
+from aggregate import denominators, linear_scalarization, models_of, sample_preference, tchebycheff
 from common import (Log, RunFlags, UserError, all_sum, check_ranges, epoch_batch, flag, generator_for, init_distributed,
                     learning_rate, load_state, matmul_ceiling, model_flops, pick_device, prepare_run, ranks,
                     reduce_gradients, report_speed, run_main, run_name, save_state, shard, versions, with_value)
 from data import toy
 from data.preferences import read_preferences
 from data.tokenizers import tokenize
-from data.trees import batch_logprobs, pack
+from data.trees import batch_logprobs, pack, row_lengths
 from objectives import dpo_on_pairs
 from svd_lora import (adapters_off, fingerprint, inject_svd_lora, orthogonality_penalty, parameter_groups, save_adapter,
                       set_preference)
@@ -99,7 +99,7 @@ def main(flags):
     print(f"device: {device}, {world} process(es), base in {dtype}, matrix products at up to "
           f"{matmul_ceiling(device, dtype) / 1e12:.3g} TFLOP/s".replace("torch.", ""))
     rows, dims, base, tokenizer_name = prepare_data(flags, device)
-    m, toy_world = len(dims), flags.data is None
+    toy_world = flags.data is None
     if flags.beta is None:
         flags.beta = 1.0 if toy_world else 0.1
     if flags.steps is None:
@@ -238,11 +238,7 @@ def train(model, path, fixed_lam, rows, reference, dims, flags, steps, member, r
         for b, j in enumerate(chosen_rows):
             labels[group[b]] += (torch.tensor(rows[j].better) >= 0).sum(0)
         labels = labels.to(device)
-        # ls is linear: sharing the batch's mean count weighs dimension i by λ_i however unevenly its labels are spread.
-        # tche takes the maximum of each preference's own means; a dimension without any label there cannot be it
-        counts = labels.sum(0, keepdim=True) / G if flags.aggregate == "ls" else labels
-        counts = counts.clamp(min=1e-9)
-        absent = -1e9 * (labels == 0) if flags.aggregate == "tche" else 0.0
+        counts, absent = denominators(labels, flags.aggregate)
         total, losses, sums = 0.0, torch.zeros(G, m, device=device), torch.zeros(m + 2, device=device)
         for micro in torch.arange(B).chunk(flags.accumulate):
             mine = micro[rank::world]                                                 # this process's rows of it
@@ -304,11 +300,6 @@ def compile_blocks(model):
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for block in model.blocks:
         block.compile(dynamic=False)
-
-
-def row_lengths(rows):
-    """About how many nodes the tree of each TokenRow has: (n,)."""
-    return torch.tensor([len(row.prompt) + sum(map(len, row.responses)) for row in rows])
 
 
 @torch.no_grad()

@@ -31,13 +31,13 @@ from common import (Log, RunFlags, UserError, check_ranges, epoch_batch, flag, g
 from data import toy
 from data.preferences import Row, read_preferences
 from data.tokenizers import load_tokenizer, spoken, tokenize
-from data.trees import pack
+from data.trees import pack, row_lengths
 from generation import generate
 from heads import RewardModel
 from objectives import bradley_terry_loss
 from svd_lora import (adapters_off, fingerprint, inject_svd_lora, load_adapter, parameter_groups, save_adapter,
                       shared_base)
-from train_dpo import prepare_data, row_lengths
+from train_dpo import prepare_data
 from train_base import load_base
 
 

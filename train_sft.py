@@ -5,9 +5,10 @@
     python train_sft.py --pref_dim 2 --method rs            # baselines: rewarded soups; dps: one model a preference
     python train_sft.py --init <Hugging Face directory> --data helpful.jsonl humorous.jsonl --eval_data …
 
-Every dimension has demonstrations of its own, a set D_i of (prompt, response), and J_i = E_{D_i} log π(y|x). What linear
-scalarisation aims at is then known: the mixture Σ λ_i p_i of what the m writers would say. Files are one a dimension;
-where they answer the same prompts (the paper's chat experiment: one prompt set, one answer a style) these are shared.
+Every dimension has demonstrations of its own, a set D_i of (prompt, response), and J_i = E_{D_i} log π(y|x). What
+linear scalarisation aims at is then known: the mixture Σ λ_i p_i of what the m writers would say. Files are one a
+dimension; where they answer the same prompts (the paper's chat experiment: one prompt set, one answer a style) these
+are shared.
 
 G: preferences a step (--lams_per_step)   B: data rows a step, each a prompt   R: responses to them   m: dimensions
 lam: (G, m) on the simplex   losses: (G, m), L_i = −J_i under each preference
@@ -22,14 +23,14 @@ from typing import Literal
 import torch
 
 import eval_front
-from aggregate import linear_scalarization, models_of, sample_preference, tchebycheff
+from aggregate import denominators, linear_scalarization, models_of, sample_preference, tchebycheff
 from common import (Log, RunFlags, UserError, check_ranges, epoch_batch, flag, generator_for, learning_rate, load_state,
                     matmul_ceiling, model_flops, pick_device, prepare_run, report_speed, run_main, run_name, save_state,
                     versions)
 from data import toy
 from data.prompts import read_demonstrations
 from data.tokenizers import tokenize
-from data.trees import batch_logprobs, pack
+from data.trees import batch_logprobs, pack, row_lengths
 from exact import sft_ideal
 from objectives import sft_loss
 from svd_lora import fingerprint, inject_svd_lora, parameter_groups, save_adapter, set_preference
@@ -45,8 +46,8 @@ class Flags(RunFlags):
     dims: list[str] | None = flag(None, "these dimensions instead; with --data: their names (default: the files')")
     method: Literal["panacea", "rs", "dps"] = flag("panacea", "Panacea, rewarded soups, or discrete policy solutions")
     aggregate: Literal["ls", "tche"] = flag("ls", "linear scalarisation or Tchebycheff")
-    ideal: list[float] | None = flag(None, "Tchebycheff's best reachable losses, −z of Eq. (7), one a dimension (default: "
-                                           "the entropies of the embedded world's writers; 0 for files)")
+    ideal: list[float] | None = flag(None, "Tchebycheff's best reachable losses, −z of Eq. (7), one a dimension "
+                                           "(default: the entropies of the embedded world's writers; 0 for files)")
     # data and base model
     init: str | None = flag(None, "Hugging Face directory of the base model (default: the embedded world's)")
     size: str | None = flag(None, "size of the embedded world's base model (default tiny; 125m on a GPU)")
@@ -73,8 +74,8 @@ class Flags(RunFlags):
     seed: int = flag(0, "seed of adapter, data order and preferences")
     steps: int | None = flag(
         None, "optimizer steps in all, shared evenly by the models of rs and dps (embedded world: 400)")
-    lams_per_step: int | None = flag(None, "G: preferences a step, each on batch_size / G rows (default 8 for ls; 1 for "
-                                           "tche, whose maximum is of batch means)")
+    lams_per_step: int | None = flag(None, "G: preferences a step, each on batch_size / G rows (default 8 for ls; 1 "
+                                           "for tche, whose maximum is of batch means)")
     dirichlet_alpha: float = flag(1.0, "preferences are drawn from Dirichlet(alpha) …")
     vertex_share: float = flag(0.25, "… or, this share of them, from the vertices of the simplex")
     dps_parts: int = flag(10, "dps: the simplex is cut in so many parts; m = 2: parts + 1 models")
@@ -194,7 +195,7 @@ def train(model, path, fixed_lam, rows, kinds, scale, ideal, dims, flags, steps,
         load_state(out / "state.safetensors", parameters, optimizer)
         first_step = resume["step"]
     # the embedded world's rows are alike; those of files are sorted into batches of about one length
-    lengths = None if flags.data is None else torch.tensor([len(r.prompt) + sum(map(len, r.responses)) for r in rows])
+    lengths = None if flags.data is None else row_lengths(rows)
     multiple = 64 if device.type == "cuda" else 1             # T in multiples: few shapes, few sets of kernels
     snapshot_steps = {round(steps * (j + 1) / flags.snapshots) for j in range(flags.snapshots)}
     log = Log(out / "metrics.jsonl", steps, first_step, flags.log_every, path.name)
@@ -211,18 +212,15 @@ def train(model, path, fixed_lam, rows, kinds, scale, ideal, dims, flags, steps,
         batch = pack([rows[j] for j in chosen], multiple)
         kind = torch.tensor([i for j in chosen for i in kinds[j]])                    # (R,) the dimension of a response
         cell = group.repeat_interleave(torch.tensor([len(kinds[j]) for j in chosen])) * m + kind      # (R,) of (G, m)
-        here = torch.bincount(cell, minlength=G * m).view(G, m).float()               # responses in each
-        # ls is linear: sharing the batch's mean count weighs dimension i by λ_i however unevenly its data is spread.
-        # tche takes the maximum of each preference's own means; a dimension without data there cannot be it
-        counts = (here.sum(0, keepdim=True) / G if flags.aggregate == "ls" else here).clamp(min=1e-9)
-        absent = -1e9 * (here == 0).to(device) if flags.aggregate == "tche" else 0.0
+        here = torch.bincount(cell, minlength=G * m).view(G, m).float().to(device)    # responses in each
+        counts, absent = denominators(here, flags.aggregate)
         tokens, predicted = int(batch.nodes.sum()), len(batch.targets)
         batch = batch.to(device)
         if pref_m:
             set_preference(model, lam[group])                                         # one λ a row
         # 3. losses (G, m): L_i = −J_i = −E log π(y|x)
         nats = sft_loss(batch_logprobs(model, batch)) * scale[kind].to(device)        # (R,)
-        losses = nats.new_zeros(G * m).index_add(0, cell.to(device), nats).view(G, m) / counts.to(device)
+        losses = nats.new_zeros(G * m).index_add(0, cell.to(device), nats).view(G, m) / counts
         # 4. aggregate: (G, m) -> (G,) -> mean over preferences
         loss = aggregate(losses + absent, lam.to(device)).mean()
         if not math.isfinite(total := loss.item()):
@@ -236,7 +234,7 @@ def train(model, path, fixed_lam, rows, kinds, scale, ideal, dims, flags, steps,
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # 7. log: means over the whole batch
-        mean = ((losses.detach().cpu() * counts).sum(0) / here.sum(0).clamp(min=1)).tolist()          # (m,)
+        mean = ((losses.detach() * counts).sum(0) / here.sum(0).clamp(min=1)).tolist()          # (m,)
         seconds = time.time() - t0
         log.step({"step": step + 1, "member": member, "loss": total, "losses": mean, "lam": lam.tolist(),
                   "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "tokens": tokens,

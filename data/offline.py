@@ -6,14 +6,13 @@ JSONL files with rows of two schemas, told apart row by row by their keys:
 and .txt files of stories, each cut into its first words and the rest. A prompt may come with many responses; what does
 not come twice is the pair of both. The embedded world's set is drawn from what its base model was trained on.
 """
-import json
 from pathlib import Path
 
 import torch
 
 from common import UserError
 from data import toy
-from data.preferences import Row, _as_dialogue
+from data.preferences import Row, _as_dialogue, _json_object, _need_texts
 from data.prompts import _cut, _read_text, _stories
 
 
@@ -48,8 +47,7 @@ def draw_world(n, generator):
     """n pairs of the embedded world, train prompts in turn, responses drawn from toy.base_probs -> (rows, dropped)."""
     prompts = toy.prompts("train")
     probs = torch.stack([toy.base_probs(x) for x in prompts])                                          # (X, S)
-    order = [x for _ in range(-(-n // len(prompts)))
-             for x in torch.randperm(len(prompts), generator=generator).tolist()][:n]
+    order = list(toy.in_turn(range(len(prompts)), n, generator))
     drawn = torch.multinomial(probs[order], 1, generator=generator)[:, 0].tolist()
     worlds = [toy.responses(x) for x in prompts]
     return distinct([(toy.as_row(prompts[x], []).prompt, worlds[x][s]) for x, s in zip(order, drawn)])
@@ -65,17 +63,8 @@ def distinct(pairs):
 
 def _read_row(line, where):
     """One line of a JSONL file -> its one or two (prompt, response). where: file and row, for the error."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        raise UserError(f"{where}: not JSON; give one JSON object per line") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: not a JSON object; give one JSON object per line")
+    row = _json_object(line, where)
     fields = ("prompt", "response_0", "response_1") if "response_0" in row else ("prompt", "response")
-    for field in fields:
-        if field not in row:
-            raise UserError(f'{where}: field "{field}" is missing; give prompt and response, or response_0 and _1')
-        if not isinstance(row[field], str):
-            raise UserError(f'{where}: field "{field}" must be a string, not {json.dumps(row[field])[:40]}')
+    _need_texts(row, fields, where, "give prompt and response, or response_0 and _1")
     prompt, responses = _as_dialogue(row["prompt"], [row[field] for field in fields[1:]], "higher" in row)
     return [(prompt, response) for response in responses]

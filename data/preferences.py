@@ -100,19 +100,30 @@ def _read_file(path):
         raise UserError(f"{path}: the file is empty; give JSONL, one JSON object per line")
 
 
-def _read_row(line, where):
-    """One line of a file, to what _read_file yields. where: file and row, for the error."""
+def _json_object(line, where):
+    """One line of a JSONL file as a dict. where: file and row, for the error."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         raise UserError(f"{where}: not JSON; give one JSON object per line") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a JSON object; give one JSON object per line")
-    for field in ("prompt", "response_0", "response_1"):
+    return row
+
+
+def _need_texts(row, fields, where, advice):
+    """Raises UserError for a field that the row has not, or that is no string."""
+    for field in fields:
         if field not in row:
-            raise UserError(f'{where}: field "{field}" is missing; every row needs it')
+            raise UserError(f'{where}: field "{field}" is missing; {advice}')
         if not isinstance(row[field], str):
             raise UserError(f'{where}: field "{field}" must be a string, not {json.dumps(row[field])[:40]}')
+
+
+def _read_row(line, where):
+    """One line of a file, to what _read_file yields. where: file and row, for the error."""
+    row = _json_object(line, where)
+    _need_texts(row, ("prompt", "response_0", "response_1"), where, "every row needs it")
     prompt, responses = _as_dialogue(row["prompt"], [row["response_0"], row["response_1"]], "higher" in row)
     return prompt, responses, _labels(row, where)
 

@@ -70,8 +70,9 @@ def length(prompt, response):
 def concise(prompt, response, r_max=4.0, c=50):
     """r_max up to c words, then r_max + 1 − words / c (the form of Panacea's helpful-harmless-concise problem).
 
-    # not in paper: r_max and c are those of a re-implementation, whose unit is tokens. "concise:12" has c = 12. The best: anything of up to c
-    words, so base texts that end soon; an empty one is as good, and is held off by KL and by the other rewards alone.
+    # not in paper: r_max and c are those of a re-implementation, whose unit is tokens. "concise:12" has c = 12. The
+    best: anything of up to c words, so base texts that end soon; an empty one is as good, and is held off by KL and by
+    the other rewards alone.
     """
     n = len(words(response))
     return r_max if n <= c else r_max + 1 - n / c

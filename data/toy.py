@@ -208,6 +208,14 @@ def as_row(prompt, texts, pairs=(), better=()):
     return Row(prompt + "\n", list(texts), list(pairs), list(better))
 
 
+def in_turn(items, n, generator):
+    """Yields n of the items: all of them in a random order, then all in another one, and so on."""
+    for j in range(n):
+        if j % len(items) == 0:
+            order = torch.randperm(len(items), generator=generator).tolist()
+        yield items[order[j % len(items)]]
+
+
 def sample_pairs(split, dims, n_rows, n_responses, generator, labelers=None):
     """Preference data: n_rows data rows, each with K = n_responses distinct responses drawn uniformly for one prompt
     (prompts in turn) and all K(K-1)/2 comparisons among them, labelled on each of `dims` by Bradley-Terry:
@@ -223,11 +231,8 @@ def sample_pairs(split, dims, n_rows, n_responses, generator, labelers=None):
         raise ValueError(f"unknown dimension {unknown[0]!r}; the embedded world has: {' '.join(DIMS)}")
     columns = [DIMS.index(dim) for dim in dims]
     first, second = torch.triu_indices(n_responses, n_responses, offset=1)
-    rows, all_prompts = [], prompts(split)
-    for j in range(n_rows):
-        if j % len(all_prompts) == 0:
-            order = torch.randperm(len(all_prompts), generator=generator)
-        prompt = all_prompts[order[j % len(all_prompts)]]
+    rows = []
+    for prompt in in_turn(prompts(split), n_rows, generator):
         world = responses(prompt)
         texts = [world[s] for s in torch.randperm(len(world), generator=generator)[:n_responses]]
         r = scores(prompt, texts)[:, columns]                                                       # (K, m)
@@ -258,13 +263,9 @@ def sample_demonstrations(split, dims, n_rows, each, generator):
 
     Returns a list of data.preferences.Row, and for each row which of `dims` its responses demonstrate, list[list[int]].
     """
-    all_prompts = prompts(split)
-    probs = {x: demonstrator_probs(x, dims).T for x in all_prompts}                                 # (m, S)
+    probs = {x: demonstrator_probs(x, dims).T for x in prompts(split)}                              # (m, S)
     rows, kinds = [], [i for i in range(len(dims)) for _ in range(each)]
-    for j in range(n_rows):
-        if j % len(all_prompts) == 0:
-            order = torch.randperm(len(all_prompts), generator=generator)
-        prompt = all_prompts[order[j % len(all_prompts)]]
+    for prompt in in_turn(prompts(split), n_rows, generator):
         world = responses(prompt)
         drawn = torch.multinomial(probs[prompt], each, replacement=True, generator=generator)       # (m, each)
         rows.append(as_row(prompt, [world[s] for s in drawn.flatten()]))

@@ -129,6 +129,11 @@ def _tree(prompt, responses):
             [edge_of[r, :length] for r, length in enumerate(lengths)])
 
 
+def row_lengths(rows):
+    """About how many nodes the tree of each TokenRow has: (n,)."""
+    return torch.tensor([len(row.prompt) + sum(map(len, row.responses)) for row in rows])
+
+
 def predicting_states(model, batch):
     """The hidden states that predict the N tokens of a TreeBatch: (N, D)."""
     hidden = model(batch.tokens, batch.positions, batch.mask, return_hidden=True)     # (B, T, D)

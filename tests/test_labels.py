@@ -9,7 +9,7 @@ import appendix_a
 import train_base
 import train_dpo
 from common import UserError, cli
-from data import optimum, toy
+from data import toy
 from measure import World
 
 

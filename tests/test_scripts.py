@@ -37,7 +37,7 @@ def here(name, *flags, cwd):
     module, before = importlib.import_module(name.removesuffix(".py")), os.getcwd()
     os.chdir(cwd)
     try:
-        module.main(cli(module.Flags, "", list(map(str, flags))))
+        return module.main(cli(module.Flags, "", list(map(str, flags))))
     finally:
         os.chdir(before)
 

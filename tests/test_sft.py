@@ -1,5 +1,4 @@
 """test_sft.py - Panacea with the SFT objective: its data, the script run for real, its exact front, and comparisons."""
-import importlib
 import json
 import os
 import signal
@@ -15,37 +14,22 @@ from safetensors.torch import load_file
 
 import eval_front
 import exact
-import measure
-import train_base
 from aggregate import sample_preference, tchebycheff, vertex_paths
-from common import UserError, cli
+from common import UserError
 from data import toy
 from data.optimum import sft_losses
 from data.prompts import read_demonstrations
 from data.tokenizers import load_tokenizer
 from rewards import of_world, world_rewards, world_scores
+from test_scripts import here, metrics
 
 ROOT = Path(__file__).parents[1]
 TINY = "--steps 4 --rows 16 --responses 2 --batch_size 4 --snapshots 2 --log_every 1".split()
 THREE = ["helpful", "harmless", "concise"]
 
 
-def here(name, *flags, cwd):
-    """Runs a script of the project in this process, in `cwd`."""
-    module, before = importlib.import_module(name.removesuffix(".py")), os.getcwd()
-    os.chdir(cwd)
-    try:
-        return module.main(cli(module.Flags, "", list(map(str, flags))))
-    finally:
-        os.chdir(before)
-
-
 def read(path):
     return json.loads(Path(path).read_text())
-
-
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
