@@ -19,19 +19,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import exact
+from fronts import exact
 from aggregate import linear_scalarization, simplex_lattice, tchebycheff
-from common import UserError, flag, pick_device, read_json, run_main, write_json
-from data import optimum, toy
-from data.rewards import TEXT_REWARDS
+from runs.device import pick_device
+from runs.files import UserError, read_json, write_json
+from runs.flags import flag, run_main
+from data import toy
+from fronts import optimum
+from data.text_rewards import TEXT_REWARDS
 from data.tokenizers import load_tokenizer
-from measure import (DemonstrationFiles, PreferenceFiles, Samples, World, WorldRewards, dpo_objective, policies,
-                     sft_objective)
+from fronts.measure import (DemonstrationFiles, PreferenceFiles, Samples, World, WorldRewards, dpo_objective, policies,
+                            sft_objective)
 from model import Transformer
-from pareto import hypervolume, inner_product, nondominated, sparsity, spacing, spearman
-from plots import draw_comparison, draw_evolution, draw_fronts, draw_histograms
-from quantize import dense_state_dict
-from rewards import Rewards, named_rewards, of_world, world_rewards
+from fronts.dominance import nondominated
+from fronts.metrics import hypervolume, inner_product, sparsity, spacing, spearman
+from fronts.pictures import draw_comparison, draw_evolution, draw_fronts, draw_histograms
+from ops.quantize import dense_state_dict
+from data.rewards import Rewards, named_rewards, of_world, world_rewards
 from svd_lora import fingerprint, merged_state_dict, read_adapter_header
 
 # The hypervolume's reference point, the same in every dimension, for each kind of points

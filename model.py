@@ -23,10 +23,10 @@ import torch.utils.checkpoint
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-import fused
-from common import UserError, read_json, write_json, write_whole
-from generation import KVCache, generate, sample_token    # here too: whoever has a model wants to generate
-from quantize import QuantizedLinear, checked_kind, quantize_weight
+from ops import fused
+from runs.files import UserError, read_json, write_json, write_whole
+from ops.generation import KVCache, generate, sample_token    # here too: whoever has a model wants to generate
+from ops.quantize import QuantizedLinear, checked_kind, quantize_weight
 
 
 @dataclass

@@ -25,10 +25,10 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-import fused
-from common import UserError, some_values, write_json, write_whole
+from ops import fused
+from runs.files import UserError, write_json, write_whole
 from model import Transformer, hf_name
-from quantize import QuantizedLinear, dense_state_dict, quantize_like
+from ops.quantize import QuantizedLinear, dense_state_dict, quantize_like
 
 
 class SVDLoRALinear(nn.Module):
@@ -233,6 +233,13 @@ def adapter_state(model, only=None):
                                    part[..., only * layer.k:(only + 1) * layer.k])
     return {f"{name}.{part}": part_of(layer, getattr(layer, part).detach())
             for name, layer in svd_lora_layers(model).items() for part in ("U", "V", "sigma", "s")}
+
+
+def some_values(tensor):
+    """Up to 64 evenly spaced values of a tensor: what tells two apart without reading all. Of those again, all."""
+    flat = tensor.reshape(-1)
+    n = min(64, len(flat))                                             # in integers: the same on every device
+    return flat[torch.arange(n, device=flat.device) * (len(flat) - 1) // max(1, n - 1)]
 
 
 @torch.no_grad()

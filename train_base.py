@@ -11,12 +11,19 @@ from pathlib import Path
 
 import torch
 
-from common import (UserError, Log, check_ranges, epoch_batch, first_alone, flag, generator_for, learning_rate,
-                    matmul_ceiling, model_flops, pick_device, report_speed, run_main, versions, write_json)
+from runs.device import pick_device
+from runs.directory import versions
+from runs.files import UserError, write_json
+from runs.flags import check_ranges, flag, run_main
+from runs.log import Log
+from runs.loop import learning_rate
+from runs.processes import first_alone
+from runs.randomness import epoch_batch, generator_for
+from runs.speed import matmul_ceiling, model_flops, report_speed
 from data import toy
 from data.tokenizers import load_tokenizer, tokenize
 from data.trees import batch_logprobs, pack
-from measure import world_batches, world_logprobs
+from fronts.measure import world_batches, world_logprobs
 from model import SIZES, Transformer
 from objectives import sft_loss
 

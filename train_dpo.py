@@ -23,9 +23,17 @@ import torch
 
 import eval_front
 from aggregate import denominators, linear_scalarization, models_of, sample_preference, tchebycheff
-from common import (Log, RunFlags, UserError, all_sum, check_ranges, epoch_batch, flag, generator_for, init_distributed,
-                    learning_rate, load_state, matmul_ceiling, model_flops, pick_device, prepare_run, ranks,
-                    reduce_gradients, report_speed, run_main, run_name, save_state, shard, versions, with_value)
+from runs.checkpoints import load_state, save_state
+from runs.device import pick_device
+from runs.directory import prepare_run, run_name, versions
+from runs.files import UserError
+from runs.flags import RunFlags, check_ranges, flag, run_main
+from runs.log import Log
+from runs.loop import learning_rate
+from runs.processes import all_sum, init_distributed, ranks, reduce_gradients, with_value
+from runs.randomness import epoch_batch, generator_for
+from runs.sharding import shard
+from runs.speed import matmul_ceiling, model_flops, report_speed
 from data import toy
 from data.preferences import read_preferences
 from data.tokenizers import tokenize
@@ -120,7 +128,10 @@ def main(flags):
     members = models_of(flags.method, dims, flags.dps_parts)
     if flags.steps < len(members):
         raise UserError(f"--steps {flags.steps} are shared by {len(members)} models of method {flags.method}")
-    config = {"script": "train_dpo.py", "models": len(members), "flags": asdict(flags), "dims": list(dims),
+    config = {"script": "train_dpo.py", "method": flags.method, "label": {"panacea": "Panacea", "rs": "Rewarded soups", "dps": "Discrete policy solutions"}[flags.method],
+              "objective": {"name": "dpo", "beta": flags.beta, "aggregate": flags.aggregate, "ideal": flags.ideal,
+                            "smooth": 0.0},
+              "models": len(members), "flags": asdict(flags), "dims": list(dims),
               "base": str(base), "tokenizer": tokenizer_name, "fingerprint": fingerprint(model), "cut": cut,
               **versions()}
     resume = prepare_run(out, config)

@@ -29,20 +29,26 @@ import torch
 
 import eval_front
 from aggregate import simplex_lattice
-from common import (Log, RunFlags, UserError, check_ranges, epoch_batch, flag, generator_for, learning_rate, load_state,
-                    matmul_ceiling, model_flops, pick_device, prepare_run, report_speed, run_main, run_name, save_state,
-                    versions, write_json, write_whole)
+from runs.checkpoints import load_state, save_state
+from runs.device import pick_device
+from runs.directory import prepare_run, run_name, versions
+from runs.files import UserError, write_json, write_whole
+from runs.flags import RunFlags, check_ranges, flag, run_main
+from runs.log import Log
+from runs.loop import learning_rate
+from runs.randomness import epoch_batch, generator_for
+from runs.speed import matmul_ceiling, model_flops, report_speed
 from data import toy
 from data.offline import distinct, draw_world, read_offline
 from data.preferences import Row
 from data.prompts import split
-from data.rewards import collapsed
+from data.text_rewards import collapsed
 from data.tokenizers import spoken, tokenize
 from data.trees import batch_logprobs, pack
 from model import generate
 from objectives import sft_loss
-from pareto import select_high_quality
-from rewards import named_rewards, of_world, world_rewards
+from fronts.selection import select_high_quality
+from data.rewards import named_rewards, of_world, world_rewards
 from svd_lora import (choose_adapter, clip_adapters, fingerprint, inject_svd_lora, load_adapter, parameter_groups,
                       save_adapter, shared_base)
 from train_base import find_base, load_base
@@ -146,9 +152,13 @@ def main(flags):
                                      {"method", "select", "data", "rewards"}))
     # what an evaluation asks of every run: its aggregation, the weight of KL in its objective, and the files whose
     # held-out prompts are to be answered
-    config = {"script": "train_hqd.py", "models": len(lams), "dims": rewards.dims,
+    config = {"script": "train_hqd.py", "method": "hqd",
+              "label": "ParetoHqD" if flags.select == "directions" else f"HqD, {flags.select}",
+              "objective": {"name": "scores", "beta": 0.0, "aggregate": "ls", "ideal": None, "smooth": 0.0},
+              "prompts": flags.data,
+              "models": len(lams), "dims": rewards.dims,
               "flags": asdict(flags) | {"aggregate": flags.select, "beta": 0.0, "prompts": flags.data},
-              "rewards": {"mean": rewards.mean, "std": rewards.std, "scale": rewards.scale},
+              "rewards": {"names": flags.rewards or rewards.dims, "mean": rewards.mean, "std": rewards.std, "scale": rewards.scale},
               "base": str(base), "tokenizer": tokenizer_name, "fingerprint": fingerprint(model), "cut": cut,
               "dropped": dropped, **versions()}
     resume = prepare_run(out, config)

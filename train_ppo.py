@@ -25,18 +25,24 @@ import torch
 import eval_front
 from aggregate import (linear_scalarization, min_norm_weights, models_of, pama_advantages, sample_preference,
                        scalar_reward)
-from common import (Log, RunFlags, UserError, check_ranges, epoch_batch, flag, generator_for, learning_rate, load_state,
-                    matmul_ceiling, model_flops, pick_device, prepare_run, report_speed, run_main, run_name, save_state,
-                    versions)
+from runs.checkpoints import load_state, save_state
+from runs.device import pick_device
+from runs.directory import prepare_run, run_name, versions
+from runs.files import UserError
+from runs.flags import RunFlags, check_ranges, flag, run_main
+from runs.log import Log
+from runs.loop import learning_rate
+from runs.randomness import epoch_batch, generator_for
+from runs.speed import matmul_ceiling, model_flops, report_speed
 from data import toy
 from data.prompts import read_prompts, split
-from data.rewards import collapsed
+from data.text_rewards import collapsed
 from data.tokenizers import TokenRow, spoken, tokenize
 from data.trees import TreeBatch, batch_logprobs, pack, path_logprobs, predicting_states
-from heads import Critic
+from ops.heads import Critic
 from model import generate
 from objectives import gae, kl_penalized_rewards, noon, ppo_policy_loss, ppo_value_loss, sft_loss
-from rewards import named_rewards, of_world, world_ideal, world_rewards
+from data.rewards import named_rewards, of_world, world_ideal, world_rewards
 from svd_lora import adapters_off, fingerprint, inject_svd_lora, parameter_groups, save_adapter, set_preference
 from train_base import find_base, load_base
 
@@ -150,8 +156,15 @@ def main(flags):
         raise UserError(f"--steps {flags.steps} are shared by {len(members)} models of method {flags.method}")
     if None in rewards.mean:
         measure_rewards(rewards, model, prompts, rows, tokenizer, flags)
-    config = {"script": "train_ppo.py", "models": len(members), "flags": asdict(flags), "dims": rewards.dims,
-              "rewards": {"mean": rewards.mean, "std": rewards.std, "scale": rewards.scale},
+    kind = flags.aggregate if single else flags.method
+    config = {"script": "train_ppo.py", "method": kind,
+              "label": {"panacea": "Panacea", "rs": "Rewarded soups", "dps": "Discrete policy solutions", "pama": "PAMA",
+                        "mgda": "MGDA"}[kind],
+              "objective": {"name": "rlhf", "beta": flags.kl_coeff, "aggregate": "ls" if single else flags.aggregate,
+                            "ideal": flags.ideal, "smooth": flags.smooth},
+              "prompts": flags.prompts,
+              "models": len(members), "flags": asdict(flags), "dims": rewards.dims,
+              "rewards": {"names": flags.rewards or rewards.dims, "mean": rewards.mean, "std": rewards.std, "scale": rewards.scale},
               "base": str(base), "tokenizer": tokenizer_name, "fingerprint": fingerprint(model), **versions()}
     resume = prepare_run(out, config)
     steps = flags.steps // len(members)

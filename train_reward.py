@@ -25,15 +25,21 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import (Log, RunFlags, UserError, check_ranges, epoch_batch, flag, generator_for, learning_rate, load_state,
-                    matmul_ceiling, model_flops, pick_device, prepare_run, read_json, report_speed, run_main, run_name,
-                    save_state, versions, write_json, write_whole)
+from runs.checkpoints import load_state, save_state
+from runs.device import pick_device
+from runs.directory import prepare_run, run_name, versions
+from runs.files import UserError, read_json, write_json, write_whole
+from runs.flags import RunFlags, check_ranges, flag, run_main
+from runs.log import Log
+from runs.loop import learning_rate
+from runs.randomness import epoch_batch, generator_for
+from runs.speed import matmul_ceiling, model_flops, report_speed
 from data import toy
 from data.preferences import Row, read_preferences
 from data.tokenizers import load_tokenizer, spoken, tokenize
 from data.trees import pack, row_lengths
-from generation import generate
-from heads import RewardModel
+from ops.generation import generate
+from ops.heads import RewardModel
 from objectives import bradley_terry_loss
 from svd_lora import (adapters_off, fingerprint, inject_svd_lora, load_adapter, parameter_groups, save_adapter,
                       shared_base)

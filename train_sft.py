@@ -24,14 +24,20 @@ import torch
 
 import eval_front
 from aggregate import denominators, linear_scalarization, models_of, sample_preference, tchebycheff
-from common import (Log, RunFlags, UserError, check_ranges, epoch_batch, flag, generator_for, learning_rate, load_state,
-                    matmul_ceiling, model_flops, pick_device, prepare_run, report_speed, run_main, run_name, save_state,
-                    versions)
+from runs.checkpoints import load_state, save_state
+from runs.device import pick_device
+from runs.directory import prepare_run, run_name, versions
+from runs.files import UserError
+from runs.flags import RunFlags, check_ranges, flag, run_main
+from runs.log import Log
+from runs.loop import learning_rate
+from runs.randomness import epoch_batch, generator_for
+from runs.speed import matmul_ceiling, model_flops, report_speed
 from data import toy
 from data.prompts import read_demonstrations
 from data.tokenizers import tokenize
 from data.trees import batch_logprobs, pack, row_lengths
-from exact import sft_ideal
+from fronts.exact import sft_ideal
 from objectives import sft_loss
 from svd_lora import fingerprint, inject_svd_lora, parameter_groups, save_adapter, set_preference
 from train_base import find_base, load_base
@@ -110,7 +116,10 @@ def main(flags):
     members = models_of(flags.method, dims, flags.dps_parts)
     if flags.steps < len(members):
         raise UserError(f"--steps {flags.steps} are shared by {len(members)} models of method {flags.method}")
-    config = {"script": "train_sft.py", "models": len(members), "flags": asdict(flags), "dims": list(dims),
+    config = {"script": "train_sft.py", "method": flags.method, "label": {"panacea": "Panacea", "rs": "Rewarded soups", "dps": "Discrete policy solutions"}[flags.method],
+              "objective": {"name": "sft", "beta": None, "aggregate": flags.aggregate, "ideal": flags.ideal,
+                            "smooth": 0.0},
+              "models": len(members), "flags": asdict(flags), "dims": list(dims),
               "loss_scale": scale.tolist(), "base": str(base), "tokenizer": tokenizer_name,
               "fingerprint": fingerprint(model), "cut": cut, **versions()}
     resume = prepare_run(out, config)

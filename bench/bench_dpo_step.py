@@ -36,7 +36,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aggregate import linear_scalarization, sample_preference
-from common import UserError, flag, matmul_ceiling, model_flops, peak_memory, pick_device, run_main
+from runs.device import pick_device
+from runs.files import UserError
+from runs.flags import flag, run_main
+from runs.speed import matmul_ceiling, model_flops, peak_memory
 from data.tokenizers import TokenRow
 from data.trees import batch_logprobs, pack
 from model import SIZES, Config, Transformer

@@ -27,10 +27,12 @@ import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import UserError, flag, pick_device, run_main
-from generation import Decoder
+from runs.device import pick_device
+from runs.files import UserError
+from runs.flags import flag, run_main
+from ops.generation import Decoder
 from model import SIZES, Transformer, generate
-from quantize import QuantizedLinear, checked_kind, quantize_weight
+from ops.quantize import QuantizedLinear, checked_kind, quantize_weight
 from svd_lora import inject_svd_lora, set_preference
 
 

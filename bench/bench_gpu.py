@@ -18,7 +18,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from common import UserError, flag, run_main
+from runs.files import UserError
+from runs.flags import flag, run_main
 
 BIG = ["--model", "llama2-7b", "--dtype", "bf16", "--device", "cuda", "--length", "512", "--steps", "4"]
 PARTS = {   # name: (seconds it may take, command)

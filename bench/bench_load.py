@@ -25,7 +25,10 @@ from typing import Literal
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import UserError, flag, peak_memory, pick_device, run_main
+from runs.device import pick_device
+from runs.files import UserError
+from runs.flags import flag, run_main
+from runs.speed import peak_memory
 from model import SIZES, Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -25,8 +25,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import fused
-from common import UserError, flag, pick_device, run_main
+from ops import fused
+from runs.device import pick_device
+from runs.files import UserError
+from runs.flags import flag, run_main
 from turns import clock, listen, turn
 
 PEERS = ["naive", "trl_chunked", "torch_lce", "torch_lce_1024", "checkpoint_512", "liger", "liger_compiled"]

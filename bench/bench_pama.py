@@ -30,8 +30,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aggregate import min_norm_weights, pama_weights, simplex_lattice
-from common import UserError, flag, run_main
-from fused import linear_logprob
+from runs.files import UserError
+from runs.flags import flag, run_main
+from ops.fused import linear_logprob
 from model import SIZES, Transformer
 from svd_lora import inject_svd_lora, set_preference, svd_lora_layers
 

@@ -23,8 +23,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aggregate import simplex_lattice
-from common import UserError, flag, run_main
-from pareto import hypervolume, nondominated, select_high_quality
+from runs.files import UserError
+from runs.flags import flag, run_main
+from fronts.dominance import nondominated
+from fronts.metrics import hypervolume
+from fronts.selection import select_high_quality
 
 LATTICES = {3: 10, 5: 4, 7: 4, 8: 4, 10: 4}                                               # m: parts
 

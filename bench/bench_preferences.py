@@ -18,7 +18,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aggregate import linear_scalarization, sample_preference, simplex_lattice
-from common import UserError, flag, generator_for, pick_device, run_main
+from runs.device import pick_device
+from runs.files import UserError
+from runs.flags import flag, run_main
+from runs.randomness import generator_for
 from data import toy
 from data.tokenizers import load_tokenizer, tokenize
 from data.trees import batch_logprobs, pack

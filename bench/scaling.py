@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import fused
-from common import flag, model_flops, peak_memory, run_main
+from ops import fused
+from runs.flags import flag, run_main
+from runs.speed import model_flops, peak_memory
 from data.tokenizers import TokenRow
 from data.trees import batch_logprobs, pack
 from model import SIZES, Transformer

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from common import UserError
+from runs.files import UserError
 
 
 def clock(device):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import regex
 
-from common import write_whole
+from runs.files import write_whole
 from data import toy
 from data.tokenizers import PATTERN
 

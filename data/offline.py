@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from common import UserError
+from runs.files import UserError
 from data import toy
 from data.preferences import Row, _as_dialogue, _json_object, _need_texts
 from data.prompts import _cut, _read_text, _stories

@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import UserError
+from runs.files import UserError
 
 CANONICAL = ("helpful", "harmless", "concise")  # the papers' order; other dimensions follow as they appear
 

@@ -12,7 +12,7 @@ import json
 import re
 from pathlib import Path
 
-from common import UserError
+from runs.files import UserError
 from data.preferences import Row, _as_dialogue
 
 

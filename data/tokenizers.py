@@ -12,7 +12,7 @@ from typing import Callable
 
 import tiktoken
 
-from common import UserError
+from runs.files import UserError
 
 # GPT-2's split into words, numbers, punctuation and spaces, before the byte pairs are merged. The toy BPE uses it too.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import torch
 
-from common import UserError
+from runs.files import UserError
 from data.preferences import Row
 
 DIMS = ("helpful", "harmless", "concise", "formal", "humorous", "warm", "confident", "philosophical", "curious",

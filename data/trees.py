@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from fused import linear_logprob
+from ops.fused import linear_logprob
 from objectives import response_logprobs
 
 

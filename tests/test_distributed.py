@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import train_dpo
 from aggregate import linear_scalarization, tchebycheff
-from common import UserError, with_value
+from runs.files import UserError
+from runs.processes import with_value
 from svd_lora import read_adapter_header
 
 ROOT = Path(__file__).parents[1]

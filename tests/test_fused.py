@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fused
-from fused import (linear, linear_logprob, linear_logprob_plain, rms_norm, rms_norm_plain, rope_, rope_plain,
-                   svd_lora_linear, svd_lora_linear_plain, swiglu, swiglu_plain)
+from ops import fused
+from ops.fused import (linear, linear_logprob, linear_logprob_plain, rms_norm, rms_norm_plain, rope_, rope_plain,
+                       svd_lora_linear, svd_lora_linear_plain, swiglu, swiglu_plain)
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 DTYPES = list(TOLERANCE)

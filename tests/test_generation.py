@@ -10,8 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import generation
-from generation import Decoder, FastLinear, sample_token
+from ops import generation
+from ops.generation import Decoder, FastLinear, sample_token
 from model import SIZES, Transformer, generate
 from svd_lora import SVDLoRALinear, adapters_off, inject_svd_lora, set_preference, svd_lora_layers
 

@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 import eval_front
 import train_base
 import train_hqd
-from common import Log, UserError
+from runs.files import UserError
+from runs.log import Log
 from data import toy
 from data.offline import draw_world, read_offline
 from data.prompts import split
-from data.rewards import text_rewards
+from data.text_rewards import text_rewards
 from data.tokenizers import load_tokenizer, spoken
 from model import Transformer
 from svd_lora import load_adapter, read_adapter_header

@@ -293,11 +293,11 @@ def svd_lora_decode(K, new):
 
 def decode_steps(K, new):
     """Steps of tiny models with one preference a row, before and after a row is dropped, on the kernels and without."""
-    import fused
+    from ops import fused
     from conftest import SHAPES
-    from generation import Decoder
+    from ops.generation import Decoder
     from model import Config, Transformer
-    from quantize import QuantizedLinear, quantize_weight
+    from ops.quantize import QuantizedLinear, quantize_weight
     from svd_lora import inject_svd_lora, set_preference
     on_kernels, launches, launch = fused.use_kernels, [], K.svd_lora_decode
     K.svd_lora_decode = lambda x, W, *args, **kw: (launches.append(len(W)), launch(x, W, *args, **kw))[1]
@@ -409,7 +409,7 @@ def main(mode):
     if mode == "compile":
         compile_only()
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    import kernels
+    from ops import triton_kernels as kernels
     results = {}
     for check in CHECKS:
         for name, dtype in DTYPES.items():

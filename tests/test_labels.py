@@ -5,12 +5,13 @@ import os
 import pytest
 import torch
 
-import appendix_a
+from experiments import labelers as appendix_a
 import train_base
 import train_dpo
-from common import UserError, cli
+from runs.files import UserError
+from runs.flags import cli
 from data import toy
-from measure import World
+from fronts.measure import World
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,8 @@
 import numpy as np
 import pytest
 
-from pareto import hypervolume, inner_product, nondominated, sparsity, spacing, spearman
+from fronts.dominance import nondominated
+from fronts.metrics import hypervolume, inner_product, sparsity, spacing, spearman
 
 CHK = [(1, 5), (2, 4), (4, 3), (6, 1)]
 CHK_LAMS = [(0, 1), (1 / 3, 2 / 3), (2 / 3, 1 / 3), (1, 0)]

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import UserError
-from fused import rope_
+from runs.files import UserError
+from ops.fused import rope_
 from model import SIZES, Config, KVCache, Transformer, config_from_hf, config_to_hf, generate
 
 SHARED = Path(__file__).parents[2] / "shared"

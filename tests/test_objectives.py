@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused import linear_logprob
+from ops.fused import linear_logprob
 from objectives import dpo_loss, implicit_accuracy, response_logprobs, sft_loss
 
 betas = pytest.mark.parametrize("beta", [0.1, 0.5])

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from aggregate import simplex_lattice
-from data import optimum, toy
-from data.optimum import (best_at_kl, dpo_losses, label_probs, ls_front, minimise, rlhf_front, rlhf_objectives,
-                          score_front, tche_front)
+from data import toy
+from fronts import optimum
+from fronts.optimum import (best_at_kl, dpo_losses, label_probs, ls_front, minimise, rlhf_front, rlhf_objectives,
+                            score_front, tche_front)
 from objectives import dpo_loss
 
 

@@ -9,8 +9,9 @@ import itertools
 import numpy as np
 import pytest
 
-from pareto import (direction_distance, hypervolume, nondominated, nondominated_layers, score_ranges,
-                    select_high_quality, spearman)
+from fronts.dominance import nondominated, nondominated_layers
+from fronts.metrics import hypervolume, spearman
+from fronts.selection import direction_distance, score_ranges, select_high_quality
 
 TIED = pytest.mark.parametrize("levels", [None, 4, 20])                   # None: no two scores are equal
 CHK = [(.9, .1), (.8, .5), (.5, .8), (.1, .9), (.6, .6), (.2, .2)]       # papers.md 3.2, range 0.1 to 0.9

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import exact
-import plots
+from fronts import exact
+from fronts import pictures as plots
 from data import toy
 
 DPO, HQD = "train_dpo.py", "train_hqd.py"

@@ -17,20 +17,20 @@ import torch
 from safetensors.torch import load_file
 
 import eval_front
-import measure
+from fronts import measure
 import train_ppo
 import train_reward
 import train_base
 from aggregate import min_norm_weights
-from common import UserError
+from runs.files import UserError
 from data import toy
 from data.prompts import read_prompts, split
-from data.rewards import text_rewards
+from data.text_rewards import text_rewards
 from data.tokenizers import load_tokenizer, spoken, tokenize
-from heads import Critic
+from ops.heads import Critic
 from model import Transformer
 from objectives import gae, kl_penalized_rewards
-from rewards import Rewards, named_rewards, world_ideal, world_rewards
+from data.rewards import Rewards, named_rewards, world_ideal, world_rewards
 from svd_lora import inject_svd_lora, load_adapter, set_preference
 from test_rlhf_front import shrink
 from test_scripts import ROOT, SHARED, metrics, script

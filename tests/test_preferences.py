@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from common import UserError
+from runs.files import UserError
 from data.preferences import Row, read_preferences, write_preferences
 
 SHARED = Path(__file__).parents[2] / "shared"

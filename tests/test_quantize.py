@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import quantize
-from common import UserError
-from measure import policies
+from ops import quantize
+from runs.files import UserError
+from fronts.measure import policies
 from model import Config, Transformer, generate
-from quantize import (GROUP, KINDS, LEVELS, QuantizedLinear, QuantizedWeight, dense_state_dict, quantize_weight)
+from ops.quantize import GROUP, KINDS, LEVELS, QuantizedLinear, QuantizedWeight, dense_state_dict, quantize_weight
 from svd_lora import (SVDLoRALinear, adapter_state, adapters_off, export_peft, fingerprint, inject_svd_lora,
                       load_adapter, merged_state_dict, save_adapter, set_preference, shared_base, svd_lora_layers)
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import train_reward
-from common import UserError, write_json
+from runs.files import UserError, write_json
 from data import toy
 from data.preferences import Row
 from data.tokenizers import TokenRow, load_tokenizer, tokenize
-from heads import RewardModel
+from ops.heads import RewardModel
 from model import Config, Transformer
 from svd_lora import inject_svd_lora, set_preference, svd_lora_layers
 from train_reward import compare, held_out_accuracy, load_reward_model, pack_ends, raw_rewards

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import UserError
+from runs.files import UserError
 from data.preferences import Row
 from data.prompts import read_prompts, split
-from data.rewards import TEXT_REWARDS, collapsed, distinct_ngrams, text_rewards, words
+from data.text_rewards import TEXT_REWARDS, collapsed, distinct_ngrams, text_rewards, words
 
 STORIES = Path(__file__).parents[2] / "shared" / "material" / "text" / "tinystories_sample.txt"
 LEXICONS = pytest.mark.parametrize("name, one, two", [

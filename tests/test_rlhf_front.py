@@ -4,14 +4,14 @@ import math
 import pytest
 import torch
 
-import measure
+from fronts import measure
 from aggregate import simplex_lattice
 from data import toy
-from data.optimum import rlhf_front, rlhf_objectives, with_outside
+from fronts.optimum import rlhf_front, rlhf_objectives, with_outside
 from data.tokenizers import load_tokenizer, tokenize
 from data.trees import batch_logprobs
 from model import Config, Transformer
-from rewards import Rewards, world_rewards
+from data.rewards import Rewards, world_rewards
 
 BETA = 0.4
 AGGREGATES = {"ls": {}, "tche": {}, "smooth": {"smooth": 0.3}}

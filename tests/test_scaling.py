@@ -46,7 +46,7 @@ def test_weights_and_adapter(family):
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_quantised_bytes(kind):
-    from quantize import quantize_weight
+    from ops.quantize import quantize_weight
     weight = quantize_weight(torch.randn(96, 256), kind)
     codes = sum(t.nbytes for t in weight.buffers())
     assert abs(scaling.BYTES[kind] * 96 * 256 / codes - 1) < 0.02      # int8 has a scale an output besides

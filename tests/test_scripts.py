@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import measure
-from common import cli, run_main
+from fronts import measure
+from runs.flags import cli, run_main
 from data import toy
 
 ROOT = Path(__file__).parents[1]
@@ -368,7 +368,7 @@ def test_missing_labels_keep_the_weight_of_lambda(work):
 
 
 def test_default_run_names_do_not_collide():
-    from common import run_name
+    from runs.directory import run_name
     from train_dpo import Flags
 
     def name(*files, **flags):

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 import eval_front
-import exact
+from fronts import exact
 from aggregate import sample_preference, tchebycheff, vertex_paths
-from common import UserError
+from runs.files import UserError
 from data import toy
-from data.optimum import sft_losses
+from fronts.optimum import sft_losses
 from data.prompts import read_demonstrations
 from data.tokenizers import load_tokenizer
-from rewards import of_world, world_rewards, world_scores
+from data.rewards import of_world, world_rewards, world_scores
 from test_scripts import here, metrics
 
 ROOT = Path(__file__).parents[1]
@@ -113,7 +113,7 @@ def test_run_directory_and_the_first_loss(work):
     assert {"adapter.safetensors", "front.json", "front.png", "timing.json"} <= {f.name for f in run.iterdir()}
     assert [r["step"] for r in records] == [1, 2, 3, 4] and np.shape(records[0]["lam"]) == (4, 2)
     # a fresh adapter is the base: the loss of step 1 from the same rows, one by one
-    from common import epoch_batch, generator_for
+    from runs.randomness import epoch_batch, generator_for
     from model import Transformer
     model, tokenizer = Transformer.from_pretrained(work / "out/base-tiny-seed0"), load_tokenizer("toy")
     rows, kinds = toy.sample_demonstrations("train", config["dims"], 16, 2, generator_for(0, "demos"))
@@ -297,7 +297,7 @@ def test_comparison_of_runs_of_different_objectives(work):
 
 def test_what_could_be_gained_is_gained_by_the_optimum():
     """of_best is 1 for the policy π_ref exp(λ·r/β) itself, and less for one at the same KL for another λ."""
-    from data.optimum import best_at_kl
+    from fronts.optimum import best_at_kl
     x = toy.prompts("eval")[:2]
     scores = torch.stack([toy.scores(p, toy.responses(p))[:, :2] for p in x])
     ref = torch.stack([toy.base_probs(p).log() for p in x])

@@ -6,7 +6,7 @@ import torch
 
 from aggregate import simplex_lattice
 from data import toy
-from data.optimum import sft_front, sft_losses
+from fronts.optimum import sft_front, sft_losses
 
 
 def demonstrators(X=3, S=8, m=3, seed=0, sharp=1.5):

@@ -7,7 +7,7 @@ import torch.nn as nn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from common import UserError
+from runs.files import UserError
 from model import Transformer, generate
 from svd_lora import (SVDLoRALinear, adapter_state, adapters_off, choose_adapter, clip_adapters, export_peft,
                       fingerprint, inject_svd_lora, load_adapter, merged_state_dict, orthogonality_penalty,

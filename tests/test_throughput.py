@@ -11,7 +11,8 @@ import train_dpo
 import train_ppo
 import train_reward
 import train_base
-from common import epoch_batch, matmul_ceiling, model_flops, peak_memory
+from runs.randomness import epoch_batch
+from runs.speed import matmul_ceiling, model_flops, peak_memory
 from data.tokenizers import TokenRow
 from data.trees import pack
 from model import Config

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 
-from common import UserError
+from runs.files import UserError
 from data import tokenizers
 from data.preferences import Row
 from data.tokenizers import Tokenizer, TokenRow, load_tokenizer, tokenize

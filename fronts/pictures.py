@@ -10,8 +10,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from common import write_whole
-from exact import NATS
+from runs.files import write_whole
+from fronts.exact import NATS
 
 matplotlib.use("Agg")
 from matplotlib import colors, patheffects, pyplot as plt, ticker, tri  # noqa: E402  (after the backend)

@@ -130,7 +130,7 @@ class _SVDLoRALinear(torch.autograd.Function):
 def _down(x, V, d=None):
     """(x V) · d: (…, d_in) -> (…, r)."""
     if use_kernels(x):
-        import kernels
+        from ops import triton_kernels as kernels
         rows = x.shape[-2] if d is not None and d.ndim > 1 else 1
         d = d if d is None or d.ndim == 1 else d.flatten(0, -2)                       # (r,) or (B, r)
         return kernels.svd_lora_down(x.flatten(0, -2), V, d, rows).view(*x.shape[:-1], V.shape[1])
@@ -142,7 +142,7 @@ def _up_(y, h, U):
     """y + h Uᵀ, in place. y: (…, d_out), h: (…, r)"""
     flat = y.flatten(0, -2)
     if use_kernels(y):
-        import kernels
+        from ops import triton_kernels as kernels
         kernels.svd_lora_up_(flat, h.flatten(0, -2), U)
     else:
         flat.addmm_(h.flatten(0, -2).to(y.dtype), U.T.to(y.dtype))
@@ -260,7 +260,7 @@ def _logprob_rows_cpu(hidden, weight, target, want_grad, entropy):
 def _logprob_rows_cuda(hidden, weight, target, want_grad, entropy):
     """The same, for some rows and the whole vocabulary at a time: the kernel turns logits into ∂logp/∂logits in one
     pass, in place, and a product with W makes ∂logp/∂h of them."""
-    import kernels
+    from ops import triton_kernels as kernels
     parts = []
     for h, y in zip(*(t.split(max(1, CUDA_LOGITS // len(weight))) for t in (hidden, target))):
         logits = (torch.mm(h, weight.T, out_dtype=torch.float32) if h.is_cuda and h.dtype != torch.float32 else
@@ -296,7 +296,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps):
         flat = x.flatten(0, -2)
         if use_kernels(x):
-            import kernels
+            from ops import triton_kernels as kernels
             y, rstd = kernels.rms_norm_forward(flat, weight, eps)
         else:
             wide = flat.float()
@@ -311,7 +311,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         flat, gflat, want = x.flatten(0, -2), g.flatten(0, -2), ctx.needs_input_grad[1]
         if use_kernels(x):
-            import kernels
+            from ops import triton_kernels as kernels
             dx, dweight = kernels.rms_norm_backward(gflat, flat, weight, rstd, want)
         else:
             # with n = x·rstd and q = g·weight:  dx = rstd (q − n · mean(q n))
@@ -349,7 +349,7 @@ class _Rope(torch.autograd.Function):
 def _rotate_(x, cos, sin, sign):
     heads = x.unflatten(-1, (-1, 2 * cos.shape[-1]))                                  # (B, T, H·C) -> (B, T, H, C)
     if use_kernels(x):
-        import kernels
+        from ops import triton_kernels as kernels
         kernels.rotate_(heads, cos, sin, sign)
     elif x.dtype == torch.float32:
         (a, b), cos, sin = heads.chunk(2, dim=-1), cos[:, :, None], sign * sin[:, :, None]
@@ -377,7 +377,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
         if use_kernels(gate):
-            import kernels
+            from ops import triton_kernels as kernels
             return kernels.swiglu_forward(gate, up)
         return F.silu(gate).mul_(up)
 
@@ -386,7 +386,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, g):
         gate, up = ctx.saved_tensors
         if use_kernels(gate):
-            import kernels
+            from ops import triton_kernels as kernels
             return kernels.swiglu_backward(g, gate, up)
         return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
 

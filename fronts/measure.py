@@ -10,16 +10,17 @@ import math
 import torch
 
 from aggregate import min_norm_weights
-from common import generator_for
-from data import optimum, toy
+from runs.randomness import generator_for
+from data import toy
+from fronts import optimum
 from data.preferences import read_preferences
 from data.prompts import read_demonstrations, read_prompts, split
-from data.rewards import collapsed
+from data.text_rewards import collapsed
 from data.tokenizers import TokenRow, spoken, tokenize
 from data.trees import batch_logprobs, pack
 from model import Transformer, generate
 from objectives import dpo_on_pairs
-from rewards import world_scores
+from data.rewards import world_scores
 from svd_lora import adapters_off, load_adapter, merged_state_dict, set_preference, shared_base
 
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import fused
-from fused import dense, has_onednn
-from quantize import GROUP, LEVELS, QuantizedLinear, QuantizedWeight
+from ops import fused
+from ops.fused import dense, has_onednn
+from ops.quantize import GROUP, LEVELS, QuantizedLinear, QuantizedWeight
 
 PACK_FROM = 2 ** 16         # weights smaller than this lose more by oneDNN's overhead than they gain
 PACK_STEPS = 16             # repacking costs about as much as this many steps save
@@ -141,7 +141,7 @@ class OneToken:
         W, quantized = layer.weight, isinstance(layer.weight, QuantizedWeight)
         if not fused.use_kernels(W.codes if quantized else W) or not (quantized or layer.factors) or layer.gelu:
             return False
-        import kernels
+        from ops import triton_kernels as kernels
         return (W.dtype in (torch.float32, torch.bfloat16) and (quantized or W.stride(1) == 1)
                 and (layer.factors is None or layer.factors[0].shape[1] <= kernels.DECODE_RANK))
 
@@ -159,11 +159,11 @@ class OneToken:
         self.d = torch.stack([d[:, 0] if d.ndim == 3 else d for d in ds]) if ds else None     # (L, r) or (L, B, r)
 
     def takes(self, x):
-        import kernels
+        from ops import triton_kernels as kernels
         return x.shape[1] == 1 and len(x) <= kernels.DECODE_ROWS and fused.use_kernels(x)
 
     def __call__(self, x):                                                            # (B, 1, d_in) -> L (B, 1, d_out)
-        import kernels
+        from ops import triton_kernels as kernels
         outputs = kernels.svd_lora_decode(x[:, 0], self.W, self.V, self.d, self.U, self.bias, self.finished,
                                           **self.quantized)
         return tuple(y[:, None] for y in outputs)

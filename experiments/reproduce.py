@@ -26,9 +26,11 @@ from pathlib import Path
 import numpy as np
 
 import eval_front
-from common import ROOT, UserError, flag, pick_device, read_json, run_main, write_json, write_whole
+from runs.device import pick_device
+from runs.files import ROOT, UserError, read_json, write_json, write_whole
+from runs.flags import flag, run_main
 from data.preferences import read_preferences
-from plots import draw_comparison, draw_fronts
+from fronts.pictures import draw_comparison, draw_fronts
 
 
 @dataclass
@@ -285,7 +287,7 @@ def styles(flags):
 
 def labels(flags):
     """Appendix A, against the Panacea run of `results`."""
-    import appendix_a                                                  # here: it trains too
+    from experiments import labelers as appendix_a                                                  # here: it trains too
     panacea = run(flags.out, "m2-panacea-ls-seed0")["run"]
     appendix_a.main(appendix_a.Flags(panacea=panacea, out=str(Path(flags.out) / "appendix-a")))
 

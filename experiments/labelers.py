@@ -20,12 +20,16 @@ import torch
 
 import train_dpo
 from aggregate import linear_scalarization
-from common import UserError, flag, generator_for, pick_device, read_json, run_main, write_json
-from data import optimum, toy
+from runs.device import pick_device
+from runs.files import UserError, read_json, write_json
+from runs.flags import flag, run_main
+from runs.randomness import generator_for
+from data import toy
+from fronts import optimum
 from data.tokenizers import load_tokenizer, tokenize
 from eval_front import base_of
-from measure import World, world_logprobs
-from plots import draw_labelers
+from fronts.measure import World, world_logprobs
+from fronts.pictures import draw_labelers
 from svd_lora import load_adapter, set_preference, shared_base
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from aggregate import sample_preference, simplex_lattice, vertex_paths
-from common import generator_for
-from data import optimum, toy
-from pareto import hypervolume
+from runs.randomness import generator_for
+from data import toy
+from fronts import optimum
+from fronts.metrics import hypervolume
 
 REFERENCE = -0.1                # the hypervolume's reference point in every dimension of normalised points
 NATS = 2.0                      # mean scores are normalised by the front of what lies within so many nats

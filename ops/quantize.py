@@ -20,8 +20,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import fused
-from common import UserError
+from ops import fused
+from runs.files import UserError
 
 KINDS = ("int8", "nf4")
 GROUP = 64                  # neighbours in a row that share one nf4 scale
@@ -88,7 +88,7 @@ class QuantizedWeight(nn.Module):
         """The matrix it stands for, (d_out, d_in), made anew at every call."""
         dtype, d_in = dtype or self.dtype, self.shape[1]
         if fused.use_kernels(self.codes):
-            import kernels
+            from ops import triton_kernels as kernels
             if self.kind == "int8":
                 return kernels.dequantize_int8(self.codes, self.scales, dtype)
             return kernels.dequantize_4bit(self.codes, self.scales, _levels(self.device), GROUP, d_in, dtype)

@@ -1,0 +1,78 @@
+"""processes.py - where a run computes: its device, and the processes that torchrun started, one a GPU.
+
+All processes compute the same batch, λ and counts, for these are functions of seed and step, and each takes its share
+of the rows. Nothing of the frozen base is ever reduced.
+rank, world: which of how many processes this one is, 0 of 1 unless torchrun started several
+"""
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+from runs.files import UserError
+
+
+def init_distributed(device):
+    """Joins the processes that torchrun started, if it did. Returns (rank, world, the device of this process)."""
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if device.type == "cuda":
+        here = int(os.environ["LOCAL_RANK"])
+        if here >= torch.cuda.device_count():
+            raise UserError(f"torchrun started more processes than there are GPUs: {torch.cuda.device_count()}")
+        device = torch.device("cuda", here)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        # the others wait while the first one trains a base model
+        backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=12), device_id=own)
+    return *ranks(), device
+
+
+def ranks():
+    """(rank, world); (0, 1) where there is one process."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier():
+    """Waits until all processes are here."""
+    if ranks()[1] > 1:
+        dist.barrier()
+
+
+def first_alone(work):
+    """work(), in the first process before all others: they find what it has written."""
+    if ranks()[0] > 0:
+        barrier()
+        return work()
+    result = work()
+    barrier()
+    return result
+
+
+def all_sum(x):
+    """The sum of a tensor over all processes, in place: the same bits everywhere."""
+    if ranks()[1] > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def with_value(local, whole):
+    """The value of `whole` with the gradient of `local`, this process's share of it.
+
+    A function f of a sum over processes then has the right gradient, f'(whole) · ∂local, summed over the processes;
+    f(local) would have it at another point: Tchebycheff's maximum, say, is of the means of the whole batch.
+    """
+    return whole + (local - local.detach())
+
+
+def reduce_gradients(parameters):
+    """Sums the gradients over all processes: one flat buffer, for the adapter alone has gradients."""
+    if ranks()[1] == 1:
+        return
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    flat = all_sum(torch.cat([p.grad.flatten() for p in parameters]))
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad.copy_(part.view_as(p))
