@@ -36,16 +36,27 @@ def dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta):
     return -F.logsigmoid(chosen - rejected), chosen.detach(), rejected.detach()
 
 
+def ipo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta):
+    """IPO (Azar et al., arXiv:2310.12036, Eq. 17): (log π(y_w|x)/π_ref(y_w|x) − log π(y_l|x)/π_ref(y_l|x) − 1/(2β))².
+
+    The same tensors, and the same kind of return values, as dpo_loss; beta is the paper's τ. The gap of log-ratios is
+    pulled to 1/(2β) and no further, however clear the label. At π = π_ref the loss is 1/(2β)².
+    """
+    chosen, rejected = beta * (pi_chosen - ref_chosen), beta * (pi_rejected - ref_rejected)
+    return ((chosen - rejected) / beta - 1 / (2 * beta)).square(), chosen.detach(), rejected.detach()
+
+
 def implicit_accuracy(chosen_reward, rejected_reward):
     """Whether the implicit reward orders the pair as its label does; a tie counts as wrong. -> float, same shape"""
     return (chosen_reward > rejected_reward).float()
 
 
-def dpo_on_pairs(pi, ref, pairs, better, beta):
-    """DPO on compared responses, for every dimension at once: they share the log-probs and differ in their labels.
+def losses_on_pairs(loss, pi, ref, pairs, better, beta):
+    """A loss of preference pairs (dpo_loss or ipo_loss) for every dimension at once: dimensions share the log-probs and
+    differ in their labels.
 
-    pi, ref: (R,) log-probs of responses; pairs: (P, 2) indices into them; better: (P, m), 0 where the first of the pair
-    is better, 1 the second, -1 no label. Returns loss (P, m); correct (P, m), whether the implicit reward agrees with
+    pi, ref: (R,) log-probs of responses   pairs: (P, 2) indices into them   better: (P, m), 0 where the first of the pair
+    is better, 1 the second, -1 no label   ->  losses (P, m); correct (P, m), 1.0 where the implicit reward agrees with
     the label; known (P, m), 0 where there is no label (there the other two mean nothing).
     """
     first, second = pairs.T                                                               # (P,)
@@ -53,8 +64,8 @@ def dpo_on_pairs(pi, ref, pairs, better, beta):
     chosen = torch.where(flip, second[:, None], first[:, None])                           # (P, m): the preferred one
     rejected = torch.where(flip, first[:, None], second[:, None])
     take = lambda x, index: x.index_select(0, index.flatten()).view(index.shape)
-    loss, good, bad = dpo_loss(take(pi, chosen), take(pi, rejected), take(ref, chosen), take(ref, rejected), beta)
-    return loss, implicit_accuracy(good, bad), (better >= 0).float()
+    losses, good, bad = loss(take(pi, chosen), take(pi, rejected), take(ref, chosen), take(ref, rejected), beta)
+    return losses, implicit_accuracy(good, bad), (better >= 0).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

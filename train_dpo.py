@@ -38,7 +38,7 @@ from data import toy
 from data.preferences import read_preferences
 from data.tokenizers import tokenize
 from data.trees import batch_logprobs, pack, row_lengths
-from objectives import dpo_on_pairs
+from objectives import dpo_loss, losses_on_pairs
 from svd_lora import (adapters_off, fingerprint, inject_svd_lora, orthogonality_penalty, parameter_groups, save_adapter,
                       set_preference)
 from train_base import find_base, load_base
@@ -261,7 +261,7 @@ def train(model, path, fixed_lam, rows, reference, dims, flags, steps, member, r
             # 3. losses (G, m): this process's share of them, and their values, the sums of all shares
             pi = batch_logprobs(model, batch)                                         # (R,) log π(y|x)
             ref = torch.cat([reference[chosen_rows[b]] for b in mine]).to(device)     # (R,) log π_ref(y|x)
-            loss, correct, known = dpo_on_pairs(pi, ref, batch.pairs, batch.better, flags.beta)   # (P, m) each
+            loss, correct, known = losses_on_pairs(dpo_loss, pi, ref, batch.pairs, batch.better, flags.beta)   # (P, m) each
             pair_group = group[mine].to(device)[batch.pair_row]                       # (P,)
             share = torch.zeros(G, m, device=device).index_add(0, pair_group, loss * known) / counts
             micro_losses = with_value(share, all_sum(share.detach().clone()))

@@ -43,7 +43,7 @@ from runs.speed import matmul_ceiling, model_flops, peak_memory
 from data.tokenizers import TokenRow
 from data.trees import batch_logprobs, pack
 from model import SIZES, Config, Transformer
-from objectives import dpo_on_pairs
+from objectives import dpo_loss, losses_on_pairs
 from svd_lora import adapters_off, inject_svd_lora, set_preference
 from turns import clock, listen, turn
 
@@ -108,7 +108,7 @@ def ours(flags, m, keep_reference):
         lam = sample_preference(flags.pairs, m, generator=torch.Generator().manual_seed(step)).to(device)
         set_preference(model, lam)
         pi = batch_logprobs(model, batch)
-        losses, *_ = dpo_on_pairs(pi, ref, batch.pairs, batch.better, 0.1)            # (pairs, m)
+        losses, *_ = losses_on_pairs(dpo_loss, pi, ref, batch.pairs, batch.better, 0.1)            # (pairs, m)
         linear_scalarization(losses, lam).mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

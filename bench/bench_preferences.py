@@ -26,7 +26,7 @@ from data import toy
 from data.tokenizers import load_tokenizer, tokenize
 from data.trees import batch_logprobs, pack
 from model import SIZES, Transformer
-from objectives import dpo_on_pairs
+from objectives import dpo_loss, losses_on_pairs
 from svd_lora import inject_svd_lora, parameter_groups, set_preference, shared_base
 from turns import clock
 
@@ -72,7 +72,7 @@ def dpo_step(base, m, flags, tokenizer, device):
         batch = pack(rows).to(device)
         lam = sample_preference(flags.rows, m, generator=torch.Generator().manual_seed(1)).to(device)
         set_preference(model, lam)
-        loss, _, known = dpo_on_pairs(batch_logprobs(model, batch), ref, batch.pairs, batch.better, 1.0)
+        loss, _, known = losses_on_pairs(dpo_loss, batch_logprobs(model, batch), ref, batch.pairs, batch.better, 1.0)
         losses = torch.zeros(flags.rows, m, device=device).index_add(0, batch.pair_row, loss * known)
         linear_scalarization(losses / 66, lam).mean().backward()
         optimizer.step()

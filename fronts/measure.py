@@ -19,7 +19,7 @@ from data.text_rewards import collapsed
 from data.tokenizers import TokenRow, spoken, tokenize
 from data.trees import batch_logprobs, pack
 from model import Transformer, generate
-from objectives import dpo_on_pairs
+from objectives import dpo_loss, losses_on_pairs
 from data.rewards import world_scores
 from svd_lora import adapters_off, load_adapter, merged_state_dict, set_preference, shared_base
 
@@ -150,7 +150,7 @@ class PreferenceFiles:
         """J = −L_DPO (m,) and scores: the implicit-reward accuracy (m,) on the rows that have the label."""
         loss = correct = count = 0.0
         for batch, ref in zip(self.batches, self.ref):
-            l, c, known = dpo_on_pairs(batch_logprobs(model, batch), ref, batch.pairs, batch.better, beta)
+            l, c, known = losses_on_pairs(dpo_loss, batch_logprobs(model, batch), ref, batch.pairs, batch.better, beta)
             loss, correct, count = loss + (l * known).sum(0), correct + (c * known).sum(0), count + known.sum(0)
         self.labels = count.int().tolist()
         return {"J": (-loss / count).tolist(), "scores": (correct / count).tolist(), "kl": None, "outside_mass": None}

@@ -331,7 +331,7 @@ def test_two_threads_repeat_bit_for_bit(work):
     from data.tokenizers import load_tokenizer, tokenize
     from data.trees import batch_logprobs, pack
     from model import Transformer
-    from objectives import dpo_on_pairs
+    from objectives import dpo_loss, losses_on_pairs
     from svd_lora import inject_svd_lora, set_preference
     rows = toy.sample_pairs("train", ["helpful", "harmless"], 8, 12, torch.Generator().manual_seed(3))
     batch = pack(tokenize(rows, load_tokenizer("toy"), 256)[0])
@@ -345,7 +345,7 @@ def test_two_threads_repeat_bit_for_bit(work):
         runs = []
         for _ in range(6):
             pi = batch_logprobs(model, batch)
-            loss, *_ = dpo_on_pairs(pi, pi.detach() - 1, batch.pairs, batch.better, 1.0)
+            loss, *_ = losses_on_pairs(dpo_loss, pi, pi.detach() - 1, batch.pairs, batch.better, 1.0)
             runs.append(torch.autograd.grad(loss.sum(), parameters))
     finally:
         torch.set_num_threads(threads)
