@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 
 from runs.files import UserError
-from data.preferences import Row
+from data.files import Row
 
 DIMS = ("helpful", "harmless", "concise", "formal", "humorous", "warm", "confident", "philosophical", "curious",
         "encouraging")
