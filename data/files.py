@@ -6,8 +6,8 @@ demonstrations) and data.offline (prompt and response pairs). A *layout* is a da
 one line for each, and a row's own keys say which one it is:
 
   fields of a row                                            data sets
-  prompt, response_0, response_1, better                     ours: {dimension: label}, e.g. {"helpful": 0, "harmless": 1}
-  prompt, response_0, response_1, higher                     HelpSteer2: the same; helpfulness -> helpful,
+  prompt, response_0, response_1, better                     ours: an object like {"helpful": 0, "harmless": 1}
+  prompt, response_0, response_1, higher                     HelpSteer2: such an object; helpfulness -> helpful,
                                                              concise_response_id -> concise
   prompt, response_0, response_1, better_response_id         PKU-SafeRLHF, BeaverTails, HH-RLHF:
     and safer_response_id, or one of them                    better -> helpful, safer -> harmless
@@ -76,8 +76,8 @@ def read_stories(path, what, prompt_words):
     stories = [story.strip() for story in re.split(r"(?<=\S)[ \t]*\n(?=[ \t]*\S)", _text(path)) if story.strip()]
     long = [story for story in stories if len(story.split()) >= 2 * prompt_words]
     if not long:
-        raise UserError(f"{path}: there is no {what} in it: no story has {2 * prompt_words} words; give another file or "
-                        f"fewer words to a prompt")
+        raise UserError(f"{path}: there is no {what} in it: no story has {2 * prompt_words} words; give another file "
+                        f"or a smaller number of prompt words")
     ends = [re.match(r"\S+(?:\s+\S+){%d}" % (prompt_words - 1), story).end() for story in long]
     return ([Example(story[:end], [story[end:]], None, str(path)) for story, end in zip(long, ends)],
             len(stories) - len(long))

@@ -44,8 +44,8 @@ def _labels(example):
     if len(example.responses) != 2:
         raise UserError(f'{example.where}: field "response_0" is missing; a preference needs two responses')
     if example.labels is None:
-        raise UserError(f'{example.where}: field with labels is missing; give "better": {{"helpful": 0, "harmless": 1}}, '
-                        f'or better_response_id and safer_response_id, or higher')
+        raise UserError(f'{example.where}: field with labels is missing; give "better": {{"helpful": 0, '
+                        f'"harmless": 1}}, or better_response_id and safer_response_id, or higher')
     for name, value in example.labels.values():
         if type(value) is not int and value is not None or value not in (0, 1, None):  # True == 1, so look at the type
             raise UserError(f'{example.where}: field "{name}" must be 0, 1 or null, not {json.dumps(value)[:40]}')

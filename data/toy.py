@@ -1,27 +1,32 @@
 """toy.py - the embedded world: a closed set of prompts and responses, small enough that the truth can be computed.
 
 A prompt asks how to do something, and its verb says whether that is harmless ("repair a front door") or risky
-("set fire to a front door"). A response fills four slots, so all S = 160 of them can be listed:
+("set fire to a front door"). A response fills four slots, so all S of them can be listed:
 
-    opening (5)  x  body (4)  x  caution (2)  x  closing (4)
+    opening (5)  x  body (4)  x  caution (2)  x  closing (4)  =  S = 160
     "Dear friend, I am glad you came to me."  "Start small and keep it simple."  "Be careful, ..."  "You can do it!"
 
-Ten dimensions score a response by short functions of the prompt and of the slots. The scores r_i are Bradley-Terry
-logits: on dimension i a human prefers response a to response b with probability sigmoid(r_i(a) - r_i(b)).
+The words that the other files use:
+    world               these prompts, the responses listed for each of them, and their scores
+    listed responses    the S texts that the slots can form for a prompt; responses() gives them, always in one order
+    outside mass        the probability that a policy gives to all other texts together. A policy writes token by token,
+                        so it can say anything; every text that is not listed has the score OUTSIDE
 
-S: responses to a prompt      m: dimensions in use      K: responses compared with each other in one data row
+Each dimension scores a response by a short function of the prompt and of the slots. The scores r_i are Bradley-Terry
+logits: on dimension i a human prefers response a to response b with probability sigmoid(r_i(a) - r_i(b)). A new
+dimension is one more line of SCORES, its name and its function; the order of SCORES is the order of DIMS.
+
+S: listed responses to a prompt   m: dimensions in use   R: responses of one data row   P: pairs compared in it
 The texts are about everyday matters, and no response says how to do any harm: "full steps" are general advice.
 """
-from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
 
 import torch
 
 from runs.files import UserError
 from data.files import Row
-
-DIMS = ("helpful", "harmless", "concise", "formal", "humorous", "warm", "confident", "philosophical", "curious",
-        "encouraging")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts: 5 domains x (4 harmless + 4 risky verbs) x 5 objects = 200 tasks. Every verb and every object occurs in
@@ -52,8 +57,7 @@ DOMAINS = {   # domain: (harmless verbs, risky verbs, objects, full steps, whom 
 FRAMES = ("How do I {}?", "How can I {}?", "Tell me how to {}.", "What is the best way to {}?")
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """What stands behind a prompt: its domain and whether it is risky (decided by the verb alone)."""
     domain: str
     risky: bool
@@ -88,28 +92,36 @@ BODIES = {"full": None, "hint": "Start small and keep it simple.", "safer": "A b
 CAUTIONS = {"none": "", "caution": "Be careful, because {}."}
 CLOSINGS = {"none": "", "question": "What have you tried so far?", "sure": "This always works.",
             "cheer": "You can do it!"}
+N_RESPONSES = len(OPENINGS) * len(BODIES) * len(CAUTIONS) * len(CLOSINGS)     # S
 
 
-N_RESPONSES = len(OPENINGS) * len(BODIES) * len(CAUTIONS) * len(CLOSINGS)     # S = 160
+class Slots(NamedTuple):
+    """What stands behind a response: the option in each slot, and how many words it has."""
+    opening: str
+    body: str
+    caution: str
+    closing: str
+    words: int
 
 
 @lru_cache(None)
 def _world(domain):
-    """text -> (opening, body, caution, closing) for every response of a domain, in a fixed order."""
+    """text -> (Slots, [scores after a harmless prompt, scores after a risky one]) for the listed responses of a domain,
+    in a fixed order. Scores are lists with one entry per dimension, as DIMS."""
     *_, full, whom, harm = DOMAINS[domain]
-    texts = {}
-    for opening in OPENINGS:
-        for body in BODIES:
-            for caution in CAUTIONS:
-                for closing in CLOSINGS:
-                    parts = (OPENINGS[opening], full if body == "full" else BODIES[body].format(whom),
-                             CAUTIONS[caution].format(harm), CLOSINGS[closing])
-                    texts[" ".join(p for p in parts if p)] = (opening, body, caution, closing)
-    return texts
+    world = {}
+    for opening, body, caution, closing in product(OPENINGS, BODIES, CAUTIONS, CLOSINGS):
+        parts = (OPENINGS[opening], full if body == "full" else BODIES[body].format(whom),
+                 CAUTIONS[caution].format(harm), CLOSINGS[closing])
+        text = " ".join(part for part in parts if part)
+        slots = Slots(opening, body, caution, closing, len(text.split()))
+        world[text] = slots, [[score(slots, risky) for score in SCORES.values()] for risky in (False, True)]
+    return world
 
 
 def responses(prompt):
-    """All S = 160 responses to a prompt of this world, as a list of strings in a fixed order."""
+    """The S listed responses to a prompt of this world, as a list of strings in a fixed order. Raises ValueError for a
+    prompt outside the world."""
     return list(_world(_task(prompt).domain))
 
 
@@ -120,47 +132,57 @@ def _task(prompt):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Scores: one line a dimension. t: Task; o, b, c, e: the options of opening, body, caution, ending; n: words.
-# Each dimension depends on several slots, as human judgement does, so exact ties are rare.
+# Scores: one function per dimension, of y (the Slots of a response) and of whether the prompt is risky.
+# Each dimension but concise depends on several slots, as human judgement does, so exact ties are rare.
 
-_SCORES = {
-    "helpful": lambda t, o, b, c, e, n: (
-        {"full": 2.4, "hint": 0.4, "safer": 0.4, "refuse": -2.4}[b]
-        + {"joke": -1.2, "deep": -0.8, "formal": 0.4}.get(o, 0.0)
-        + {"question": 0.9, "sure": 0.7, "cheer": 0.5}.get(e, 0.0) + (0.5 if c == "caution" else 0.0)),
-    "harmless": lambda t, o, b, c, e, n: (
-        {"full": -2.6, "hint": -1.2, "safer": 1.6, "refuse": 2.0}[b] + (1.4 if c == "caution" else 0.0)
-        + {"sure": -1.2, "cheer": -0.9, "question": 0.4}.get(e, 0.0)
-        + {"joke": -1.2, "formal": 0.5, "warm": 0.3}.get(o, 0.0)
-        if t.risky else
-        {"full": 0.4, "hint": 0.0, "safer": 0.8, "refuse": 0.2}[b] + (2.0 if c == "caution" else 0.0)
-        + {"sure": -1.2, "question": 0.6}.get(e, 0.0) + {"joke": -1.6, "formal": 0.6, "warm": 0.6}.get(o, 0.0)),
-    "concise": lambda t, o, b, c, e, n: 0.2 * (20 - n),
-    "formal": lambda t, o, b, c, e, n: (
-        {"formal": 2.5, "deep": 0.5, "joke": -2.0, "warm": -0.8}.get(o, 0.0)
-        + {"cheer": -1.5, "sure": -0.5, "question": 0.5}.get(e, 0.0) + (0.4 if c == "caution" else 0.0)),
-    "humorous": lambda t, o, b, c, e, n: (
-        (3.0 if o == "joke" else -1.0) + {"cheer": 0.6, "question": 0.3}.get(e, 0.0)
-        - (0.4 if c == "caution" else 0.0)),
-    "warm": lambda t, o, b, c, e, n: (
-        {"warm": 2.5, "joke": 0.5, "formal": 0.3}.get(o, -0.5) + {"cheer": 1.2, "question": 0.5}.get(e, 0.0)
-        + {"refuse": -1.2, "safer": 0.4}.get(b, 0.0)),
-    "confident": lambda t, o, b, c, e, n: (
-        {"sure": 2.5, "cheer": 1.0, "question": -1.5}.get(e, 0.0) + {"full": 0.6, "safer": -0.6}.get(b, 0.0)
-        - (1.0 if c == "caution" else 0.0)),
-    "philosophical": lambda t, o, b, c, e, n: (
-        (3.0 if o == "deep" else -1.0) + {"question": 0.8, "sure": -0.4}.get(e, 0.0) + (0.3 if b == "hint" else 0.0)),
-    "curious": lambda t, o, b, c, e, n: (
-        (3.0 if e == "question" else -1.0) + {"deep": 0.5, "formal": 0.3}.get(o, 0.0)
-        + (-0.5 if b == "refuse" else 0.0)),
-    "encouraging": lambda t, o, b, c, e, n: (
-        {"cheer": 3.0, "sure": 0.8, "question": 0.4}.get(e, -0.6) + {"refuse": -1.5, "hint": 0.4}.get(b, 0.0)
-        + (0.6 if o == "warm" else 0.0)),
+SCORES = {
+    "helpful": lambda y, risky: (
+        {"full": 2.4, "hint": 0.4, "safer": 0.4, "refuse": -2.4}[y.body]
+        + {"joke": -1.2, "deep": -0.8, "formal": 0.4}.get(y.opening, 0.0)
+        + {"question": 0.9, "sure": 0.7, "cheer": 0.5}.get(y.closing, 0.0) + (0.5 if y.caution == "caution" else 0.0)),
+    "harmless": lambda y, risky: (
+        {"full": -2.6, "hint": -1.2, "safer": 1.6, "refuse": 2.0}[y.body] + (1.4 if y.caution == "caution" else 0.0)
+        + {"sure": -1.2, "cheer": -0.9, "question": 0.4}.get(y.closing, 0.0)
+        + {"joke": -1.2, "formal": 0.5, "warm": 0.3}.get(y.opening, 0.0)
+        if risky else
+        {"full": 0.4, "hint": 0.0, "safer": 0.8, "refuse": 0.2}[y.body] + (2.0 if y.caution == "caution" else 0.0)
+        + {"sure": -1.2, "question": 0.6}.get(y.closing, 0.0)
+        + {"joke": -1.6, "formal": 0.6, "warm": 0.6}.get(y.opening, 0.0)),
+    "concise": lambda y, risky: 0.2 * (20 - y.words),
+    "formal": lambda y, risky: (
+        {"formal": 2.5, "deep": 0.5, "joke": -2.0, "warm": -0.8}.get(y.opening, 0.0)
+        + {"cheer": -1.5, "sure": -0.5, "question": 0.5}.get(y.closing, 0.0)
+        + (0.4 if y.caution == "caution" else 0.0)),
+    "humorous": lambda y, risky: (
+        (3.0 if y.opening == "joke" else -1.0) + {"cheer": 0.6, "question": 0.3}.get(y.closing, 0.0)
+        - (0.4 if y.caution == "caution" else 0.0)),
+    "warm": lambda y, risky: (
+        {"warm": 2.5, "joke": 0.5, "formal": 0.3}.get(y.opening, -0.5)
+        + {"cheer": 1.2, "question": 0.5}.get(y.closing, 0.0)
+        + {"refuse": -1.2, "safer": 0.4}.get(y.body, 0.0)),
+    "confident": lambda y, risky: (
+        {"sure": 2.5, "cheer": 1.0, "question": -1.5}.get(y.closing, 0.0)
+        + {"full": 0.6, "safer": -0.6}.get(y.body, 0.0)
+        - (1.0 if y.caution == "caution" else 0.0)),
+    "philosophical": lambda y, risky: (
+        (3.0 if y.opening == "deep" else -1.0) + {"question": 0.8, "sure": -0.4}.get(y.closing, 0.0)
+        + (0.3 if y.body == "hint" else 0.0)),
+    "curious": lambda y, risky: (
+        (3.0 if y.closing == "question" else -1.0) + {"deep": 0.5, "formal": 0.3}.get(y.opening, 0.0)
+        + (-0.5 if y.body == "refuse" else 0.0)),
+    "encouraging": lambda y, risky: (
+        {"cheer": 3.0, "sure": 0.8, "question": 0.4}.get(y.closing, -0.6)
+        + {"refuse": -1.5, "hint": 0.4}.get(y.body, 0.0)
+        + (0.6 if y.opening == "warm" else 0.0)),
 }
+
+DIMS = tuple(SCORES)
+OUTSIDE = -6.0      # the score of a text that is not listed, on every dimension: below those of all listed responses
 
 
 def choose_dims(dims, pref_dim):
-    """The dimensions that the flags --dims and --pref_dim ask for. Raises UserError where the world has them not."""
+    """The dimensions that the flags --dims and --pref_dim ask for: dims, or else the first pref_dim of DIMS. Raises
+    UserError for those that the world does not have."""
     if dims is None and not 1 <= pref_dim <= len(DIMS):
         raise UserError(f"--pref_dim {pref_dim}: the embedded world has {len(DIMS)} dimensions")
     dims = dims or list(DIMS[:pref_dim])
@@ -169,20 +191,18 @@ def choose_dims(dims, pref_dim):
     return dims
 
 
-OUTSIDE = -6.0      # the score, on every dimension, of a text that is not a response of this world: below all that are
-
-
-def scores(prompt, texts):
-    """Scores of `texts`, a list of S strings, as responses to `prompt`.
-
-    Returns (S, 10) float64 Bradley-Terry logits, columns as DIMS; larger is better. A text outside the world gets
-    OUTSIDE on every dimension. Raises ValueError for a prompt outside the world.
+def scores(prompt, texts, dims=DIMS):
+    """Scores of `texts`, a list of strings, as responses to `prompt`: (texts, m) float64 Bradley-Terry logits, larger
+    is better; one column for each of `dims`. A text that is not listed gets OUTSIDE everywhere. Raises ValueError
+    for a prompt or a dimension outside the world.
     """
+    unknown = [dim for dim in dims if dim not in DIMS]
+    if unknown:
+        raise ValueError(f"unknown dimension {unknown[0]!r}; the embedded world has: {' '.join(DIMS)}")
     task = _task(prompt)
-    world = _world(task.domain)
-    rows = [[_SCORES[dim](task, *world[y], len(y.split())) for dim in DIMS] if y in world else [OUTSIDE] * len(DIMS)
-            for y in texts]
-    return torch.tensor(rows, dtype=torch.float64)
+    world, outside = _world(task.domain), [OUTSIDE] * len(DIMS)
+    every = torch.tensor([world[y][1][task.risky] if y in world else outside for y in texts], dtype=torch.float64)
+    return every.view(-1, len(DIMS))[:, [DIMS.index(dim) for dim in dims]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,8 +219,9 @@ def base_probs(prompt):
             dict(full=0.4, hint=0.3, safer=0.2, refuse=0.1))
     caution = {"none": 0.5, "caution": 0.5} if risky else {"none": 0.7, "caution": 0.3}
     closing = {"none": 0.4, "question": 0.2, "sure": 0.2, "cheer": 0.2}
-    slots = _world(_task(prompt).domain).values()
-    return torch.tensor([opening[o] * body[b] * caution[c] * closing[e] for o, b, c, e in slots], dtype=torch.float64)
+    probs = [opening[y.opening] * body[y.body] * caution[y.caution] * closing[y.closing]
+             for y, *_ in _world(_task(prompt).domain).values()]
+    return torch.tensor(probs, dtype=torch.float64)
 
 
 def as_row(prompt, texts, pairs=(), better=()):
@@ -217,56 +238,51 @@ def in_turn(items, n, generator):
 
 
 def sample_pairs(split, dims, n_rows, n_responses, generator, labelers=None):
-    """Preference data: n_rows data rows, each with K = n_responses distinct responses drawn uniformly for one prompt
-    (prompts in turn) and all K(K-1)/2 comparisons among them, labelled on each of `dims` by Bradley-Terry:
+    """Preference data: n_rows data rows, each with R = n_responses distinct responses drawn uniformly for one prompt
+    (prompts in turn) and all P = R(R - 1)/2 comparisons among them, labelled on each of `dims` by Bradley-Terry:
 
-        P(a better than b on i) = sigmoid(r_i(a) - r_i(b)),  drawn independently for every pair and dimension.
+        probability(a better than b on i) = sigmoid(r_i(a) - r_i(b)),  drawn independently for every pair and dimension.
 
-    labelers: (n, m) preferences of n people. Then a pair has one scalar label instead of m, given by one of them, drawn
-    evenly for each pair, whose reward is Σ λ_i r_i (Eq. (10)).
-    Returns a list of data.preferences.Row. Raises ValueError for an unknown dimension.
+    labelers: (labelers, m), one preference λ for each of several people. Then a pair has one scalar label instead of m.
+    It is given by one of them, drawn evenly for each pair, whose reward is Σ λ_i r_i (Eq. (10)).
+    Returns list[Row] (data.files). Raises ValueError for an unknown dimension.
     """
-    unknown = [dim for dim in dims if dim not in DIMS]
-    if unknown:
-        raise ValueError(f"unknown dimension {unknown[0]!r}; the embedded world has: {' '.join(DIMS)}")
-    columns = [DIMS.index(dim) for dim in dims]
     first, second = torch.triu_indices(n_responses, n_responses, offset=1)
     rows = []
     for prompt in in_turn(prompts(split), n_rows, generator):
-        world = responses(prompt)
-        texts = [world[s] for s in torch.randperm(len(world), generator=generator)[:n_responses]]
-        r = scores(prompt, texts)[:, columns]                                                       # (K, m)
+        listed = responses(prompt)
+        texts = [listed[s] for s in torch.randperm(len(listed), generator=generator)[:n_responses]]
+        r = scores(prompt, texts, dims)                                                             # (R, m)
         if labelers is not None:
             who = torch.randint(len(labelers), first.shape, generator=generator)
-            gap = ((r[first] - r[second]) * labelers[who].double()).sum(1, keepdim=True)            # (pairs, 1)
+            gap = ((r[first] - r[second]) * labelers[who].double()).sum(1, keepdim=True)            # (P, 1)
         else:
-            gap = r[first] - r[second]                                                              # (pairs, m)
-        p_first = torch.sigmoid(gap)
-        better = (torch.rand(p_first.shape, generator=generator, dtype=torch.float64) >= p_first).long()   # 0: first
+            gap = r[first] - r[second]                                                              # (P, m)
+        win_prob = torch.sigmoid(gap)                                                               # of the first
+        better = (torch.rand(gap.shape, generator=generator, dtype=torch.float64) >= win_prob).long()      # 0: first
         rows.append(as_row(prompt, texts, zip(first.tolist(), second.tolist()), better.tolist()))
     return rows
 
 
 def demonstrator_probs(prompt, dims):
-    """How a writer who cares for one dimension answers, for each of `dims`: (S, m), every column a distribution,
+    """What a demonstrator answers, a writer who cares for one dimension alone: (S, m), for each of `dims` a column
 
-        p_i(y|x)  ∝  base_probs(y|x) · exp(r_i(x, y)),
+        p_i(y|x)  ∝  base_probs(y|x) · exp(r_i(x, y)).
 
-    the base's habits tilted by the scores. It is also what DPO and RLHF with β = 1 aim at for that dimension alone.
+    It is also the optimum of DPO and of RLHF with β = 1 for that dimension alone.
     """
-    columns = [DIMS.index(dim) for dim in dims]
-    return (base_probs(prompt).log()[:, None] + scores(prompt, responses(prompt))[:, columns]).softmax(0)
+    return (base_probs(prompt).log()[:, None] + scores(prompt, responses(prompt), dims)).softmax(0)
 
 
 def sample_demonstrations(split, dims, n_rows, each, generator):
-    """Data for SFT: n_rows prompts (in turn), for each `each` responses by every dimension's writer, drawn from p_i.
+    """Data for SFT: n_rows prompts (in turn), each with `each` responses per dimension, drawn from demonstrator_probs.
 
-    Returns a list of data.preferences.Row, and for each row which of `dims` its responses demonstrate, list[list[int]].
+    Returns list[Row] (data.files), and for each row which of `dims` its responses demonstrate, list[list[int]].
     """
     probs = {x: demonstrator_probs(x, dims).T for x in prompts(split)}                              # (m, S)
     rows, kinds = [], [i for i in range(len(dims)) for _ in range(each)]
     for prompt in in_turn(prompts(split), n_rows, generator):
-        world = responses(prompt)
+        listed = responses(prompt)
         drawn = torch.multinomial(probs[prompt], each, replacement=True, generator=generator)       # (m, each)
-        rows.append(as_row(prompt, [world[s] for s in drawn.flatten()]))
+        rows.append(as_row(prompt, [listed[s] for s in drawn.flatten()]))
     return rows, [kinds] * n_rows

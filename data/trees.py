@@ -5,10 +5,30 @@ responses part where they first differ. A token attends to its ancestors alone, 
 would see in a row of its own, but the prompt and every shared beginning are computed once. (For two responses to a
 prompt that is the prompt once instead of twice; for the embedded world's many short responses it is 3 to 6 times less.)
 
-B: rows   T: nodes of the largest tree   R: responses   N: predicted tokens (edges)   L: tokens of the longest response
+An example: the prompt 11 12 and the responses 21 22 0, 21 23 24 0 and 30 0, where 0 ends a response.
+
+    node:token    0:11 -- 1:12 -+- 2:21 -+- 3:22 ---------- (0)
+                                |        +- 4:23 -- 5:24 -- (0)
+                                +- 6:30 ------------------- (0)
+
+A *node* is a token that the model reads. The last token of a response, here (0), is a target and never an input, so it
+has no node. An *edge* is a predicted token: it goes from the node that predicts it (parents) to that token (targets).
+A *chain* (start, end, parent) is a run of nodes without a fork: nodes start to end - 1 follow each other, and the first
+of them follows the node `parent` (-1: none). Each response adds at most one chain, the part that is new.
+
+    chains       (0, 2, -1) (2, 4, 1) (4, 6, 2) (6, 7, 1)
+    node          0  1  2  3  4  5  6
+    tokens       11 12 21 22 23 24 30
+    positions     0  1  2  3  3  4  2
+    edge          0  1  2  3  4  5  6  7
+    parents       1  2  3  2  4  5  1  6
+    targets      21 22  0 23 24  0 30  0
+    paths        0 1 2 8 / 0 3 4 5 / 6 7 8 8        one response after the other, as edges; N = 8 is padding
+
+B: rows   T: nodes of the largest tree   R: responses   N: edges   L: tokens of the longest response   D: d_model
 P: pairs   m: dimensions
 """
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -20,12 +40,12 @@ from objectives import response_logprobs
 @dataclass
 class TreeBatch:
     """B packed rows. All indices are int64 tensors."""
-    tokens: torch.Tensor        # (B, T)          padded with 0
+    tokens: torch.Tensor        # (B, T)          of the nodes, padded with 0
     positions: torch.Tensor     # (B, T)          depth in the tree = position in the sequence
-    mask: torch.Tensor          # (B, 1, T, T)    True where a token may attend: itself and its ancestors
-    parents: torch.Tensor       # (N,)            b·T + t of the node whose hidden state predicts the token
-    targets: torch.Tensor       # (N,)            the predicted token
-    paths: torch.Tensor         # (R, L)          each response's tokens as indices into the N; N pads
+    mask: torch.Tensor          # (B, 1, T, T)    True where a node may attend: itself and its ancestors
+    parents: torch.Tensor       # (N,)            for each edge b·T + t, the node whose hidden state predicts the token
+    targets: torch.Tensor       # (N,)            for each edge the predicted token
+    paths: torch.Tensor         # (R, L)          each response's tokens as edges, indices into the N; N is padding
     pairs: torch.Tensor         # (P, 2)          the compared responses, as indices into the R
     pair_row: torch.Tensor      # (P,)            the row of each pair
     better: torch.Tensor        # (P, m)          0: the first is better, 1: the second, -1: no label
@@ -37,7 +57,7 @@ class TreeBatch:
 
     @property
     def rows(self):
-        """The row of each predicted token. (N,)"""
+        """The row of each edge. (N,)"""
         return self.parents // self.tokens.shape[1]
 
     @property
@@ -46,7 +66,7 @@ class TreeBatch:
         return (self.paths < len(self.targets)).float()
 
     def along(self, x):
-        """What belongs to predicted tokens, (N,) or (N, n), laid out by responses: (R, L) or (R, L, n); 0: padding."""
+        """x, values of the edges, (N,) or (N, …), laid out along the responses: (R, L) or (R, L, …), 0 on padding."""
         padded = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
         # not padded[paths]: its backward adds in a free order, and equal runs would differ in the last bits
         return padded.index_select(0, self.paths.flatten()).view(*self.paths.shape, *x.shape[1:])
@@ -67,25 +87,26 @@ def pack(rows, multiple=1):
     mask[:, 0, np.arange(T), np.arange(T)] = True                             # padding sees itself: no softmax is empty
     causal = np.tri(longest, dtype=bool)
     paths = np.full((R, L), N, np.int64)
-    parents, targets, pairs, pair_row, better, edges, r = [], [], [], [], [], 0, 0
-    for b, (row, (nodes, chains, predicting, predicted, row_paths)) in enumerate(zip(rows, trees)):
+    parents, targets, pairs, pair_row, better = [], [], [], [], []
+    edges = r = 0                                                             # how many the rows before this one have
+    for b, (row, (nodes, chains, row_parents, row_targets, row_paths)) in enumerate(zip(rows, trees)):
         tokens[b, :len(nodes)] = nodes
-        for start, end, parent in chains:                                     # a parent stands before its children
+        for start, end, parent in chains:                                     # a parent comes before its children
             n = end - start
             if parent >= 0:
                 positions[b, start:end] = positions[b, parent] + 1
                 mask[b, 0, start:end] = mask[b, 0, parent]                    # what the parent sees …
             positions[b, start:end] += np.arange(n)
             mask[b, 0, start:end, start:end] = causal[:n, :n]                 # … and the chain up to the node itself
-        parents.append(b * T + predicting)
-        targets.append(predicted)
+        parents.append(b * T + row_parents)
+        targets.append(row_targets)
         pairs += [(r + first, r + second) for first, second in row.pairs]
         pair_row += [b] * len(row.pairs)
         better += row.better
         for path in row_paths:
             paths[r, :len(path)] = edges + path
             r += 1
-        edges += len(predicted)
+        edges += len(row_targets)
     tensor = lambda x, *shape: torch.tensor(x, dtype=torch.int64).reshape(*shape)
     return TreeBatch(torch.from_numpy(tokens), torch.from_numpy(positions), torch.from_numpy(mask),
                      torch.from_numpy(np.concatenate(parents)), torch.from_numpy(np.concatenate(targets)),
@@ -94,39 +115,56 @@ def pack(rows, multiple=1):
 
 
 def _tree(prompt, responses):
-    """One prompt and its responses as a tree, in numpy: no loop over tokens.
+    """One prompt and its responses as a tree, in numpy: no loop over tokens. The names are those of the drawing above.
 
-    Returns nodes (their tokens); chains, a list of (start, end, parent): nodes start to end − 1 follow each other, the
-    first of them after the node `parent` (-1: the root); of each edge the predicting node and the predicted token; and
-    for each response its edges. A token that nothing follows is predicted but never read: it is an edge and no node.
+    Returns nodes (their tokens), chains, parents and targets (of the edges), and for each response its edges.
     """
     R, L = len(responses), max(map(len, responses), default=0)
     lengths = np.array([len(response) for response in responses], np.int64)
     ids = np.full((R, L), -1, np.int64)                                       # -1 - r: padding equals no token
     for r, response in enumerate(responses):
         ids[r, :len(response)], ids[r, len(response):] = response, -1 - r
-    nodes, chains, n = [np.array(prompt, np.int64)], [(0, len(prompt), -1)], len(prompt)
+    nodes, chains, n = [np.array(prompt, np.int64)], [(0, len(prompt), -1)], len(prompt)       # n: nodes so far
+    parents, targets, e = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0                  # e: edges so far
     node_of, edge_of = np.zeros((R, L), np.int64), np.zeros((R, L), np.int64)  # of each token of each response
-    predicting, predicted, e = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
     for r, length in enumerate(lengths.tolist()):
-        edges = held = 0                                # how many of its first tokens have an edge, and a node, already
+        # 1. what earlier responses have: edges for the first `old_edges` tokens, nodes for the first `old_nodes`.
+        #    The second may be one less: the last token of an earlier response has an edge, but no node
+        old_edges = old_nodes = 0
         if r:
-            common = np.logical_and.accumulate(ids[:r] == ids[r], axis=1).sum(1)          # (r,) with each one before it
-            edges, held = int(common.max()), max(0, int(np.minimum(common, lengths[:r] - 1).max()))
-            edge_of[r, :edges] = edge_of[common.argmax(), :edges]
-            node_of[r, :held] = node_of[np.minimum(common, lengths[:r] - 1).argmax(), :held]
-        new = max(0, length - 1 - held)
-        node_of[r, held:held + new] = np.arange(n, n + new)
-        edge_of[r, edges:length] = np.arange(e, e + length - edges)
-        before = np.concatenate([[len(prompt) - 1], node_of[r, :max(0, length - 1)]])     # the node before each token
+            common = np.logical_and.accumulate(ids[:r] == ids[r], axis=1).sum(1)          # (r,) tokens that both share
+            read = np.minimum(common, lengths[:r] - 1)                                    # (r,) those that are nodes
+            old_edges, old_nodes = int(common.max()), max(0, int(read.max()))
+            edge_of[r, :old_edges] = edge_of[common.argmax(), :old_edges]
+            node_of[r, :old_nodes] = node_of[read.argmax(), :old_nodes]
+
+        # 2. number the new ones; the last token of the response gets no node
+        new = max(0, length - 1 - old_nodes)
+        node_of[r, old_nodes:old_nodes + new] = np.arange(n, n + new)
+        edge_of[r, old_edges:length] = np.arange(e, e + length - old_edges)
+
+        # 3. add them; before[t] is the node that predicts the response's token t
+        before = np.concatenate([[len(prompt) - 1], node_of[r, :max(0, length - 1)]])     # (length,)
         if new:
-            nodes.append(ids[r, held:held + new])
-            chains.append((n, n + new, int(before[held])))
-        predicting.append(before[edges:length])
-        predicted.append(ids[r, edges:length])
-        n, e = n + new, e + length - edges
-    return (np.concatenate(nodes), chains, np.concatenate(predicting), np.concatenate(predicted),
+            nodes.append(ids[r, old_nodes:old_nodes + new])
+            chains.append((n, n + new, int(before[old_nodes])))
+        parents.append(before[old_edges:length])
+        targets.append(ids[r, old_edges:length])
+        n, e = n + new, e + length - old_edges
+    return (np.concatenate(nodes), chains, np.concatenate(parents), np.concatenate(targets),
             [edge_of[r, :length] for r, length in enumerate(lengths)])
+
+
+def pack_ends(rows, multiple=1):
+    """TokenRows -> (TreeBatch, last). last (R,) holds the index b·T + t of the last token of every response: what a
+    reward model reads. multiple: as in pack.
+
+    The last token of a response has no node. So one more token is put behind every response: that one is now the last,
+    and the node that predicts it is the response's true last token.
+    """
+    batch = pack([replace(row, responses=[ids + [0] for ids in row.responses]) for row in rows], multiple)
+    lengths = (batch.paths < len(batch.targets)).sum(1, keepdim=True)                 # (R, 1)
+    return batch, batch.parents[batch.paths.gather(1, lengths - 1)[:, 0]]
 
 
 def row_lengths(rows):
@@ -135,14 +173,15 @@ def row_lengths(rows):
 
 
 def predicting_states(model, batch):
-    """The hidden states that predict the N tokens of a TreeBatch: (N, D)."""
+    """The hidden states that predict the N edges of a TreeBatch: (N, D)."""
     hidden = model(batch.tokens, batch.positions, batch.mask, return_hidden=True)     # (B, T, D)
     # index_select and not [ ]: its backward adds in a fixed order, so that runs repeat bit for bit
     return hidden.flatten(0, 1).index_select(0, batch.parents)                        # (B·T, D) -> (N, D)
 
 
 def path_logprobs(model, batch, states=None):
-    """log π(y_t | x, y_<t) of every response's every token: (R, L) fp32, 0 on padding. states: (N, D), if at hand."""
+    """log π(y_t | x, y_<t) of every token of every response: (R, L) fp32, 0 on padding. states: what predicting_states
+    gives, where it is computed already."""
     states = predicting_states(model, batch) if states is None else states
     return batch.along(linear_logprob(states, model.head_weight, batch.targets))
 
