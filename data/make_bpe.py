@@ -3,7 +3,7 @@
     python -m data.make_bpe
 
 Byte-pair encoding: start from single bytes; while some word is more than one token, merge the most frequent
-neighbouring pair of tokens everywhere into a new one. The file is tiktoken's: one "base64(token) rank" a line.
+neighbouring pair of tokens everywhere into a new one. The file has tiktoken's format: one "base64(token) rank" per line.
 """
 import base64
 from collections import Counter
@@ -17,7 +17,8 @@ from data.tokenizers import PATTERN
 
 
 def train_bpe(texts, vocab_size):
-    """Returns {token bytes: rank}, at most vocab_size of them; ties are broken by the bytes: the result is unique."""
+    """-> {token bytes: rank}, at most vocab_size of them. Of equally frequent pairs the one with the largest bytes is
+    merged, so the result is unique."""
     words = Counter(word for text in texts for word in regex.findall(PATTERN, text))
     words = {tuple(bytes([b]) for b in word.encode()): n for word, n in words.items()}
     ranks = {bytes([b]): b for b in range(256)}
@@ -44,7 +45,7 @@ def _merge(word, left, right):
 
 
 def world_text():
-    """Every prompt of the world and every distinct response, each as the model sees it."""
+    """Every prompt of the world and every different listed response, each as the model sees it."""
     prompts = toy.prompts("train") + toy.prompts("eval")
     rows = [toy.as_row(prompt, toy.responses(prompt)) for prompt in prompts]
     return [row.prompt for row in rows] + sorted({text for row in rows for text in row.responses})
@@ -54,5 +55,5 @@ if __name__ == "__main__":
     ranks = train_bpe(world_text(), vocab_size=1023)                    # and one more for EOS
     lines = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
     out = Path(__file__).with_name("toy.tiktoken")
-    write_whole(out, lambda f: Path(f).write_text(lines))
+    write_whole(out, lambda file: file.write_text(lines))
     print(f"{out.name}: {len(ranks)} tokens, the longest {max(ranks, key=len)!r}")

@@ -1,10 +1,10 @@
-"""rewards.py - rewards of short stories that need no model: functions (prompt, response) -> float, larger is better.
+"""text_rewards.py - rewards of short stories without a model: functions (prompt, response) -> float, larger is better.
 
 For PPO without a reward model: anyone can check them by eye, and conflicts can be chosen (happy against sad, dialogue
 against narrative, length against concise). Under a KL penalty the best policy is π ∝ π_ref · exp(r/β): as β falls it
-goes to the likeliest texts among those of the largest r, and every function says what these are. What keeps them
-stories: repetition is not paid (words, speeches and sentences count once), every reward is bounded above, and nothing
-is divided by the response's own length, where a single good word would win.
+prefers the likeliest texts among those of the largest r, and every docstring says which texts these are. Three rules
+keep them stories: repetition is not paid (words, speeches and sentences count once), every reward is bounded above, and
+nothing is divided by the response's own length, where a single good word would win.
 """
 import re
 from functools import partial
@@ -13,8 +13,8 @@ import torch
 
 from runs.files import UserError
 
-# Lexicons: forms of one word stand together. They are listed, not found by their beginning: "saddle" is not "sad".
-# Adverbs are left out: "happily ever after" is how stories end, whatever they tell. A negation is not seen.
+# Lexicons: the forms of one word stand between two bars. Each form is listed, because a search by beginnings would take
+# "saddle" for "sad". Adverbs are left out: many stories end in "happily ever after". Negations are not recognised.
 HAPPY = ("happy happier happiest happiness | glad | joy joyful joyous | smile smiles smiled smiling | "
          "laugh laughs laughed laughing laughter | giggle giggles giggled giggling | fun | "
          "cheer cheers cheered cheering cheerful | love loves loved loving | proud | "
@@ -32,6 +32,7 @@ NATURE = ("tree trees | flower flowers | grass | forest forests woods | river ri
 MOST_WORDS = 6              # of a lexicon that a response is paid for
 MOST_LENGTH = 60            # words that `length` pays for
 MOST_IN_PART = 12           # words that one speech or one sentence is paid for
+MOST_CONCISE = 4.0          # the value of `concise` for a short text
 
 
 def words(text):
@@ -40,8 +41,8 @@ def words(text):
 
 
 def _lexicon(groups):
-    """The reward of one lexicon: how many different words of it the response has, one a sentence of 3 words or more
-    (the first that is new), at most MOST_WORDS.
+    """The reward of one lexicon: how many different words of it the response has, at most MOST_WORDS. Each sentence of
+    3 words or more adds at most one, the first that is new; shorter sentences add nothing.
 
     The best: six sentences that name six feelings ("Tom was glad. His mom smiled."). A list of the words is one
     sentence, so it pays as little as one word; the same sentence again pays nothing.
@@ -58,55 +59,57 @@ def _lexicon(groups):
 
 
 def length(prompt, response):
-    """Tens of words, at most 6; a word that ends a three-word phrase which stood before adds nothing.
+    """Tens of words, at most 6; a word that ends a three-word phrase which occurred before adds nothing.
 
-    Capped, because otherwise never ending is always better, which the cut at a maximal number of tokens decides. The
-    best: any text of 60 words without a loop; the likeliest such ones are the base model's own, just unended.
+    Capped, because otherwise a longer text would always be better, up to the maximal number of tokens. The best: any
+    text of 60 words without a loop; the likeliest such texts are the base model's own that have not ended yet.
     """
     w = words(response)
     return min(len(w[:2]) + len(set(zip(w, w[1:], w[2:]))), MOST_LENGTH) / 10
 
 
-def concise(prompt, response, r_max=4.0, c=50):
-    """r_max up to c words, then r_max + 1 − words / c (the form of Panacea's helpful-harmless-concise problem).
+def concise(prompt, response, c=50):
+    """MOST_CONCISE up to c words, then MOST_CONCISE + 1 − words / c (the form of Panacea's helpful-harmless-concise
+    problem).
 
-    # not in paper: r_max and c are those of a re-implementation, whose unit is tokens. "concise:12" has c = 12. The
-    best: anything of up to c words, so base texts that end soon; an empty one is as good, and is held off by KL and by
-    the other rewards alone.
+    # not in paper: both constants are those of a re-implementation, whose unit is tokens. "concise:12" has c = 12. The
+    best: anything of up to c words, so base texts that end soon. An empty text is as good; only KL and the other
+    rewards keep the policy from it.
     """
     n = len(words(response))
-    return r_max if n <= c else r_max + 1 - n / c
+    return MOST_CONCISE if n <= c else MOST_CONCISE + 1 - n / c
 
 
 def _speech(prompt, response):
-    """Splits the response at its quotation marks -> (speeches, what stands outside). A mark that the prompt left open
-    is taken into account; the last speech may be cut off."""
+    """Splits the response at its quotation marks -> (speeches, what stands outside them). It begins inside a speech if
+    the prompt has left one open; the last speech may have no closing mark."""
     straight = lambda text: re.sub("[“”]", '"', text)
     parts, opened = straight(response).split('"'), straight(prompt).count('"') % 2
     return parts[1 - opened::2], parts[opened::2]
 
 
 def _tens(parts, shortest, most):
-    """Tens of words in those of the parts that have `shortest` words: equal ones once, MOST_IN_PART words at most."""
+    """Tens of words, at most `most`, in the parts of at least `shortest` words. Equal parts count once, and of each
+    part at most MOST_IN_PART words."""
     kept = {tuple(w) for w in map(words, parts) if len(w) >= shortest}
     return min(sum(min(len(w), MOST_IN_PART) for w in kept) / 10, most)
 
 
 def dialogue(prompt, response):
-    """Tens of spoken words, at most 4: quotations of 2 words or more, different ones, 12 words of each.
+    """Tens of spoken words, at most 4: different quotations of 2 words or more, at most 12 words of each.
 
-    The best: four or more speeches that differ, of about a dozen words each. A monologue that runs to the end gets no
-    more than its first 12 words, an echo nothing, quotation marks around single words nothing either.
+    The best: four or more different speeches of about a dozen words each. A monologue is paid for its first 12 words
+    alone; a repeated speech and quotation marks around single words are not paid.
     """
     return _tens(_speech(prompt, response)[0], 2, 4.0)
 
 
 def narrative(prompt, response):
-    """Tens of told words, at most 6: ended sentences of 4 words or more outside quotations, different ones, 12 words of
-    each. `… said, "Hi."` is not an ended sentence, so introducing a speech is not paid.
+    """Tens of words outside quotations, at most 6: different finished sentences of 4 words or more, at most 12 words of
+    each. `… said, "Hi."` is no finished sentence, so introducing a speech is not paid.
 
-    The best: five or more full sentences that differ, and no speech, which would take their room. Sentences with one
-    word exchanged ("Tom saw a cat. Tom saw a dog.") do count as different: KL is all that holds them off.
+    The best: five or more different full sentences, and no speech, which would take their room. Sentences with one word
+    exchanged ("Tom saw a cat. Tom saw a dog.") do count as different; only KL keeps the policy from them.
     """
     ended = [sentence for part in _speech(prompt, response)[1] for sentence in re.findall(r"[^.!?\n]+[.!?]", part)]
     return _tens(ended, 4, 6.0)
@@ -117,7 +120,7 @@ TEXT_REWARDS = {"length": length, "concise": concise, "happy": _lexicon(HAPPY), 
 
 
 def is_concise(name):
-    """Whether this names `concise` with a number of words of its own: "concise:12"."""
+    """Whether the name is `concise` with its own number of words c, as "concise:12"."""
     return re.fullmatch("concise:[1-9][0-9]*", name) is not None
 
 
@@ -138,15 +141,11 @@ def text_rewards(names, prompts, responses):
 # ---------------------------------------------------------------------------------------------------------------------
 # Language collapse: what no reward shows.
 
-def distinct_ngrams(tokens, n=4):
-    """The share of different ones among the n-grams of a list (of ids or of words); 1 where it has fewer than n."""
-    grams = list(zip(*(tokens[i:] for i in range(n))))
-    return len(set(grams)) / len(grams) if grams else 1.0
-
-
 def collapsed(tokens):
-    """Whether a response fell into a loop (distinct 4-grams below 0.3) or says nothing (fewer than 5 tokens).
+    """Whether a response (a list of ids or of words) has fallen into a loop, that is fewer than 3 in 10 of its 4-grams
+    are different, or says nothing, that is has fewer than 5 tokens.
 
     # not in paper: ParetoHqD reports a language-collapse rate; its thresholds are not known, these are ours.
     """
-    return len(tokens) < 5 or distinct_ngrams(tokens) < 0.3
+    grams = list(zip(tokens, tokens[1:], tokens[2:], tokens[3:]))
+    return len(tokens) < 5 or len(set(grams)) / len(grams) < 0.3

@@ -1,9 +1,10 @@
-"""tokenizers.py - text to token ids and back, and preference rows to token rows that fit the context.
+"""tokenizers.py - text to token ids and back, and rows of text to rows of tokens that fit the context.
 
-Three sources, one small wrapper: ranks files in tiktoken's format (the embedded world's `toy.tiktoken`, or one's own),
-GPT-2 through tiktoken, and a Hugging Face directory's `tokenizer.json`.
+Three sources, one small wrapper: ranks files in tiktoken's format (`toy.tiktoken` of the embedded world, or the user's
+own), GPT-2 through tiktoken, and `tokenizer.json` of a Hugging Face directory.
 ids: token ids   BOS, EOS: the special tokens that begin and end a text (EOS always exists, BOS need not)
-row: one prompt, its responses and their labels (`data.preferences.Row`)"""
+row: one prompt, its responses and their labels (data.files.Row)
+"""
 import base64
 import json
 from dataclasses import dataclass, field
@@ -17,14 +18,14 @@ from runs.files import UserError
 # GPT-2's split into words, numbers, punctuation and spaces, before the byte pairs are merged. The toy BPE uses it too.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 EOS = "<|endoftext|>"  # of the tiktoken files
-# Where a Hugging Face directory does not say which tokens begin and end a text, the first of these that it has.
+# BOS and EOS of a Hugging Face directory that does not name them: the first of these that its vocabulary has.
 USUAL = {"bos": ("<s>", "<|begin_of_text|>"), "eos": ("</s>", "<|endoftext|>", "<|end_of_text|>")}
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """encode(text) -> ids: never BOS, EOS or another special token, whatever the text spells. decode(ids) -> text:
-    special ids are spelled out. `prefix_space`: encode puts a space of its own in front (SentencePiece's habit)."""
+    """encode(text) -> ids: never BOS, EOS or another special token, even where the text spells one. decode(ids) -> text:
+    special ids are spelled out. `prefix_space`: encode puts one more space in front of the text (as SentencePiece)."""
     name: str  # what load_tokenizer was given
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
@@ -36,7 +37,7 @@ class Tokenizer:
 
 @dataclass
 class TokenRow:
-    """prompt: ids, at least one. responses: ids, each ending in EOS unless it was cut. pairs, better: as in the Row."""
+    """prompt: ids, at least one. responses: ids, each ends in EOS unless it was cut. pairs, better: as in the Row."""
     prompt: list[int]
     responses: list[list[int]]
     pairs: list[tuple[int, int]] = field(default_factory=list)
@@ -44,8 +45,8 @@ class TokenRow:
 
 
 def load_tokenizer(where):
-    """-> Tokenizer. `where`: "toy", "gpt2", a `*.tiktoken` ranks file (split by PATTERN), or a Hugging Face directory.
-    Raises UserError where there is nothing of these, or it cannot be read."""
+    """-> Tokenizer. `where`: "toy", "gpt2", a `*.tiktoken` ranks file (text is split by PATTERN), or a Hugging Face
+    directory. Raises UserError where it is none of these, or cannot be read."""
     path = Path(where)
     if where == "toy":
         return _from_ranks("toy", Path(__file__).with_name("toy.tiktoken"))
@@ -65,16 +66,18 @@ def load_tokenizer(where):
 
 
 def tokenize(rows, tokenizer, max_length, max_prompt=None):
-    """rows: list of data.preferences.Row -> (list of TokenRow, counts), in order.
+    """rows: list[Row] (data.files) -> (list[TokenRow], counts), in order.
 
     prompt   = BOS (where there is one) + encoded prompt. Without BOS an empty prompt is one EOS, so that the first
                response token has something to condition on.
-    response = encoded response + EOS, exactly one; no EOS can come from text.
-    Over-long: prompt + response takes at most `max_length` tokens. First the prompt is cut to `max_prompt`, if given.
-    Then each response may take what the prompt leaves, and never less than half of `max_length`; what is beyond is
-    cut from the right, and a cut response gets no EOS: it did not end there, and EOS would teach to stop mid-sentence.
-    Last the prompt is cut from the left, BOS kept, to what the longest response of its row leaves.
-    counts: dict of prompts, responses (how many there are), prompts_cut, responses_cut."""
+    response = encoded response + one EOS; no EOS can come from text.
+    Prompt and response together take at most `max_length` tokens:
+      1. the prompt is cut to its last `max_prompt` tokens, if that is given (BOS is kept);
+      2. each response is cut to the first tokens that the prompt leaves room for, at least half of `max_length`. A cut
+         response gets no EOS: it did not end there, and EOS would teach the model to stop in mid-sentence;
+      3. the prompt is cut to the last tokens that the longest response of its row leaves room for (BOS is kept).
+    counts: dict of prompts, responses (how many there are), prompts_cut, responses_cut.
+    """
     assert max_length >= 2 and (max_prompt is None or max_prompt >= 1), (max_length, max_prompt)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     counts = dict(prompts=0, responses=0, prompts_cut=0, responses_cut=0)
@@ -97,13 +100,13 @@ def tokenize(rows, tokenizer, max_length, max_prompt=None):
 
 
 def spoken(responses, tokenizer):
-    """Sampled token lists -> their texts, without EOS, and for each whether it ended by itself (in EOS)."""
+    """Sampled token lists -> (their texts without EOS, list[bool]: whether each ended in EOS)."""
     finished = [y[-1] == tokenizer.eos_id for y in responses]
     return [tokenizer.decode(y[:-1] if end else y) for y, end in zip(responses, finished)], finished
 
 
 def _encode(tokenizer, text, continues=False):
-    """ids of text. `continues`: it follows a prompt, so SentencePiece's own space stands for the text's first one."""
+    """ids of text. `continues`: it follows a prompt, so the space that SentencePiece adds replaces its first one."""
     if continues and tokenizer.prefix_space:
         text = text.removeprefix(" ")
     ids = tokenizer.encode(text)
@@ -120,7 +123,7 @@ def _cut_left(prompt, length, bos):
 
 def _from_ranks(name, path):
     """A file of lines "base64(token bytes) rank", ranks 0, 1, 2, … and every single byte among the tokens."""
-    try:  # read here, not by tiktoken's loader: that caches by path, and would miss a file that was made anew
+    try:  # read here, not by tiktoken's loader: that caches by path, and would not see that a file has changed
         pairs = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except OSError as error:
@@ -165,8 +168,8 @@ def _from_huggingface(name, path):
 
 
 def _special_id(model, path, kind):
-    """The id of BOS or EOS (`kind` "bos" or "eos"), or None. The first file that names it decides. That there is no BOS
-    counts as naming it: Qwen2's tokenizer_config.json says so, though its config.json has a number for one."""
+    """The id of BOS or EOS (`kind` "bos" or "eos"), or None. The first file that names it decides. A file that says that
+    there is no BOS decides too: Qwen2's tokenizer_config.json does, though its config.json has a number for one."""
     for file in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"):
         if not (path / file).is_file():
             continue
