@@ -1,21 +1,22 @@
 """aggregate.py - preferences, and how m losses become one (Panacea, arXiv:2402.02030v1, Sec. 4.1 and App. B; PAMA,
 arXiv:2508.07768; MGDA, Désidéri 2012).
 
-m: objectives   lam: λ on the simplex   losses: (…, m), smaller is better (J_i = −L_i)
-Pure functions: the leading dimensions, for instance G preferences in one step, pass through. With a preference, linear
-scalarisation and Tchebycheff weigh the objectives; without one, the min-norm weights of PAMA and MGDA look for a
-direction that is good for all of them.
+m: objectives   lam: preference λ on the simplex   losses: (…, m), smaller is better (J_i = −L_i)
+G: preferences in a training step   R: responses   L: tokens of the longest one   N: predicted tokens   A: advantages
+n: advantages of a token, one per objective   c: weights on the simplex, (n,)
+Pure functions: leading dimensions, for instance the G preferences of a step, stay as they are. With a preference,
+linear scalarisation and Tchebycheff weigh the objectives by it; without one, the min-norm weights of PAMA and MGDA look
+for a direction that is good for all objectives.
 """
 import itertools
 
 import torch
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Preferences.
 
 def simplex_lattice(m, parts):
-    """All preferences with coordinates in {0, 1/parts, ..., 1} (Das-Dennis): (N, m), in lexicographic order."""
+    """All preferences with coordinates in {0, 1/parts, ..., 1} (Das-Dennis): (F, m), in lexicographic order."""
     points = [p for p in itertools.product(range(parts + 1), repeat=m - 1) if sum(p) <= parts]
     return torch.tensor([[*p, parts - sum(p)] for p in points], dtype=torch.float64) / parts
 
@@ -43,7 +44,8 @@ def sample_preference(n, m, alpha=1.0, vertex_share=0.25, generator=None):
 def models_of(method, dims, parts, lam=None):
     """The models that a method trains: a list of (name, the λ it is trained for, or None where λ is an input).
 
-    panacea: one. rs: one a dimension, at the vertices. dps: one a preference, of the lattice of `parts` or `lam` alone.
+    panacea: one. rs: one per dimension, at the vertices. dps: one per preference, those of the lattice of `parts`, or
+    `lam` alone.
     """
     if method == "panacea":
         return [("adapter", None)]
@@ -62,13 +64,13 @@ def linear_scalarization(losses, lam):
 
 
 def tchebycheff(losses, lam, ideal=None, smooth=0.0):
-    """max_i λ_i (L_i − z_i), Eq. (7), (13) and, with z = 0, Eq. (16). losses, lam: (…, m) -> (…)
+    """max_i λ_i (L_i − ideal_i), Eq. (7), (13), (15) and, without ideal, Eq. (16). losses, lam: (…, m) -> (…)
 
-    ideal: (m,) the best reachable losses z (z_i = 0 for DPO by default: −log σ has infimum 0). In the paper's terms its
-    z is −ideal. For DPO the losses are means over the batch, the maximum being of expectations; for RLHF they are −r of
-    single responses, the maximum standing inside the expectation. The gradient is that of the largest term alone. A
-    dimension with λ_i = 0 contributes 0 and is never the maximum of positive terms.
-    smooth: μ > 0 takes μ log Σ_i exp(λ_i (L_i − z_i) / μ) instead, at most μ log m above the maximum.
+    ideal: (m,) the best reachable losses; None: 0, which is DPO's, since −log σ has infimum 0. The paper's z are values
+    of J = −L, so its z is −ideal. Eq. (15) and (16) take the maximum of expectations: there the losses are means over
+    the batch. Eq. (13) has the maximum inside the expectation: there they are −r of single responses. The gradient is
+    that of the largest term alone. With λ_i = 0 the term is 0, which is never the largest where others are positive.
+    smooth: μ > 0 takes μ log Σ_i exp(λ_i (L_i − ideal_i) / μ) instead, at most μ log m above the maximum.
     """
     if ideal is not None:
         losses = losses - torch.as_tensor(ideal, dtype=losses.dtype, device=losses.device)
@@ -78,11 +80,14 @@ def tchebycheff(losses, lam, ideal=None, smooth=0.0):
 
 
 def denominators(known, aggregate):
-    """Turns sums of losses into L_i. known: (G, m), how many labels (or responses) a dimension has under each of the G
-    preferences of a step. Returns counts (G or 1, m) to divide the sums by, and absent, to add to the quotients.
+    """What sums of losses are divided by, to become the batch means L_i of Eq. (14), (15) and (16).
 
-    "ls" is linear: sharing the step's mean count weighs dimension i by λ_i however unevenly its data is spread. "tche"
-    takes the maximum of each preference's own means; a dimension without data there cannot be it.
+    known: (G, m), how many labels (or responses) each dimension has under each of the step's G preferences   aggregate:
+    "ls" or "tche"   ->  counts (G or 1, m), and `absent`, to be added to the quotients: L = sums / counts + absent
+    "ls": every preference's sum is divided by the mean count over the G preferences. LS is linear, so the mean over
+    preferences then weighs every label of dimension i by its λ_i, also where some preferences have few labels of i.
+    "tche": every preference's sum is divided by its own count, since the maximum is over its own means. Where it has no
+    label of dimension i, −1e9 is added, so that i is never the maximum.
     """
     if aggregate == "ls":
         return (known.sum(0, keepdim=True) / len(known)).clamp(min=1e-9), 0.0
@@ -90,9 +95,10 @@ def denominators(known, aggregate):
 
 
 def scalar_reward(rewards, lam, aggregate, ideal=None, smooth=0.0):
-    """The one reward of a response under λ: "ls" Σ λ_i r_i, Eq. (12); "tche" −max_i λ_i (z_i − r_i), Eq. (13).
+    """The one reward of a response under λ: "ls" Σ_i λ_i r_i, Eq. (12); "tche" −max_i λ_i (z_i − r_i), Eq. (13).
 
     rewards, lam: (…, m)   ideal: (m,) the largest rewards z   smooth: as in tchebycheff  ->  (…)
+    (For "ls" train_ppo.py trains on Σ_i λ_i A_i, which GAE makes equal to the advantages of this reward.)
     """
     if aggregate == "ls":
         return linear_scalarization(rewards, lam)
@@ -100,45 +106,46 @@ def scalar_reward(rewards, lam, aggregate, ideal=None, smooth=0.0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Without one: weights c on the simplex that make ‖Σ c_i a_i‖ smallest.
+# Without a preference: weights c on the simplex that make ‖Σ c_i a_i‖ smallest.
 
 def min_norm_weights(gram):
-    """argmin over the simplex of cᵀ G c, the point of the convex hull nearest to 0. gram: (n, n) G_ij = ⟨a_i, a_j⟩.
+    """argmin over the simplex of cᵀ Q c, the point of the convex hull of the a_i nearest to 0.
 
-    n = 2: c_1 = clip( (G_22 − G_12) / (G_11 + G_22 − 2 G_12), 0, 1 ), ½ where the two vectors are equal. Otherwise
-    Wolfe's algorithm (1976), exact after finitely many steps: take in the vertex that points most against the current
-    point; solve without signs on the vertices held; drop those whose weight would turn negative. Returns (n,) float64.
+    gram: (n, n) Q_ij = ⟨a_i, a_j⟩   ->  c (n,) float64, one of them where several are optimal
+    n = 2: c_1 = clip( (Q_22 − Q_12) / (Q_11 + Q_22 − 2 Q_12), 0, 1 ), ½ where the two vectors are equal. Otherwise
+    Wolfe's algorithm (1976), exact after finitely many steps: add the vertex that points most against the current
+    point; solve on the vertices held, ignoring signs; drop a vertex whose weight would become negative.
     MGDA takes the gradients of the objectives for a_i, PAMA their advantages. Raises ValueError for a Gram matrix with
-    an infinity or a NaN in it. Where several c are optimal it returns one of them.
+    an infinity or a NaN in it.
     """
-    G = torch.as_tensor(gram, dtype=torch.float64).cpu()
-    if not G.isfinite().all():
+    gram = torch.as_tensor(gram, dtype=torch.float64).cpu()
+    if not gram.isfinite().all():
         raise ValueError("the Gram matrix is not finite")
-    n = len(G)
+    n = len(gram)
     if n == 2:
-        spread = (G[0, 0] + G[1, 1] - 2 * G[0, 1]).item()
-        first = 0.5 if spread <= 1e-15 * G.diagonal().sum() else (G[1, 1] - G[0, 1]).item() / spread
+        spread = (gram[0, 0] + gram[1, 1] - 2 * gram[0, 1]).item()
+        first = 0.5 if spread <= 1e-15 * gram.diagonal().sum() else (gram[1, 1] - gram[0, 1]).item() / spread
         return torch.tensor([min(max(first, 0.0), 1.0), 1 - min(max(first, 0.0), 1.0)], dtype=torch.float64)
     c = torch.zeros(n, dtype=torch.float64)
-    c[G.diagonal().argmin()] = 1.0
-    held = [int(G.diagonal().argmin())]
+    held = [int(gram.diagonal().argmin())]
+    c[held] = 1.0
     for _ in range(20 * n):
-        j = int((G @ c).argmin())
-        if j in held or c @ G @ c - (G @ c)[j] <= 1e-12 * G.diagonal()[held + [j]].max():
-            return c                                          # no vertex lies on this side: the point is the nearest
+        j = int((gram @ c).argmin())
+        if j in held or c @ gram @ c - (gram @ c)[j] <= 1e-12 * gram.diagonal()[held + [j]].max():
+            return c                                          # no vertex lies on this side: c is the nearest
         held.append(j)
         while True:
-            # the nearest point of the affine hull of the vertices held: G y = −ν 1, Σ y = 1
+            # the nearest point of the affine hull of the vertices held: Q y = −ν 1, Σ y = 1
             kkt = torch.ones(len(held) + 1, len(held) + 1, dtype=torch.float64)
-            scale = G[held][:, held].diagonal().mean()
-            kkt[:-1, :-1], kkt[-1, -1] = G[held][:, held] / scale, 0.0
+            inner = gram[held][:, held]
+            kkt[:-1, :-1], kkt[-1, -1] = inner / inner.diagonal().mean(), 0.0
             right = torch.zeros(len(held) + 1, dtype=torch.float64)
             right[-1] = 1.0
             y = torch.linalg.lstsq(kkt, right[:, None], driver="gelsd").solution[:-1, 0]
             if (y > 0).all():
                 c = torch.zeros_like(c).index_put((torch.tensor(held),), y / y.sum())
                 break
-            now = c[held]                                     # walk towards y until the first weight is 0; drop it
+            now = c[held]                                     # go towards y until the first weight is 0; drop it
             steps = torch.where(y <= 0, now / (now - y).clamp(min=1e-300), torch.inf)
             mixed = now + min(steps.min().item(), 1.0) * (y - now)
             mixed[steps.argmin()] = 0.0
@@ -148,15 +155,15 @@ def min_norm_weights(gram):
 
 
 def pama_weights(advantages):
-    """PAMA's weights c, min over the simplex of ‖Σ_i c_i A_i‖², from advantages instead of gradients of parameters.
+    """PAMA's weights c, argmin over the simplex of ‖Σ_i c_i A_i‖², from advantages instead of gradients of parameters.
 
-    advantages (n,), one number an objective: the closed form of Theorem 1 (arXiv:2508.07768) in O(n). Σ c_i A_i is 0
-    projected onto [min A, max A]: all weight on the smallest if all are positive, on the largest if all are negative,
-    otherwise the two ends are mixed to 0. Where all are equal the weights are equal.
-    advantages (n, N), one vector over N tokens an objective: the same bound for a batch (Cauchy-Schwarz), by the Gram
-    matrix; O(n² N). Both cost nothing that grows with the number of parameters. Returns (n,) float64.
+    advantages (n,), one number per objective: the closed form of Theorem 1 (arXiv:2508.07768) in O(n). Σ c_i A_i is 0
+    projected onto [min A, max A]: all weight is on the smallest if all are positive, on the largest if all are
+    negative, else the smallest and the largest are mixed so that the sum is 0. Equal advantages give equal weights.
+    advantages (n, N), one vector over N tokens per objective: the same bound for a batch (Cauchy-Schwarz), by the Gram
+    matrix, in O(n² N). Neither cost grows with the number of parameters. Returns (n,) float64.
 
-    With "no negative" advantages the first form is one-hot on the smallest mean: it improves what has improved least.
+    With "no negative" advantages the first form puts all weight on the objective with the smallest mean advantage.
     """
     A = torch.as_tensor(advantages).detach().double()
     if not A.isfinite().all():
@@ -177,13 +184,14 @@ def pama_weights(advantages):
 
 
 def pama_advantages(advantages, mask, reading="V"):
-    """The one advantage of a token that PAMA trains on, from its "no negative" ones (objectives.noon).
+    """The one advantage of a token that PAMA trains on, from its n "no negative" ones (objectives.noon).
 
-    advantages: (B, L, n)   mask: (B, L)   ->  (B, L) and the weights c (n,), or None where every token has its own.
-    The paper solves for scalars A_i and does not say over what. "V": over all tokens at once, A_t = Σ c_i A_{i,t} with
-    the c that makes the vector (A_t)_t shortest; tight for its bound, and keeps each token's credit. "T": Theorem 1 for
-    each token alone, which for A_i >= 0 is A_t = min_i A_{i,t}. "S": Theorem 1 for the batch means, which puts all
-    weight on the objective that improves least.
+    advantages: (R, L, n)   mask: (R, L)   ->  (R, L) and the weights c (n,), or None where every token has its own.
+    The paper solves for scalars A_i and does not say what they are taken over. Three readings:
+    "V" (vector): all tokens at once, A_t = Σ c_i A_{i,t} with the c that makes the vector (A_t)_t shortest. The paper's
+    bound is tight for it, and every token keeps its credit.
+    "T" (token): Theorem 1 for each token alone, which for A_i >= 0 is A_t = min_i A_{i,t}.
+    "S" (scalar): Theorem 1 for the batch means, which puts all weight on the objective with the smallest mean.
     """
     if reading == "T":
         return advantages.amin(-1), None

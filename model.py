@@ -1,7 +1,7 @@
 """model.py - one decoder-only Transformer for two families, GPT-2 and Llama, chosen by switches in one Config.
 
-B: batch   T: tokens in this call   S: tokens attended to (cached ones included)   D: d_model   V: vocabulary
-H: query heads   K: key/value heads (K < H: grouped-query attention)   C: head_dim
+B: rows of a batch   T: tokens in this call   M: tokens attended to, those in the KV cache included   D: d_model
+V: vocabulary   H: query heads   K: key/value heads (K < H: grouped-query attention)   C: head_dim
 
             norm        positions              MLP                     biases           head
 GPT-2       LayerNorm   learned table          GELU (tanh form)        everywhere       tied
@@ -10,6 +10,11 @@ Mistral = Llama.  Qwen2 = Llama with biases on q, k, v.
 
 Weights are read from and written to Hugging Face directories (config.json + *.safetensors). The rotary layout is
 theirs: the two halves of a head are rotated against each other, not neighbouring pairs (Meta's original layout).
+
+A new family needs, all of it in this file: a line in the table above; where it computes something new, a switch in
+Config and its branch in Norm, Attention, MLP or Transformer.forward (one product may stand in the place of
+Attention.project and MLP.inner: generation.fast_copy); its names on disk in _HF_NAMES and in Config.family, if they are
+neither GPT-2's nor Llama's; its config.json in config_from_hf and config_to_hf. Then a test like test_golden_forward.
 """
 import json
 import math
@@ -24,9 +29,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ops import fused
+from ops.generation import generate  # noqa: F401  not used here: part of the interface of this file
+from ops.quantize import KINDS, QuantizedLinear, quantize_weight
 from runs.files import UserError, read_json, write_json, write_whole
-from ops.generation import KVCache, generate, sample_token    # here too: whoever has a model wants to generate
-from ops.quantize import QuantizedLinear, checked_kind, quantize_weight
 
 
 @dataclass
@@ -58,6 +63,12 @@ class Config:
         self.d_ff = self.d_ff or 4 * self.d_model
         assert self.n_head % self.n_kv_head == 0, "n_head must be a multiple of n_kv_head"
 
+    @property
+    def family(self):
+        """The family whose names and layout the weights have on disk: "gpt2" or "llama". Of the models that this file
+        implements, GPT-2 alone has learned positions."""
+        return "gpt2" if self.positions == "learned" else "llama"
+
 
 _LLAMA = dict(norm="rmsnorm", positions="rotary", activation="swiglu", qkv_bias=False, out_bias=False, tied=False)
 _LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -78,7 +89,7 @@ SIZES = {   # vocab_size, bos_id and eos_id are replaced by those of the tokeniz
 # The network.
 
 class Linear(nn.Linear):
-    """nn.Linear, by the product that all linear layers here share."""
+    """nn.Linear by way of fused.linear, as all linear layers here."""
 
     def forward(self, x):
         return fused.linear(x, self.weight, self.bias)
@@ -136,10 +147,10 @@ class Attention(nn.Module):
         k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)               # (B, K, T, C)
         v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
         if cache is not None and cache.decoding:
-            y = cache.attend(q, k, v, mask)                                           # T = 1, all S slots
+            y = cache.attend(q, k, v, mask)                                           # T = 1, all M slots
         else:
             if cache is not None:
-                k, v = cache.append(k, v)                                             # (B, K, T, C) -> (B, K, S, C)
+                k, v = cache.append(k, v)                                             # (B, K, T, C) -> (B, K, M, C)
             if mask is not None and q.is_cuda and self.n_kv_head != self.n_head:
                 # with a mask, CUDA's memory-efficient kernel wants a key head for each query head
                 k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))
@@ -184,7 +195,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = False                        # memory of one block, not of all; 3/2 the work
+        self.checkpoint_blocks = False                        # True: activations of one block in memory, 3/2 the work
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         if config.positions == "learned":
             self.pos_embed = nn.Embedding(config.context_length, config.d_model)
@@ -194,7 +205,8 @@ class Transformer(nn.Module):
             self.head = Linear(config.d_model, config.vocab_size, bias=False)
 
     def init_weights(self, generator):
-        """GPT-2's initialisation: N(0, 0.02²); what is added to the residual stream, smaller by sqrt(2 n_layer)."""
+        """GPT-2's initialisation: N(0, 0.02²), with a std smaller by sqrt(2 n_layer) for the matrices whose output is
+        added to the residual stream."""
         for name, p in self.named_parameters():
             if name.endswith(("attn.o.weight", "mlp.down.weight")):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer), generator=generator)
@@ -213,17 +225,18 @@ class Transformer(nn.Module):
         """tokens (B, T) -> logits (B, T, V), or the hidden states (B, T, D) that the head would read.
 
         positions: (B, T) or (T,), default 0..T-1 (after what the cache holds).
-        mask: (B, 1, T, S) bool, True where a token may attend (at least one in each row); default causal.
-        cache: a KVCache, filled as a side effect. (generation.py's decode steps give it a slot and an additive mask.)
+        mask: (B, 1, T, M) bool, True where a token may attend (at least one in each row); default causal.
+        cache: a KVCache, filled as a side effect. (In the decode steps of generation.py, cache.slot says where the one
+        token goes, and mask is additive: 0 or -inf.)
         """
         T, held = tokens.shape[1], cache.length if cache is not None else 0
         if positions is None:
             assert held + T <= self.config.context_length, f"{held + T} tokens, context {self.config.context_length}"
             positions = torch.arange(held, held + T, device=tokens.device)
         if mask is None and held > 0:           # SDPA's own causal mask would align the first query with the first key
-            mask = torch.ones(T, held + T, dtype=torch.bool, device=tokens.device).tril(held)         # (T, S)
+            mask = torch.ones(T, held + T, dtype=torch.bool, device=tokens.device).tril(held)         # (T, M)
         x = self.embed(tokens)                                                        # (B, T) -> (B, T, D)
-        if mask is not None and mask.dtype == torch.bool:     # once, and not in every layer, each keeping its own
+        if mask is not None and mask.dtype == torch.bool:     # here once: each layer would make and keep a copy
             mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
         rope = None
         if self.config.positions == "learned":
@@ -233,7 +246,7 @@ class Transformer(nn.Module):
             angle = angle.view(-1, T, angle.shape[-1])                                # (B or 1, T, C/2)
             rope = angle.cos(), angle.sin()
         for i, block in enumerate(self.blocks):
-            if self.checkpoint_blocks and torch.is_grad_enabled():      # keep x alone, make the rest again in backward
+            if self.checkpoint_blocks and torch.is_grad_enabled():   # keep x alone, compute the rest again in backward
                 x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, None, use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache.layer(i) if cache is not None else None)
@@ -250,10 +263,13 @@ class Transformer(nn.Module):
 
         The model is built without memory (meta device) and filled tensor by tensor, so only one extra tensor exists at
         a time. dtype: None keeps the stored one. quantize: "int8" or "nf4" for every Linear in the blocks, on `device`
-        and from the values as they are stored. Raises UserError naming the tensor if one is missing, unexpected or of
-        the wrong shape, and for architectures that are not one of the table at the top of this file.
+        and from the values as they are stored; None or "none": dense. Raises UserError naming the tensor if one is
+        missing, unexpected, of the wrong shape or not finite where it is to be quantised, and for architectures that
+        are not in the table at the top of this file.
         """
-        path, kind = Path(path), checked_kind(quantize)
+        path, kind = Path(path), None if quantize == "none" else quantize
+        if kind not in (None, *KINDS):
+            raise UserError(f"quantize is none, int8 or nf4, not {quantize!r}")
         config = config_from_hf(read_json(path / "config.json"), path / "config.json")
         with torch.device("meta"):
             model = cls(config)
@@ -275,7 +291,10 @@ class Transformer(nn.Module):
                     owner, _, leaf = name.rpartition(".")
                     layer, as_dtype = model.get_submodule(owner), dtype or part.dtype
                     if kind and isinstance(layer, nn.Linear) and owner.startswith("blocks.") and leaf == "weight":
-                        weight = quantize_weight(part, kind, as_dtype, f"{file}: tensor {key!r}")
+                        try:
+                            weight = quantize_weight(part, kind, as_dtype)
+                        except ValueError as e:
+                            raise UserError(f"{file}: tensor {key!r} {e}") from None
                         model.set_submodule(owner, QuantizedLinear(weight, layer.bias))
                     else:
                         setattr(layer, leaf, nn.Parameter(part.to(as_dtype).contiguous()))
@@ -316,31 +335,28 @@ class Transformer(nn.Module):
         write_whole(path / "config.json", lambda f: Path(f).write_text(text + "\n"))
 
 
-# Our name -> theirs, for what lies in a block and what does not.
-_GPT2_NAMES = {"embed": "transformer.wte", "pos_embed": "transformer.wpe", "blocks": "transformer.h",
-               "norm": "transformer.ln_f", "head": "lm_head", "norm1": "ln_1", "norm2": "ln_2",
-               "attn.q": "attn.c_attn", "attn.k": "attn.c_attn", "attn.v": "attn.c_attn", "attn.o": "attn.c_proj",
-               "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
-_LLAMA_NAMES = {"embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm", "head": "lm_head",
-                "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
-                "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj",
-                "attn.o": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj",
-                "mlp.down": "mlp.down_proj"}
+# {family: {our name: Hugging Face's}}, for what stands outside the blocks and for what stands in one.
+_HF_NAMES = {
+    "gpt2": {"embed": "transformer.wte", "pos_embed": "transformer.wpe", "blocks": "transformer.h",
+             "norm": "transformer.ln_f", "head": "lm_head", "norm1": "ln_1", "norm2": "ln_2",
+             "attn.q": "attn.c_attn", "attn.k": "attn.c_attn", "attn.v": "attn.c_attn", "attn.o": "attn.c_proj",
+             "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"},
+    "llama": {"embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm", "head": "lm_head",
+              "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
+              "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj",
+              "attn.o": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj",
+              "mlp.down": "mlp.down_proj"}}
 _CONSTANTS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")              # not weights, but in some files
-
-
-def _is_gpt2(config):
-    return config.positions == "learned"
 
 
 def _is_transposed(name, config):
     """GPT-2 stores the matrices of its blocks as (in, out)."""
-    return _is_gpt2(config) and name.startswith("blocks.") and name.endswith(".weight") and ".norm" not in name
+    return config.family == "gpt2" and name.startswith("blocks.") and name.endswith(".weight") and ".norm" not in name
 
 
 def hf_name(name, config):
     """Our parameter's name -> Hugging Face's: "blocks.3.attn.q.weight" -> "model.layers.3.self_attn.q_proj.weight"."""
-    table = _GPT2_NAMES if _is_gpt2(config) else _LLAMA_NAMES
+    table = _HF_NAMES[config.family]
     stem, _, leaf = name.rpartition(".")
     if leaf not in ("weight", "bias"):
         raise ValueError(f"{name} has no place in a Hugging Face directory: merge adapters, dequantise weights first")
@@ -351,7 +367,7 @@ def hf_name(name, config):
 
 
 def _hf_names(model):
-    """{their tensor: [our parameters in it]}. Only GPT-2's c_attn holds more than one of ours: q, k, v side by side."""
+    """{their tensor: [our parameters in it]}. Only GPT-2's c_attn has more than one of ours: q, k, v side by side."""
     out = {}
     for name in model.state_dict():
         out.setdefault(hf_name(name, model.config), []).append(name)
@@ -359,7 +375,7 @@ def _hf_names(model):
 
 
 def _weight_files(path):
-    """model.safetensors where there is one (as transformers chooses), else the index's shards, else all there are."""
+    """The files to read: model.safetensors if there is one (as transformers does), else the index's, else all."""
     files = sorted(path.glob("[!.]*.safetensors"))                                    # [!.]: nothing half-written
     index = path / "model.safetensors.index.json"
     if path / "model.safetensors" in files:
@@ -424,10 +440,10 @@ def config_from_hf(c, path="config.json"):
 
 
 def config_to_hf(config, dtype=torch.float32):
-    """Config -> Hugging Face's config.json, as a dict. Raises ValueError where no architecture there is this Config."""
+    """Config -> Hugging Face's config.json, as a dict. Raises ValueError if no architecture there is this Config."""
     common = dict(vocab_size=config.vocab_size, bos_token_id=config.bos_id, eos_token_id=config.eos_id,
                   tie_word_embeddings=config.tied, torch_dtype=str(dtype).removeprefix("torch."))
-    if _is_gpt2(config):
+    if config.family == "gpt2":
         out = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", n_positions=config.context_length,
                    n_embd=config.d_model, n_layer=config.n_layer, n_head=config.n_head, n_inner=config.d_ff,
                    layer_norm_epsilon=config.norm_eps, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **common,

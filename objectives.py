@@ -1,9 +1,10 @@
 """objectives.py - the training objectives as pure functions: tensors in, tensors out, no model and no file.
 
-B: responses or pairs   N: predicted tokens   D: hidden size   V: vocabulary   m: objectives
+R: responses   P: compared pairs   N: predicted tokens   L: tokens of the longest response   m: dimensions
+n: critic heads, and advantages of a token   λ is the preference; GAE's own λ is called decay
 π: policy, ref: reference; log π(y|x) is always the SUM over the response's tokens (its EOS among them), never a mean:
 the DPO derivation is about the probability of the whole response. Prompt and padding take no part.
-Equations are those of Panacea, arXiv:2402.02030v1.
+Equations are those of Panacea, arXiv:2402.02030v1, unless another paper is named.
 """
 import torch
 import torch.nn.functional as F
@@ -12,22 +13,22 @@ import torch.nn.functional as F
 def response_logprobs(token_logps, paths):
     """log π(y|x) = Σ_t log π(y_t | x, y_<t): sums every response's own tokens.
 
-    token_logps: (N,)   paths: (B, L) int64, the indices of a response's tokens in token_logps; N pads.  ->  (B,)
+    token_logps: (N,)   paths: (R, L) int64, the indices of a response's tokens in token_logps; N pads.  ->  (R,)
     """
     padded = torch.cat([token_logps, token_logps.new_zeros(1)])                           # index N adds nothing
-    # not padded[paths]: its backward adds in a free order, and equal runs would differ in the last bits
+    # not padded[paths]: its backward adds in no fixed order, and equal runs would differ in the last bits
     return padded.index_select(0, paths.flatten()).view(paths.shape).sum(1)
 
 
 def sft_loss(logps):
-    """−log π(y|x) for each response, its J_SFT = E log π(y|x) negated. logps: (B,) from response_logprobs -> (B,)"""
+    """−log π(y|x) of every response; J_SFT = E log π(y|x). logps: (R,) from response_logprobs -> (R,)"""
     return -logps
 
 
 def dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta):
     """DPO, Eq. (2): −log σ( β log π(y_w|x)/π_ref(y_w|x) − β log π(y_l|x)/π_ref(y_l|x) ), for every pair.
 
-    Four tensors of one shape, (B,) or (B, m), of summed response log-probs; beta > 0 is the KL coefficient.
+    Four tensors of one shape, (P,) or (P, m), of summed response log-probs; beta > 0 is the KL coefficient.
     Returns (loss, chosen_reward, rejected_reward), each of that shape; the rewards β log π/π_ref are detached. At
     π = π_ref the loss is ln 2.
     """
@@ -52,12 +53,12 @@ def implicit_accuracy(chosen_reward, rejected_reward):
 
 
 def losses_on_pairs(loss, pi, ref, pairs, better, beta):
-    """A loss of preference pairs (dpo_loss or ipo_loss) for every dimension at once: dimensions share the log-probs and
-    differ in their labels.
+    """A loss of preference pairs in every dimension at once: dimensions share log-probs and differ in their labels.
 
-    pi, ref: (R,) log-probs of responses   pairs: (P, 2) indices into them   better: (P, m), 0 where the first of the pair
-    is better, 1 the second, -1 no label   ->  losses (P, m); correct (P, m), 1.0 where the implicit reward agrees with
-    the label; known (P, m), 0 where there is no label (there the other two mean nothing).
+    loss: dpo_loss or ipo_loss   pi, ref: (R,) log-probs of responses   pairs: (P, 2) indices into them
+    better: (P, m), 0 where the first of the pair is better, 1 the second, -1 no label   ->  losses (P, m); correct
+    (P, m), 1.0 where the implicit reward agrees with the label; known (P, m), 0 where there is no label (there the
+    other two mean nothing)
     """
     first, second = pairs.T                                                               # (P,)
     flip = better == 1                                                                    # (P, m)
@@ -69,44 +70,44 @@ def losses_on_pairs(loss, pi, ref, pairs, better, beta):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# RLHF. B: sampled responses   L: tokens of the longest one, shorter ones padded on the right   mask: (B, L), 1: token
+# RLHF. R: sampled responses, shorter ones padded on the right   mask: (R, L), 1: token, 0: padding
 
 def bradley_terry_loss(chosen, rejected):
     """−log σ(r(x, y_w) − r(x, y_l)), the Bradley-Terry likelihood: what a reward model is trained with (Sec. 3.1).
 
-    chosen, rejected: rewards, (B,) or (B, m), of the response that is better on a dimension and of the other one.
+    chosen, rejected: rewards, (P,) or (P, m), of the response that is better on a dimension and of the other one.
     Returns the loss in the same shape; only differences count, so rewards are fixed up to a constant.
     """
     return -F.logsigmoid(chosen - rejected)
 
 
 def masked_mean(x, mask):
-    """Mean of x over the entries where mask is 1, over the whole batch and not first over each row. -> scalar"""
+    """Mean of x over all entries where mask is 1, not the mean over rows of each row's mean. -> scalar"""
     return (x * mask).sum() / mask.sum()
 
 
 def kl_penalized_rewards(score, logp, ref_logp, mask, kl_coeff, clip_range_score=float("inf")):
-    """Rewards of single tokens, −β (log π_old − log π_ref), and on a response's last token its score beside it.
+    """Rewards of single tokens: −β (log π_old − log π_ref), the KL term, plus the response's score on its last token.
 
-    score: (B, n), one column a reward (or (B,))   logp, ref_logp, mask: (B, L)   kl_coeff: β   ->  (B, L, n) or (B, L)
-    Every column carries the whole KL term, so that Σ_i λ_i of the columns with Σ λ_i = 1 carries it once, as Eq. (12)
-    has it. The sum is clamped to ±clip_range_score afterwards, as the reference implementation does; padding gets 0.
+    score: (R, n), one column per reward, or (R,)   logp, ref_logp, mask: (R, L)   kl_coeff: β   ->  (R, L, n), (R, L)
+    Each column contains the whole KL term; Σ λ_i = 1, so the weighted sum Σ_i λ_i · column_i contains it once, as in
+    Eq. (12). The sum of both is clamped to ±clip_range_score, as in the reference implementation; padding gets 0.
     """
-    last = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))                           # (B, L): 1 on the last token
-    kl = -kl_coeff * (logp - ref_logp)                                                    # (B, L)
+    last = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))                           # (R, L): 1 on the last token
+    kl = -kl_coeff * (logp - ref_logp)                                                    # (R, L)
     if score.ndim == 2:
         last, kl, mask = last[..., None], kl[..., None], mask[..., None]
     return (kl + last * score[:, None]).clamp(-clip_range_score, clip_range_score) * mask
 
 
-def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+def gae(rewards, values, mask, gamma=1.0, decay=0.95):
     """Generalised advantage estimation (Schulman et al. 2016), backwards over the tokens:
 
-        δ_t = r_t + γ V_{t+1} − V_t,     A_t = δ_t + γ λ A_{t+1},     returns G_t = A_t + V_t
+        δ_t = r_t + γ V_{t+1} − V_t,     A_t = δ_t + γ · decay · A_{t+1},     returns G_t = A_t + V_t
 
-    rewards, values: (B, L) or (B, L, n)   mask: (B, L)   lam: GAE's own λ, not the preference. The value after the last
-    token is 0. Returns advantages and returns in the shape of rewards, 0 on padding. Linear in rewards and values:
-    that is why one value head a dimension and Σ λ_i V_i serve every preference. No whitening.
+    rewards, values: (R, L) or (R, L, n)   mask: (R, L)   decay: λ in that paper; here λ is the preference
+    The value after the last token is 0. Returns advantages and returns in the shape of rewards, 0 on padding. Linear in
+    rewards and values: that is why one value head per dimension and Σ λ_i V_i serve every preference. No whitening.
     """
     mask = mask if rewards.ndim == 2 else mask[..., None]
     values = values * mask                                                                # V after the last token is 0
@@ -114,7 +115,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     for t in reversed(range(rewards.shape[1])):
         after = values[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
         delta = rewards[:, t] + gamma * after - values[:, t]
-        running = (delta + gamma * lam * running) * mask[:, t]
+        running = (delta + gamma * decay * running) * mask[:, t]
         advantages[:, t] = running
     return advantages, (advantages + values) * mask
 
@@ -122,8 +123,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 def ppo_policy_loss(logp, old_logp, advantages, mask, clip_range_ratio=0.2):
     """PPO's clipped surrogate, −mean_t min(ρ_t A_t, clip(ρ_t, 1 ± ε) A_t) with ρ = π/π_old; the mean is over tokens.
 
-    All (B, L). Returns the loss and two detached figures: the share of tokens whose clip is active, and the mean of
-    log π_old − log π. Log-ratios beyond ±20 are cut off, where exp would overflow.
+    All (R, L). Returns the loss and two detached numbers: the fraction of tokens whose clip is active, and the mean of
+    log π_old − log π. Log-ratios are clamped to ±20, so that exp does not overflow.
     """
     log_ratio = (logp - old_logp).clamp(-20, 20)
     ratio = log_ratio.exp()
@@ -133,7 +134,7 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, clip_range_ratio=0.2):
 
 
 def ppo_value_loss(values, old_values, returns, mask, clip_range_value=5.0):
-    """½ mean_t max( (V − G)², (clip(V, V_old ± ε) − G)² ), the mean over tokens (and heads). (B, L) or (B, L, n)"""
+    """½ mean_t max( (V − G)², (clip(V, V_old ± ε) − G)² ), the mean over tokens (and heads). (R, L) or (R, L, n)"""
     clipped = old_values + (values - old_values).clamp(-clip_range_value, clip_range_value)
     loss = torch.maximum((values - returns).square(), (clipped - returns).square())
     mask = mask if values.ndim == 2 else mask[..., None].expand_as(values)
@@ -143,9 +144,10 @@ def ppo_value_loss(values, old_values, returns, mask, clip_range_value=5.0):
 def noon(advantages, ratio, clip_range_ratio=0.2):
     """PAMA's "no negative" advantages: I(A_t) = max(A_t, 0) where ρ_t ≤ 1 + ε, else 0 (arXiv:2508.07768, its Eq. 5).
 
-    advantages: (B, L) or (B, L, n)   ratio: (B, L). With A ≥ 0 PPO's lower clip never binds, so whether a token counts
-    depends on ρ alone and is the same for every objective: for one token all gradients point the same way and differ by
-    the factor I(A_i). The price: what was worse than expected is never pushed down, only crowded out.
+    advantages: (R, L) or (R, L, n)   ratio: ρ = π/π_old, (R, L). With A ≥ 0 PPO's lower clip has no effect, so whether
+    a token counts depends on ρ alone and is the same for every objective: for one token all gradients have the same
+    direction and differ by the factor I(A_i). The price: a token that was worse than expected is never made less likely
+    by itself, only by others becoming more likely.
     """
     inside = ratio <= 1 + clip_range_ratio
     return advantages.clamp(min=0) * (inside if advantages.ndim == 2 else inside[..., None])

@@ -5,14 +5,13 @@
 m: number of objectives   k: learned rank   r = k + m   lam: preference λ on the simplex, (m,) or one per row (B, m)
 U: (d_out, r)   V: (d_in, r)   sigma: (k,) learned   s: () learned, one per matrix, scales λ   gain: lora_scaling / k
 W0, b are frozen. σ = s = 0 at the start, so a fresh adapter changes nothing; U, V ~ N(0, 0.02²).
-W0 may be quantised (a QuantizedWeight, quantize.py).
+W0 may be quantised (a QuantizedWeight, ops/quantize.py).
 
+λ enters a model in two places, both by way of SVDLoRALinear.scaled_values: in training and evaluation through forward,
+in generation through factors, which ops/generation.py asks for (fast_copy → FastLinear.factors).
 Because λ enters through d alone, rows of one batch can have different preferences: d is then (B, 1, r).
 Not in paper: gain (from the reference hyper-parameter lora_scaling = 512 at k = 8; the divisor is k, not r).
 m = 0 is a plain SVD-LoRA of rank k: rewarded soups and discrete policy solutions use it with rank k + 1.
-
-A of those side by side are one SVD-LoRA of rank A·k: with d masked to row b's own k of them, rows of one batch have
-different adapters, and no adapter gets a gradient from another one's rows. A models then train in one batch.
 """
 import hashlib
 import json
@@ -25,40 +24,35 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ops import fused
-from runs.files import UserError, write_json, write_whole
 from model import Transformer, hf_name
+from ops import fused
 from ops.quantize import QuantizedLinear, dense_state_dict, quantize_like
+from runs.files import UserError, write_json, write_whole
 
 
 class SVDLoRALinear(nn.Module):
-    """A frozen Linear with an SVD-LoRA branch. `lam` is set by set_preference and `mask` by choose_adapter, never
-    trained. Of `adapters` A > 1 side by side, adapter a has the columns a·k to (a + 1)·k."""
+    """A frozen Linear with an SVD-LoRA branch. `lam` is set by set_preference and never trained."""
 
-    def __init__(self, linear, k, m, gain, fixed_s=None, generator=None, adapters=1):
+    def __init__(self, linear, k, m, gain, fixed_s=None, generator=None):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias                    # same names: base state dicts still fit
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        d_out, d_in = linear.weight.shape
         device = linear.weight.device
-        each = generator if isinstance(generator, list) else [generator]
-        normal = lambda n: nn.Parameter(torch.cat([torch.empty(n, k + m).normal_(0, 0.02, generator=g) for g in each],
-                                                  dim=1).to(device))
-        self.U, self.V = normal(d_out), normal(d_in)
-        self.sigma = nn.Parameter(torch.zeros(adapters * k, device=device))
+        self.U, self.V = (nn.Parameter(torch.empty(n, k + m).normal_(0, 0.02, generator=generator).to(device))
+                          for n in linear.weight.shape)                               # (d_out, r), (d_in, r)
+        self.sigma = nn.Parameter(torch.zeros(k, device=device))
         # Sec. 5.2's ablation fixes s; a fixed one is not a Parameter, so no optimizer ever sees it.
         self.s = (nn.Parameter(torch.zeros((), device=device)) if fixed_s is None else
                   torch.tensor(float(fixed_s), device=device))
-        self.k, self.m, self.gain, self.adapters = k, m, gain, adapters
-        self.lam, self.mask, self.enabled = None, None, True
+        self.k, self.m, self.gain = k, m, gain
+        self.lam, self.enabled = None, True
 
     def singular_values(self, lam):
-        """d = cat(σ, s·λ), Eq. (9): (r,) for lam (m,), or (B, 1, r) for lam (B, m). fp32. Of A adapters (m = 0) it is
-        (B, 1, A·k), 0 outside of the row's own."""
+        """d = cat(σ, s·λ), Eq. (9): (r,) for lam (m,), or (B, 1, r) for lam (B, m). fp32"""
         if self.m == 0:
-            return self.sigma if self.mask is None else self.sigma * self.mask
+            return self.sigma
         if lam.ndim == 1:
             return torch.cat([self.sigma, self.s * lam])
         return torch.cat([self.sigma.expand(len(lam), -1), self.s * lam], dim=1)[:, None, :]           # (B, 1, r)
@@ -69,39 +63,32 @@ class SVDLoRALinear(nn.Module):
         return fused.svd_lora_linear(x, self.weight, self.U, self.V, self.scaled_values(), self.bias)
 
     def scaled_values(self):
-        """gain · d at the preference that is set: (r,), or (B, 1, r) for one preference a row."""
+        """gain · d at the preference that is set: (r,), or (B, 1, r) for one preference per row."""
         if self.lam is None and self.m > 0:
             raise RuntimeError("no preference is set: call set_preference(model, lam) first")
-        if self.mask is None and self.adapters > 1:
-            raise RuntimeError("no adapter is chosen: call choose_adapter(model, index) first")
         return self.gain * self.singular_values(self.lam)
 
     def factors(self, dtype):
-        """V (d_in, r), gain · d (r,) or (B, 1, r), and Uᵀ (r, d_out), as forward multiplies them."""
+        """What forward multiplies with, for generation: V (d_in, r), gain · d (r,) or (B, 1, r), and Uᵀ (r, d_out)."""
         return self.V.to(dtype), self.scaled_values().to(dtype), self.U.T.to(dtype)
 
     def delta(self, lam):
         """gain · U diag(d) Vᵀ for one preference (m,): (d_out, d_in) in fp32."""
-        assert self.adapters == 1, "several adapters have no one matrix"
         return (self.gain * self.U * self.singular_values(lam)) @ self.V.T
 
 
-def inject_svd_lora(model, k=8, m=2, lora_scaling=512.0, pref_scaling=None, generator=None, adapters=1):
+def inject_svd_lora(model, k=8, m=2, lora_scaling=512.0, pref_scaling=None, generator=None):
     """Replaces every Linear inside `model.blocks` by an SVDLoRALinear and freezes all else, in place. Where there is an
     adapter already, a fresh one takes its place.
 
     k: learned rank; m: objectives; gain = lora_scaling / k; pref_scaling: a fixed s (ablation), None: s is learned.
-    generator: a CPU torch.Generator for U and V. adapters: A > 1 of them side by side (m = 0), each as it would be
-    alone: generator is a list of A then, and choose_adapter says which row has which. Returns the model.
+    generator: a CPU torch.Generator for U and V. Returns the model.
     """
-    assert adapters == 1 or m == 0 and len(generator) == adapters, "several adapters: m = 0, and a generator for each"
     model.requires_grad_(False)
     for block in model.blocks:
         for name, linear in [(n, mod) for n, mod in block.named_modules()
                              if isinstance(mod, (nn.Linear, QuantizedLinear, SVDLoRALinear))]:
-            parent, _, leaf = name.rpartition(".")
-            setattr(block.get_submodule(parent), leaf,
-                    SVDLoRALinear(linear, k, m, lora_scaling / k, pref_scaling, generator, adapters))
+            block.set_submodule(name, SVDLoRALinear(linear, k, m, lora_scaling / k, pref_scaling, generator))
     return model
 
 
@@ -123,7 +110,7 @@ def check_preference(lam, m):
 def set_preference(model, lam):
     """Embeds λ into every adapted matrix: lam (m,) for all rows, or (B, m), one per row of the batches to come.
 
-    The only way in. Raises ValueError for a λ off the simplex or of the wrong length.
+    λ is set here and nowhere else. Raises ValueError for a λ off the simplex or of the wrong length.
     """
     layers = list(svd_lora_layers(model).values())
     if not layers:
@@ -133,35 +120,8 @@ def set_preference(model, lam):
         layer.lam = lam
 
 
-def choose_adapter(model, index):
-    """Row b of the batches to come uses adapter index[b] of those that lie side by side. index: (B,) integers."""
-    layer = next(iter(svd_lora_layers(model).values()))
-    index = torch.as_tensor(index, device=layer.sigma.device)
-    if index.ndim != 1 or not ((index >= 0) & (index < layer.adapters)).all():
-        raise ValueError(f"an index of (B,) numbers from 0 to {layer.adapters - 1} was expected, got {index.tolist()}")
-    owner = torch.arange(layer.adapters, device=index.device).repeat_interleave(layer.k)              # (A·k,)
-    mask = (owner == index[:, None]).float()[:, None]                                                 # (B, 1, A·k)
-    for layer in svd_lora_layers(model).values():
-        layer.mask = mask if layer.adapters > 1 else None                             # of one there is nothing to mask
-
-
-@torch.no_grad()
-def clip_adapters(model, max_norm):
-    """Gradient clipping of each adapter (m = 0) by itself: scales its gradients so that their norm is at most max_norm.
-
-    Returns the norms before, (A,). One clip_grad_norm_ over all would let one adapter shrink another one's step.
-    """
-    grads = [p.grad.view(*p.shape[:-1], layer.adapters, -1) for layer in svd_lora_layers(model).values()
-             for p in (layer.U, layer.V, layer.sigma)]                                # (…, A, k), views
-    norms = torch.stack([g.square().sum([i for i in range(g.ndim) if i != g.ndim - 2]) for g in grads]).sum(0).sqrt()
-    factor = (max_norm / (norms + 1e-6)).clamp(max=1.0)[:, None]                      # (A, 1)
-    for g in grads:
-        g.mul_(factor)
-    return norms
-
-
 def shared_base(model):
-    """A second Transformer on the very same frozen tensors, to carry another adapter: no second copy in memory."""
+    """A second Transformer with the very same frozen tensors, for another adapter: no second copy in memory."""
     adapter = set(adapter_state(model))
     with torch.device("meta"):
         twin = quantize_like(Transformer(model.config), model)
@@ -173,7 +133,7 @@ def shared_base(model):
 @contextmanager
 def adapters_off(model):
     """Within it the model is its frozen base: the reference policy π_ref, without a second copy in memory."""
-    layers = [layer for layer in svd_lora_layers(model).values() if layer.enabled]     # nested: the outer one restores
+    layers = [layer for layer in svd_lora_layers(model).values() if layer.enabled]   # [] in a nested call
     for layer in layers:
         layer.enabled = False
     try:
@@ -224,19 +184,14 @@ def merged_state_dict(model, lam=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files.
 
-def adapter_state(model, only=None):
-    """{name: tensor} of everything learned: U, V, sigma, s of every layer (s as a constant where it is fixed).
-
-    only: views of the one adapter a of those side by side, as if it were alone. None: all, which are one of rank A·k.
-    """
-    part_of = lambda layer, part: (part if only is None or part.ndim == 0 else
-                                   part[..., only * layer.k:(only + 1) * layer.k])
-    return {f"{name}.{part}": part_of(layer, getattr(layer, part).detach())
+def adapter_state(model):
+    """{name: tensor} of everything learned: U, V, sigma, s of every layer (s as a constant where it is fixed)."""
+    return {f"{name}.{part}": getattr(layer, part).detach()
             for name, layer in svd_lora_layers(model).items() for part in ("U", "V", "sigma", "s")}
 
 
 def some_values(tensor):
-    """Up to 64 evenly spaced values of a tensor: what tells two apart without reading all. Of those again, all."""
+    """Up to 64 evenly spaced values of a tensor, to tell two apart without reading all. Idempotent: of 64, all."""
     flat = tensor.reshape(-1)
     n = min(64, len(flat))                                             # in integers: the same on every device
     return flat[torch.arange(n, device=flat.device) * (len(flat) - 1) // max(1, n - 1)]
@@ -244,8 +199,8 @@ def some_values(tensor):
 
 @torch.no_grad()
 def fingerprint(model):
-    """A short hash of the base: its config and 64 values from every frozen tensor, as bf16 so that the dtype in use
-    does not matter. Two different checkpoints of one architecture get different fingerprints."""
+    """A short hash of the base: its config and 64 values from every frozen tensor. They are hashed as bf16, so that it
+    does not depend on the dtype in use. Two different checkpoints of one architecture get different fingerprints."""
     adapter = set(adapter_state(model))
     digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
     for name, p in model.state_dict().items():
@@ -254,22 +209,20 @@ def fingerprint(model):
     return digest.hexdigest()[:16]
 
 
-def save_adapter(model, path, dims=(), only=None, **extra):
+def save_adapter(model, path, dims=(), **extra):
     """Writes a safetensors file with the adapter, its shape, the dimension names in order and the base's fingerprint.
 
-    dims: m names (for m = 0 whatever the adapter was trained for); only: of several side by side this one, an adapter
-    like any other; extra: JSON values kept in the header.
+    dims: m names (for m = 0 whatever the adapter was trained for); extra: JSON values kept in the header.
     """
     layer = next(iter(svd_lora_layers(model).values()))
-    assert only is not None or layer.adapters == 1, "several adapters: say which one to save"
     header = dict(format="svd-lora-1", k=layer.k, m=layer.m, gain=layer.gain, dims=list(dims), base=fingerprint(model),
                   fixed_s=not isinstance(layer.s, nn.Parameter), **extra)
-    tensors = {name: t.cpu().contiguous() for name, t in adapter_state(model, only).items()}
+    tensors = {name: t.cpu().contiguous() for name, t in adapter_state(model).items()}
     write_whole(path, lambda f: save_file(tensors, f, metadata={"panacea": json.dumps(header)}))
 
 
 def read_adapter_header(path):
-    """The header that save_adapter wrote, as a dict. Raises UserError if the file is not one of its."""
+    """The header that save_adapter wrote, as a dict. Raises UserError if save_adapter did not write the file."""
     try:
         with safe_open(path, framework="pt") as f:
             return json.loads((f.metadata() or {})["panacea"])
@@ -280,11 +233,11 @@ def read_adapter_header(path):
 
 
 @torch.no_grad()
-def load_adapter(model, path, dims=None, only=None):
+def load_adapter(model, path, dims=None):
     """Loads an adapter file into `model`, injecting the layers first if it has none. Returns the header (a dict).
 
-    dims: names that the file must have, in this order; only: it takes the place of this one of several side by side.
-    Raises UserError for another base, other dimensions or another rank than the layers already there.
+    dims: names that the file must have, in this order. Raises UserError for an adapter of another base, with other
+    dimensions, or of another rank than the layers already there.
     """
     header = read_adapter_header(path)
     if dims is not None and list(dims) != header["dims"]:
@@ -295,8 +248,7 @@ def load_adapter(model, path, dims=None, only=None):
     if not svd_lora_layers(model):
         inject_svd_lora(model, header["k"], header["m"], header["gain"] * header["k"],
                         0.0 if header["fixed_s"] else None)
-    ours, layer = adapter_state(model, only), next(iter(svd_lora_layers(model).values()))
-    assert only is not None or layer.adapters == 1, "several adapters: say in whose place"
+    ours, layer = adapter_state(model), next(iter(svd_lora_layers(model).values()))
     if (layer.k, layer.m) != (header["k"], header["m"]):
         raise UserError(f"{path} has k = {header['k']}, m = {header['m']}; "
                         f"the model's adapter has k = {layer.k}, m = {layer.m}")
@@ -314,10 +266,10 @@ def export_peft(model, lam, path):
     """Writes the adapter at one preference as a plain LoRA that PEFT reads: W0 + B A with A = diag(d) Vᵀ, B = gain · U.
 
     path: a directory, gets adapter_config.json and adapter_model.safetensors; rank k + m, alpha = rank, so that PEFT's
-    own factor is 1. lam: (m,), None where m = 0. For Llama-family models: GPT-2's fused q, k, v have no plain LoRA.
-    The base stays its own directory. Raises UserError for other families.
+    own factor is 1. lam: (m,), None where m = 0. The base is not written. For Llama-family models; raises UserError for
+    GPT-2, whose q, k, v are one matrix on disk, so that theirs is no plain LoRA.
     """
-    if model.config.positions != "rotary":
+    if model.config.family != "llama":
         raise UserError("only Llama-family adapters can be exported: Hugging Face's GPT-2 keeps q, k, v in one matrix")
     layers, tensors, modules = svd_lora_layers(model), {}, set()
     first = next(iter(layers.values()))
@@ -325,9 +277,8 @@ def export_peft(model, lam, path):
     for name, layer in layers.items():
         theirs = hf_name(name + ".weight", model.config).removesuffix(".weight")
         modules.add(theirs.rpartition(".")[2])
-        A, B = (layer.V * layer.singular_values(lam)).T, layer.gain * layer.U
-        tensors[f"base_model.model.{theirs}.lora_A.weight"] = A.detach().cpu().contiguous()
-        tensors[f"base_model.model.{theirs}.lora_B.weight"] = B.detach().cpu().contiguous()
+        for part, matrix in (("A", (layer.V * layer.singular_values(lam)).T), ("B", layer.gain * layer.U)):
+            tensors[f"base_model.model.{theirs}.lora_{part}.weight"] = matrix.detach().cpu().contiguous()
     r = first.k + first.m
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=r, lora_alpha=r, lora_dropout=0.0, bias="none",
                   fan_in_fan_out=False, target_modules=sorted(modules))

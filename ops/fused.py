@@ -5,33 +5,33 @@
     linear_logprob      log softmax(h Wᵀ)[target]                                never holds the (N, V) logits
     rms_norm, rope_, swiglu                                                      one pass each over their tensors
 
-N = B·T: tokens   D: width   V: vocabulary   r = k + m: rank   W0 (d_out, d_in): frozen, maybe quantised (quantize.py)
-U: (d_out, r)   V: (d_in, r)   d: (r,), or (B, 1, r) with one preference a row
+B: rows of a batch   T: tokens of a row   N: tokens, (B, T) flattened; in linear_logprob the predicted ones
+D: d_model   V: vocabulary   H: heads   C: head_dim   r = k + m: rank   W0 (d_out, d_in): frozen, maybe quantised
+(quantize.py)   In the SVD-LoRA functions U: (d_out, r)   V: (d_in, r)   d: (r,), or (B, 1, r), one preference per row
 
-Every `*_plain` function defines its operation and is what the tests hold the fused one to, with float64 as the judge.
-The backward passes are written by hand. On CUDA the parts that are bound by memory are Triton kernels (kernels.py);
-large products stay with the vendor's library, which no kernel of ours would beat.
+Every `*_plain` function defines its operation; the tests compare the fused one with it in float64. The backward passes
+are written by hand. On CUDA the parts that are bound by memory are Triton kernels (triton_kernels.py); large products
+stay with the vendor's library, which no kernel of ours would beat. triton_kernels is imported inside the functions that
+launch it, here and in quantize.py and generation.py, since Triton need not be installed where there is no GPU.
 """
-import math
-
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 ONEDNN_FROM = 2 ** 16       # products of matrices smaller than this lose more by oneDNN's overhead than they gain
 ROWS, TILE = 1024, 1024     # linear_logprob on a CPU: tokens and vocabulary entries at a time, 4 MB of logits
-GUESS = 256                 # vocabulary entries from which it guesses log Z beforehand
+GUESS = 256                 # vocabulary entries from which it estimates log Z beforehand
 CUDA_LOGITS = 2 ** 26       # linear_logprob on CUDA: elements of the logits held at a time (256 MiB in fp32)
 
 
 def use_kernels(x):
-    """Whether x is worked on by kernels.py: on CUDA, but for float64, since the kernels sum in fp32. (Tests replace
-    this to run the kernels in Triton's interpreter.)"""
+    """Whether the Triton kernels work on x: on CUDA, except in float64, since the kernels sum in fp32. (Tests replace
+    this function to run the kernels in Triton's interpreter.)"""
     return x.is_cuda and x.dtype != torch.float64
 
 
 def dense(W, dtype):
-    """A frozen weight as a (d_out, d_in) matrix: itself, or a QuantizedWeight dequantised for the moment."""
+    """A frozen weight as a (d_out, d_in) matrix: W itself, or a new dense copy of a QuantizedWeight."""
     return W if isinstance(W, torch.Tensor) else W.dense(dtype)
 
 
@@ -39,9 +39,9 @@ def dense(W, dtype):
 # Linear layers.
 
 def has_onednn(dtype):
-    """Whether products of this dtype can go through oneDNN on a CPU: for fp32 up to twice as fast as F.linear's library
-    on some processors, for thin matrices up to twenty times, at the same precision. The operator is torch's own but
-    private, so its absence is no error: F.linear computes the same."""
+    """Whether products of this dtype can go through oneDNN on a CPU. In fp32 it is up to twice as fast as F.linear's
+    library on some processors, for thin matrices up to twenty times, at the same precision. The operator belongs to
+    torch but is private; where it is missing, F.linear computes the same."""
     return (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
             and (dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
@@ -59,14 +59,14 @@ def product(x, W, bias=None):
     flat = x.flatten(0, -2)                                                           # (N, d_in)
     y = (torch.ops.mkldnn._linear_pointwise(flat, W, bias, "none", [], "") if onednn_takes(x, W) else
          F.linear(flat, W, bias))
-    # not a view: autograd lets nobody change a view in place that a Function returns, and rope_ does
+    # not a view: autograd forbids in-place changes of a view that a Function returned, and rope_ works in place
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(W)))
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, bias):
-        ctx.W = None if isinstance(W, torch.Tensor) else W                            # quantised: dequantised again
+        ctx.W = None if isinstance(W, torch.Tensor) else W                   # quantised: backward dequantises again
         trained = ctx.W is None and W.requires_grad                                   # a frozen W0 needs no x
         ctx.save_for_backward(x if trained else None, W if ctx.W is None else None)
         return product(x, dense(W, x.dtype), bias)
@@ -88,8 +88,8 @@ class _Linear(torch.autograd.Function):
 def linear(x, W, bias=None):
     """y = x Wᵀ + b. x: (…, d_in), W: (d_out, d_in) or a QuantizedWeight, bias: (d_out,) or None -> (…, d_out)
 
-    The same as F.linear, which it is wherever nothing is gained. Gradients for x, W (unless quantised) and bias; a
-    frozen W keeps no x.
+    Computes what F.linear computes, and calls it where nothing is faster. Gradients for x, W (unless quantised) and
+    bias; with a frozen W, x is not kept for the backward pass.
     """
     if isinstance(W, torch.Tensor) and not onednn_takes(x, W):
         return F.linear(x, W, bias)
@@ -130,10 +130,10 @@ class _SVDLoRALinear(torch.autograd.Function):
 def _down(x, V, d=None):
     """(x V) · d: (…, d_in) -> (…, r)."""
     if use_kernels(x):
-        from ops import triton_kernels as kernels
+        from ops import triton_kernels
         rows = x.shape[-2] if d is not None and d.ndim > 1 else 1
         d = d if d is None or d.ndim == 1 else d.flatten(0, -2)                       # (r,) or (B, r)
-        return kernels.svd_lora_down(x.flatten(0, -2), V, d, rows).view(*x.shape[:-1], V.shape[1])
+        return triton_kernels.svd_lora_down(x.flatten(0, -2), V, d, rows).view(*x.shape[:-1], V.shape[1])
     h = product(x, V.T.to(x.dtype))
     return h if d is None else h * d
 
@@ -142,8 +142,8 @@ def _up_(y, h, U):
     """y + h Uᵀ, in place. y: (…, d_out), h: (…, r)"""
     flat = y.flatten(0, -2)
     if use_kernels(y):
-        from ops import triton_kernels as kernels
-        kernels.svd_lora_up_(flat, h.flatten(0, -2), U)
+        from ops import triton_kernels
+        triton_kernels.svd_lora_up_(flat, h.flatten(0, -2), U)
     else:
         flat.addmm_(h.flatten(0, -2).to(y.dtype), U.T.to(y.dtype))
     return y
@@ -153,9 +153,9 @@ def svd_lora_linear(x, W, U, V, d, bias=None):
     """y = x W0ᵀ + b + ((x V) · d) Uᵀ, Panacea Eq. (9); the gain is in d.
 
     x: (B, T, d_in), or (N, d_in) for a shared d   W: (d_out, d_in) or a QuantizedWeight, never trained   U: (d_out, r)
-    V: (d_in, r)   d: (r,), or (B, 1, r) with one preference a row   bias: (d_out,) or None, never trained
-    Returns (…, d_out). Gradients for x, U, V and d. What the backward pass keeps is x and the parameters: x V and g U,
-    (B, T, r) each, are made again, a hundredth of the layer's work.
+    V: (d_in, r)   d: (r,), or (B, 1, r) with one preference per row   bias: (d_out,) or None, never trained
+    Returns (…, d_out). Gradients for x, U, V and d. The backward pass keeps x and the parameters alone: it computes x V
+    and g U, (B, T, r) each, again, which is a hundredth of the layer's work.
     """
     return _SVDLoRALinear.apply(x, W, U, V, d, bias)
 
@@ -163,43 +163,39 @@ def svd_lora_linear(x, W, U, V, d, bias=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Log-probabilities of tokens.
 
-def linear_logprob_plain(hidden, weight, target, entropy=False):
-    """The definition: log softmax(h Wᵀ)[target] and the entropy of that distribution, by way of all (N, V) logits."""
+def linear_logprob_plain(hidden, weight, target):
+    """The definition: log softmax(h Wᵀ)[target], by way of all (N, V) logits."""
     wide = torch.promote_types(hidden.dtype, torch.float32)                           # float64 stays float64
     logps = (hidden.to(wide) @ weight.to(wide).T).log_softmax(-1)                     # (N, V)
-    logp = logps.gather(1, target[:, None])[:, 0]
-    return (logp, -(logps.exp() * logps).sum(-1)) if entropy else logp
+    return logps.gather(1, target[:, None])[:, 0]
 
 
 class _LinearLogprob(torch.autograd.Function):
-    """Per token, with l_v = h·W_v and p = softmax(l):
+    """For each token, with its logits l_v = h·W_v and p = softmax(l):
 
-        log p(target) = l_target − log Z        ∂/∂h = W_target − A        A = Σ_v p_v W_v
-        H = log Z − Σ_v p_v l_v                 ∂/∂h = −(Σ_v p_v l_v W_v − (Σ_v p_v l_v) A)
+        log p(target) = l_target − log Z        its gradient to h: W_target − Σ_v p_v W_v
 
-    A is an attention of h over the rows of W as keys and as values. So ∂/∂h is summed up tile by tile of the
-    vocabulary while log Z is, and kept: (N, D). The backward pass multiplies it by g, and no logit is computed twice.
+    Σ_v p_v W_v is softmax(h Wᵀ) W. So it is summed tile by tile of the vocabulary, as in flash attention, in the same
+    pass as log Z. The forward pass keeps this gradient, (N, D); the backward pass multiplies it by g, and computes no
+    logit a second time.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, target, entropy):
-        run = _logprob_rows_cuda if use_kernels(hidden) else _logprob_rows_cpu
-        logp, H, dlogp, dH = run(hidden, weight, target, ctx.needs_input_grad[0], entropy)
-        ctx.save_for_backward(dlogp, dH, *((hidden, weight, target, logp) if ctx.needs_input_grad[1] else ()))
-        return (logp, H) if entropy else logp
+    def forward(ctx, hidden, weight, target):
+        rows = _logprob_rows_cuda if use_kernels(hidden) else _logprob_rows_cpu
+        logp, dlogp = rows(hidden, weight, target, ctx.needs_input_grad[0])
+        ctx.save_for_backward(dlogp, *((hidden, weight, target) if ctx.needs_input_grad[1] else ()))
+        return logp
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g, gH=None):                                                    # (N,) each
-        dlogp, dH, *rest = ctx.saved_tensors
+    def backward(ctx, g):                                                             # (N,)
+        dlogp, *rest = ctx.saved_tensors
         dh = dW = None
         if ctx.needs_input_grad[0]:
             dh = g.to(dlogp.dtype)[:, None] * dlogp
-            if gH is not None:
-                dh.addcmul_(gH.to(dH.dtype)[:, None], dH)
         if ctx.needs_input_grad[1]:                           # a trained head: Σ_n g_n (onehot − p) hᵀ, logits again
-            hidden, weight, target, logp = rest
-            assert gH is None, "the entropy's gradient is for a frozen head"
+            hidden, weight, target = rest
             dW = torch.zeros_like(weight, dtype=torch.float32)
             for rows in torch.arange(len(hidden), device=hidden.device).split(ROWS):
                 h = hidden[rows]
@@ -208,83 +204,66 @@ class _LinearLogprob(torch.autograd.Function):
                 p.scatter_add_(1, target[rows, None], g[rows, None].float())
                 dW += product(p.to(h.dtype).T, h.T)                                   # (V, D)
             dW = dW.to(weight.dtype)
-        return dh, dW, None, None
+        return dh, dW, None
 
 
-def _logprob_rows_cpu(hidden, weight, target, want_grad, entropy):
-    """logp (N,) fp32, entropy (N,) or None, ∂logp/∂h (N, D) and ∂entropy/∂h, or None each. No autograd."""
+def _logprob_rows_cpu(hidden, weight, target, want_grad):
+    """log p(target) (N,) fp32 and its gradient to hidden, (N, D) or None. No autograd."""
     N, V = len(hidden), len(weight)
-    logp, H = torch.empty(N), torch.empty(N) if entropy else None
-    dlogp = torch.empty_like(hidden) if want_grad else None
-    dH = torch.empty_like(hidden) if want_grad and entropy else None
+    logp, dlogp = torch.empty(N), torch.empty_like(hidden) if want_grad else None
     for i in range(0, N, ROWS):
-        h, here = hidden[i:i + ROWS], slice(i, i + ROWS)                              # (n, D)
+        h, here = hidden[i:i + ROWS], slice(i, i + ROWS)                              # (n, D), n = ROWS or the rest
         W_target = weight[target[here]].to(h.dtype)
-        # The product subtracts c ≈ log Z as its bias, before it rounds: so a bf16 logit has the error of its distance
-        # from c, not of its size. c is a guess from the target and some of the vocabulary; any c gives the same sums.
+        # An estimate c of log Z is subtracted inside the product, as its bias. So what bf16 rounds is l − c, a small
+        # number, and not l. The estimate is from the target and some of the vocabulary; any c gives the same sums.
         l_target = (h.float() * W_target.float()).sum(1)                              # (n,) fp32
         c = torch.logaddexp(l_target, product(h, weight[:GUESS]).float().logsumexp(1))
         top, Z = torch.zeros(len(h)), torch.zeros(len(h))     # running maximum of l − c (or 0), Σ exp(l − c − top)
-        S = torch.zeros(len(h)) if entropy else None                                  # Σ exp(l − c − top) (l − c)
-        A = torch.zeros(h.shape) if want_grad else None                               # Σ exp(l − c − top) W
-        B = torch.zeros(h.shape) if dH is not None else None                          # Σ exp(l − c − top) (l − c) W
+        sum_W = torch.zeros(h.shape) if want_grad else None   # Σ exp(l − c − top) W
         for j in range(0, V, TILE):
             W = weight[j:j + TILE]                                                    # (v, D)
             l = (product(W, h, -c) if onednn_takes(W, h) else W.float() @ h.float().T - c).float()            # (v, n)
             higher = torch.maximum(top, l.amax(0))
             shrink = (top - higher).exp()
-            e = (l - higher if entropy else l.sub_(higher)).exp_()                    # (v, n)
+            e = l.sub_(higher).exp_()                                                 # (v, n)
             Z = Z * shrink + e.sum(0)
-            if B is not None:                                 # its two sums cancel: they are made in fp32
-                W = W.float()
             if want_grad:
-                A = A.mul_(shrink[:, None]).add_(product(e.T.to(W.dtype), W.T))       # (n, v) (v, D)
-            if entropy:
-                S = S * shrink + (e := e.mul_(l)).sum(0)
-            if B is not None:
-                B = B.mul_(shrink[:, None]).add_(product(e.T, W.T))
+                sum_W = sum_W.mul_(shrink[:, None]).add_(product(e.T.to(W.dtype), W.T))                       # (n, D)
             top = higher
-        log_Z = top + Z.log()                                                         # log Z − c
-        logp[here] = l_target - c - log_Z
+        logp[here] = l_target - c - (top + Z.log())
         if want_grad:
-            A /= Z[:, None]
-            dlogp[here] = W_target - A
-        if entropy:
-            mean = S / Z                                                              # Σ p (l − c)
-            H[here] = log_Z - mean
-        if dH is not None:
-            dH[here] = A.mul_(mean[:, None]).sub_(B.div_(Z[:, None]))
-    return logp, H, dlogp, dH
+            dlogp[here] = W_target - sum_W.div_(Z[:, None])
+    return logp, dlogp
 
 
-def _logprob_rows_cuda(hidden, weight, target, want_grad, entropy):
-    """The same, for some rows and the whole vocabulary at a time: the kernel turns logits into ∂logp/∂logits in one
-    pass, in place, and a product with W makes ∂logp/∂h of them."""
-    from ops import triton_kernels as kernels
-    parts = []
+def _logprob_rows_cuda(hidden, weight, target, want_grad):
+    """The same, for some rows and the whole vocabulary at a time: the kernel replaces the logits by the gradient to
+    them, in one pass, and a product with W makes it the gradient to hidden."""
+    from ops import triton_kernels
+    logps, dlogps = [], []
     for h, y in zip(*(t.split(max(1, CUDA_LOGITS // len(weight))) for t in (hidden, target))):
         logits = (torch.mm(h, weight.T, out_dtype=torch.float32) if h.is_cuda and h.dtype != torch.float32 else
                   h.float() @ weight.float().T)                                       # (n, V) fp32
-        logp, H, onehot_p, dH = kernels.logprob_rows(logits, y, want_grad, entropy, h.dtype)
-        parts.append((logp, H, onehot_p @ weight.to(h.dtype) if want_grad else None,
-                      dH @ weight.to(h.dtype) if dH is not None else None))
-    return [torch.cat(x) if x[0] is not None else None for x in zip(*parts)]
+        logp, dlogits = triton_kernels.logprob_rows(logits, y, want_grad, h.dtype)
+        logps.append(logp)
+        if want_grad:
+            dlogps.append(dlogits @ weight.to(h.dtype))                               # (n, D)
+    return torch.cat(logps), torch.cat(dlogps) if want_grad else None
 
 
-def linear_logprob(hidden, weight, target, entropy=False):
+def linear_logprob(hidden, weight, target):
     """log p(target) under softmax(hidden · weightᵀ), without ever holding the (N, V) logits.
 
-    hidden: (N, D)   weight: (V, D), hidden's dtype   target: (N,) int64   Returns (N,) fp32; with entropy=True also the
-    entropy of each distribution, (N,) fp32 nats. Gradients for hidden, by logp and by the entropy, and for a trained
-    weight, by logp. Sums are in fp32. (float64 stays float64, by the definition.)
+    hidden: (N, D)   weight: (V, D), hidden's dtype   target: (N,) int64   ->  (N,) fp32, in nats
+    Gradients for hidden, and for weight where it is trained. Sums are in fp32; float64 inputs take the definition.
     """
     if hidden.dtype == torch.float64 or len(hidden) == 0:
-        return linear_logprob_plain(hidden, weight, target, entropy)
-    return _LinearLogprob.apply(hidden, weight, target, entropy)
+        return linear_logprob_plain(hidden, weight, target)
+    return _LinearLogprob.apply(hidden, weight, target)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Llama's elementwise parts.
+# RMSNorm, rotary embedding, SwiGLU: Llama's parts between the linear layers.
 
 def rms_norm_plain(x, weight, eps):
     """The definition: x / sqrt(mean x² + ε) · weight, over the last dimension."""
@@ -296,8 +275,8 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps):
         flat = x.flatten(0, -2)
         if use_kernels(x):
-            from ops import triton_kernels as kernels
-            y, rstd = kernels.rms_norm_forward(flat, weight, eps)
+            from ops import triton_kernels
+            y, rstd = triton_kernels.rms_norm_forward(flat, weight, eps)
         else:
             wide = flat.float()
             rstd = wide.square().mean(-1).add_(eps).rsqrt_()                          # (N,)
@@ -311,8 +290,8 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         flat, gflat, want = x.flatten(0, -2), g.flatten(0, -2), ctx.needs_input_grad[1]
         if use_kernels(x):
-            from ops import triton_kernels as kernels
-            dx, dweight = kernels.rms_norm_backward(gflat, flat, weight, rstd, want)
+            from ops import triton_kernels
+            dx, dweight = triton_kernels.rms_norm_backward(gflat, flat, weight, rstd, want)
         else:
             # with n = x·rstd and q = g·weight:  dx = rstd (q − n · mean(q n))
             n, q = flat.float() * rstd[:, None], gflat.float() * weight
@@ -322,8 +301,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x, weight, eps):
-    """RMSNorm over the last dimension, in fp32 inside. x: (…, D), weight: (D,) -> (…, D), x's dtype. Keeps x and one
-    number a token. float64 stays float64, by the definition."""
+    """RMSNorm over the last dimension, computed in fp32. x: (…, D), weight: (D,) -> (…, D), x's dtype. Keeps x and one
+    number per token for the backward pass. In float64 it is the definition itself."""
     return rms_norm_plain(x, weight, eps) if x.dtype == torch.float64 else _RMSNorm.apply(x, weight, eps)
 
 
@@ -343,14 +322,14 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        return _rotate_(g.clone(), *ctx.saved_tensors, -1), None, None                # a rotation's transpose: back
+        return _rotate_(g.clone(), *ctx.saved_tensors, -1), None, None                # the transpose rotates back
 
 
 def _rotate_(x, cos, sin, sign):
     heads = x.unflatten(-1, (-1, 2 * cos.shape[-1]))                                  # (B, T, H·C) -> (B, T, H, C)
     if use_kernels(x):
-        from ops import triton_kernels as kernels
-        kernels.rotate_(heads, cos, sin, sign)
+        from ops import triton_kernels
+        triton_kernels.rotate_(heads, cos, sin, sign)
     elif x.dtype == torch.float32:
         (a, b), cos, sin = heads.chunk(2, dim=-1), cos[:, :, None], sign * sin[:, :, None]
         turned = (a * cos).addcmul_(b, sin, value=-1)
@@ -377,8 +356,8 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
         if use_kernels(gate):
-            from ops import triton_kernels as kernels
-            return kernels.swiglu_forward(gate, up)
+            from ops import triton_kernels
+            return triton_kernels.swiglu_forward(gate, up)
         return F.silu(gate).mul_(up)
 
     @staticmethod
@@ -386,11 +365,11 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, g):
         gate, up = ctx.saved_tensors
         if use_kernels(gate):
-            from ops import triton_kernels as kernels
-            return kernels.swiglu_backward(g, gate, up)
+            from ops import triton_kernels
+            return triton_kernels.swiglu_backward(g, gate, up)
         return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
 
 
 def swiglu(gate, up):
-    """silu(gate) · up, elementwise. Keeps gate and up, not silu(gate) too."""
+    """silu(gate) · up, elementwise, tensors of one shape. The backward pass keeps gate and up, and not silu(gate)."""
     return _SwiGLU.apply(gate, up)

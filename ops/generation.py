@@ -1,12 +1,16 @@
-"""generation.py - continues prompts: prefill once, then one decode step a token, always of the same shapes.
+"""generation.py - continues prompts: reads them once (prefill), then adds one token to each per decode step.
 
-B: rows still going   T: tokens in this call   S: slots of the KV cache   V: vocabulary   r: rank of an adapter
-H: query heads   K: key/value heads   C: head_dim
+B: rows that still continue   T: tokens in this call   M: slots of the KV cache   V: vocabulary   H: query heads
+K: key/value heads   C: head_dim   r: rank of an adapter
+In the SVD-LoRA factors V: (d_in, r)   d: gain · cat(σ, s·λ), (r,) or (B, 1, r)   U: (d_out, r), Ut its transpose
 
-What makes it fast: every step attends to all S slots under a mask. The tensors then never change their shape, so a GPU
-replays the step as one CUDA graph, and a CPU multiplies contiguous matrices. On CUDA, layers with adapters or quantised
-weights are one launch each, q, k, v and gate, up too. On a CPU the weights are repacked for the time of the call
-(oneDNN's layout) and rows that have ended are dropped. A token costs one random number, not V.
+Where λ enters: fast_copy asks every SVDLoRALinear for its factors, once per call of generate(), and FastLinear
+multiplies with them. So λ must be set before the call, and a change of λ during the call has no effect.
+
+What makes it fast: every step attends to all M slots under a mask. The tensors then never change their shape, so a GPU
+replays the step as one CUDA graph, and a CPU multiplies contiguous matrices. On CUDA, a layer with an adapter or
+quantised weights is one launch; q, k, v together are one, and gate, up. On a CPU the weights are copied into oneDNN's
+layout for the duration of the call, and rows that have ended are dropped. A token costs one random number, not V.
 """
 import copy
 
@@ -20,7 +24,7 @@ from ops.quantize import GROUP, LEVELS, QuantizedLinear, QuantizedWeight
 
 PACK_FROM = 2 ** 16         # weights smaller than this lose more by oneDNN's overhead than they gain
 PACK_STEPS = 16             # repacking costs about as much as this many steps save
-SYNC_EVERY = 16             # steps between two looks at whether all rows have ended, where a look stalls the device
+SYNC_EVERY = 16             # on a GPU, steps between two checks whether all rows have ended: a check stalls the device
 
 
 class KVCache:
@@ -41,7 +45,7 @@ class _LayerCache:
     def __init__(self, cache, i):
         self.cache, self.i, self.decoding = cache, i, cache.slot is not None
 
-    def append(self, k, v):                                   # (B, K, T, C) -> everything held so far, (B, K, S, C)
+    def append(self, k, v):                                   # (B, K, T, C) -> everything held so far, (B, K, M, C)
         start, end = self.cache.length, self.cache.length + k.shape[2]
         assert end <= self.cache.k.shape[3], f"the KV cache has room for {self.cache.k.shape[3]} tokens, not {end}"
         keys, values = self.cache.k[self.i, :, :, :end], self.cache.v[self.i, :, :, :end]
@@ -49,15 +53,15 @@ class _LayerCache:
         return keys, values
 
     def attend(self, q, k, v, bias):
-        """One token a row, q (B, H, 1, C), over all slots: k and v (B, K, 1, C) go into cache.slot; bias (B, 1, 1, S)
+        """One token per row, q (B, H, 1, C), over all slots: k and v (B, K, 1, C) go into cache.slot; bias (B, 1, 1, M)
         is 0 where a slot is seen, else -inf. Returns (B, H, 1, C)."""
-        # Not F.scaled_dot_product_attention: for a single query it is slower on a CPU, by far in bf16. The H / K query
-        # heads that share keys are the rows of one matrix, so that grouped queries need no copies of the keys.
-        keys, values = self.cache.k[self.i], self.cache.v[self.i]                     # (B, K, S, C)
+        # Not F.scaled_dot_product_attention: for a single query it is slower on a CPU, much slower in bf16. The H / K
+        # query heads that share keys are the rows of one matrix, so grouped queries need no copies of the keys.
+        keys, values = self.cache.k[self.i], self.cache.v[self.i]                     # (B, K, M, C)
         keys.index_copy_(2, self.cache.slot, k)
         values.index_copy_(2, self.cache.slot, v)
         rows = q.reshape(*keys.shape[:2], -1, keys.shape[3]) * keys.shape[3] ** -0.5  # (B, K, H / K, C)
-        weights = (rows @ keys.transpose(2, 3) + bias).softmax(-1)                    # (B, K, H / K, S)
+        weights = (rows @ keys.transpose(2, 3) + bias).softmax(-1)                    # (B, K, H / K, M)
         return (weights @ values).view(q.shape)
 
 
@@ -71,11 +75,11 @@ def _can_pack(weight):
 
 
 class FastLinear(nn.Module):
-    """x Wᵀ + b, and with factors = (V, d, Uᵀ) + ((x V) · d) Uᵀ: a Linear or SVDLoRALinear that will not be trained.
+    """A Linear or SVDLoRALinear that will not be trained: x Wᵀ + b, with factors = (V, d, Uᵀ) plus ((x V) · d) Uᵀ.
 
-    pack: copy the weights into the layout that is multiplied fastest. Vᵀ then lies under W: one product for both.
-    A QuantizedWeight is dequantised once, into that copy, or without `pack` at every step. gelu: "tanh" or "none", its
-    approximation, makes it gelu(x Wᵀ + b), in the same pass where it is packed.
+    pack: copy the weights into the layout that is multiplied fastest; Vᵀ is stacked under W, so one product gives both.
+    A QuantizedWeight is dequantised once, into that copy, or without `pack` at every step. gelu: "tanh" or "none", the
+    approximation of GPT-2's GELU, makes it gelu(x Wᵀ + b), in the same pass where it is packed.
     """
 
     def __init__(self, weight, bias=None, factors=None, pack=False, gelu=None):
@@ -105,14 +109,14 @@ class FastLinear(nn.Module):
             return y
         V, d, Ut = self.factors                                                       # d: (r,) or (B, 1, r)
         h = y[..., self.d_out:] if self.folded else x @ V                             # (B, T, r)
-        y = y[..., :self.d_out].flatten(0, -2)                                        # (B T, d_out)
+        y = y[..., :self.d_out].flatten(0, -2)                                        # (B·T, d_out)
         return torch.addmm(y, (h * d).to(y.dtype).flatten(0, -2), Ut).view(*x.shape[:-1], self.d_out)
 
 
 class OneToken:
-    """One to three FastLinears of one input, as one launch for one token a row (kernels.svd_lora_decode).
+    """One to three FastLinears of one input, as one launch for one token per row (triton_kernels.svd_lora_decode).
 
-    It owns copies of their factors, laid out as the kernel reads them; the layers keep views of these.
+    It holds copies of their factors, laid out as the kernel reads them; the layers keep views of these.
     """
 
     def __init__(self, layers):
@@ -128,54 +132,54 @@ class OneToken:
         self.finished = torch.zeros(sum(map(len, self.W)), dtype=torch.int32, device=self.W[0].device)
         if layers[0].factors is not None:
             r = layers[0].factors[0].shape[1]
-            more = max(16, 1 << (r - 1).bit_length()) - r                             # zeros, up to a power of two R
-            self.V = torch.stack([F.pad(layer.factors[0].T, (0, 0, 0, more)) for layer in layers])    # (L, R, d_in)
-            self.U = torch.cat([F.pad(layer.factors[2].T, (0, more)) for layer in layers])            # (all d_out, R)
+            more = max(16, 1 << (r - 1).bit_length()) - r                             # up to a power of two
+            self.V = torch.stack([F.pad(layer.factors[0].T, (0, 0, 0, more)) for layer in layers])  # (layers, BR, d_in)
+            self.U = torch.cat([F.pad(layer.factors[2].T, (0, more)) for layer in layers])            # (all d_out, BR)
             for layer, V, U in zip(layers, self.V, self.U.split([layer.d_out for layer in layers])):
                 layer.factors = V[:r].T, layer.factors[1], U[:, :r].T
         self.stack_d(layers)
 
     @staticmethod
     def can(layer):
-        """Whether the kernel is for this layer. A dense one without factors is one launch as it is."""
+        """Whether this layer gains by the kernel and fits it. A dense one without factors is one launch already."""
         W, quantized = layer.weight, isinstance(layer.weight, QuantizedWeight)
         if not fused.use_kernels(W.codes if quantized else W) or not (quantized or layer.factors) or layer.gelu:
             return False
-        from ops import triton_kernels as kernels
+        from ops import triton_kernels
         return (W.dtype in (torch.float32, torch.bfloat16) and (quantized or W.stride(1) == 1)
-                and (layer.factors is None or layer.factors[0].shape[1] <= kernels.DECODE_RANK))
+                and (layer.factors is None or layer.factors[0].shape[1] <= triton_kernels.DECODE_RANK))
 
     @staticmethod
     def can_join(layers):
-        """Whether these layers of one input, each of which can, are alike enough to be one launch."""
+        """Whether these layers of one input can share a launch: each fits the kernel, and they are of one kind."""
         kind = lambda layer: (getattr(layer.weight, "kind", "dense"), layer.weight.dtype, layer.weight.shape[1],
                               layer.bias is None, layer.factors and (layer.factors[0].shape, layer.factors[1].shape))
         return all(layer.one_token for layer in layers) and len({kind(layer) for layer in layers}) == 1
 
     def stack_d(self, layers):
-        """Takes over the d of its layers. (It keeps no reference to them, as they have one to it: cycles stay in memory
-        until Python looks for them.)"""
+        """Copies the d of its layers. (It keeps no reference to them, since they have one to it: Python frees a cycle
+        late, and a cycle would hold the weights in memory.)"""
         ds = [layer.factors[1] for layer in layers if layer.factors]
-        self.d = torch.stack([d[:, 0] if d.ndim == 3 else d for d in ds]) if ds else None     # (L, r) or (L, B, r)
+        self.d = torch.stack([d[:, 0] if d.ndim == 3 else d for d in ds]) if ds else None    # (layers, [B,] r)
 
     def takes(self, x):
-        from ops import triton_kernels as kernels
-        return x.shape[1] == 1 and len(x) <= kernels.DECODE_ROWS and fused.use_kernels(x)
+        from ops import triton_kernels
+        return x.shape[1] == 1 and len(x) <= triton_kernels.DECODE_ROWS and fused.use_kernels(x)
 
-    def __call__(self, x):                                                            # (B, 1, d_in) -> L (B, 1, d_out)
-        from ops import triton_kernels as kernels
-        outputs = kernels.svd_lora_decode(x[:, 0], self.W, self.V, self.d, self.U, self.bias, self.finished,
-                                          **self.quantized)
+    def __call__(self, x):                                            # (B, 1, d_in) -> (B, 1, d_out) of each layer
+        from ops import triton_kernels
+        outputs = triton_kernels.svd_lora_decode(x[:, 0], self.W, self.V, self.d, self.U, self.bias, self.finished,
+                                                 **self.quantized)
         return tuple(y[:, None] for y in outputs)
 
 
 class Joined(nn.Module):
-    """Several FastLinears of one input, one launch where it is one token a row: x -> their outputs."""
+    """Several FastLinears of one input: x -> their outputs, by one launch where x has one token per row."""
 
     def __init__(self, layers):
         super().__init__()
         self.layers, self.one_token = nn.ModuleList(layers), OneToken(layers)
-        for layer in layers:                                  # its copies of the factors are no longer used
+        for layer in layers:                                  # the layer's own copies of the factors are not needed
             layer.one_token = None
 
     def forward(self, x):
@@ -201,9 +205,11 @@ def bare(layer):
 
 
 def fast_copy(module, pack):
-    """A copy of `module` that shares its tensors and has a FastLinear for every linear layer in it. With `pack` and no
-    adapter, q, k, v are one product, and GPT-2's GELU is part of its product. Layers of one input that a kernel takes
-    are one launch."""
+    """A copy of `module` that shares its tensors and has a FastLinear in the place of every linear layer.
+
+    With `pack` and no adapter, q, k, v become one product, and GPT-2's GELU a part of its product; layers of one input
+    that fit the kernel become one launch. The joined layer then stands in the place of the method that called its parts
+    one by one: Attention.project, MLP.inner (model.py)."""
     if hasattr(module, "factors"):                                                    # SVDLoRALinear
         factors = module.factors(module.weight.dtype) if module.enabled else None
         if factors is not None and fused.use_kernels(module.V):
@@ -219,7 +225,7 @@ def fast_copy(module, pack):
         up = children.pop("up")
         joined["inner"] = FastLinear(up.weight, up.bias, pack=True, gelu=module.gelu)
     twin._modules = joined | {name: fast_copy(child, pack) for name, child in children.items()}
-    twin.__dict__.update(joined)                              # where they stand before the methods of the same names
+    twin.__dict__.update(joined)                              # found before the methods of the same names
     for method, names in (("project", ("q", "k", "v")), ("inner", ("gate", "up"))):
         layers = [twin._modules.get(name) for name in names]
         if all(isinstance(layer, FastLinear) for layer in layers) and OneToken.can_join(layers):
@@ -242,15 +248,15 @@ class Decoder:
         self.padding = torch.tensor([[longest - len(p)] for p in prompts], device=device)                    # (B, 1)
         self.padded = min(map(len, prompts)) < longest
         self.cache = KVCache(model.config, B, longest + max_new_tokens, dtype, device)
-        self.slots = torch.arange(longest + max_new_tokens, device=device)                                   # (S,)
+        self.slots = torch.arange(longest + max_new_tokens, device=device)                                   # (M,)
         self.token = torch.zeros(B, 1, dtype=torch.int64, device=device)
         self.slot = self.slots[longest:longest + 1].clone()                                                  # (1,)
         self.graph, self.wants_graph = None, graph
 
     def prefill(self):
-        """Reads the prompts."""
+        """Reads the prompts into the cache. Returns the logits (B, V) of every row's first new token."""
         T = self.prompts.shape[1]
-        positions = mask = None                                       # causal, 0..T-1: no mask to build where all fits
+        positions = mask = None                               # the model's own where no row is padded: 0..T-1, causal
         if self.padded:
             slot = self.slots[:T]
             positions = (slot - self.padding).clamp(min=0)                            # (B, T)
@@ -263,13 +269,13 @@ class Decoder:
 
     def _step(self):
         """The decode step as a function of the tensors token, slot, padding and cache alone; shapes are fixed."""
-        seen = (self.slots >= self.padding) & (self.slots <= self.slot)               # (B, S)
+        seen = (self.slots >= self.padding) & (self.slots <= self.slot)               # (B, M)
         bias = torch.zeros_like(seen, dtype=self.cache.k.dtype).masked_fill_(~seen, -torch.inf)
         hidden = self.model(self.token, self.slot - self.padding, bias[:, None, None], self.cache, return_hidden=True)
         return self.head(hidden[:, 0])
 
     def step(self, token):
-        """token (B,): the last one of each row."""
+        """token (B,): the last one of each row. Returns the next one's logits (B, V)."""
         self.token.copy_(token[:, None])
         if self.wants_graph and self.graph is None:
             self._capture()
@@ -282,8 +288,8 @@ class Decoder:
         return logits
 
     def _capture(self):
-        """Records _step once. It may run before that (it writes its slot again, nothing else), and must: libraries
-        allocate and choose algorithms on their first call, which cannot be recorded."""
+        """Records _step once. It runs before that, because libraries allocate memory and choose algorithms on their
+        first call, which cannot be recorded; it may, because a repeated step only writes the same slot again."""
         with torch.cuda.device(self.token.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -313,7 +319,7 @@ class Decoder:
 # Sampling.
 
 def sample_token(logits, temperature, top_p, generator=None, uniform=None):
-    """One token a row from logits (B, V): the best for temperature 0, else from the nucleus of mass top_p. -> (B,)
+    """One token per row from logits (B, V): the best for temperature 0, else from the nucleus of mass top_p. -> (B,)
 
     uniform: (B,) random numbers in [0, 1) to use, None: drawn from the generator.
     """
@@ -325,8 +331,8 @@ def sample_token(logits, temperature, top_p, generator=None, uniform=None):
     probs = (logits.float() / temperature).softmax(-1)
     if top_p < 1:
         probs, ids = probs.sort(-1, descending=True)
-    # Inverse distribution function: the first token whose cumulated mass exceeds u · total. Below total always, rounded
-    # or not, since uniform <= 1 - 2^-24; a token without mass never is the first.
+    # Inverse distribution function: the first token whose cumulated mass exceeds u · total. There always is one, with
+    # any rounding, since u <= 1 - 2^-24; and it is never a token without mass.
     mass = probs.cumsum(-1)                                                           # (B, V)
     # the nucleus is the smallest set of best tokens that reaches top_p: its last token is the first to reach it
     last = (mass < top_p).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1) if top_p < 1 else None
@@ -342,10 +348,11 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
 
     prompts: list of token lists, of any lengths >= 1; a row's logits do not depend on the others. eos_id: default the
     config's; -1 never stops. generator: on any device; the same seed gives the same tokens.
-    graph: replay the decode step as a CUDA graph (None: on CUDA). pack: repack the weights for this call, which takes
-    their memory once more, a quantised base's as if it were dense, until it ends (None: on a CPU, where max_new_tokens
-    makes it worth while).
-    Returns a list of token lists, the new tokens alone; one that ends in EOS stopped by itself.
+    graph: replay the decode step as a CUDA graph (None: on CUDA). pack: copy the weights into a faster layout for this
+    call, which takes their memory once more, for a quantised base that of the dense weights (None: on a CPU, if
+    max_new_tokens is large enough to gain by it).
+    Returns a list of token lists, the new tokens alone; one that ends in EOS stopped by itself. Raises ValueError where
+    prompt and new tokens exceed the context.
     """
     config, device = model.config, model.embed.weight.device
     if eos_id is None:
@@ -367,7 +374,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     out = torch.zeros(B, max_new_tokens, dtype=torch.int64, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
     for i in range(max_new_tokens):
-        # B numbers a step, whatever rows are left: so dropping rows changes no sample
+        # B numbers in every step, also for rows that were dropped: so dropping rows changes no sample
         uniform = torch.rand(B, generator=generator, device=device)[rows] if temperature > 0 else None
         token = sample_token(logits, temperature, top_p, uniform=uniform)
         out[rows, i] = token
@@ -378,7 +385,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
             left = len(done) - int(done.sum())
             if left == 0:
                 break
-            if on_cpu and 2 * left <= len(done):                  # half have ended: all copies cost about one cache
+            if on_cpu and 2 * left <= len(done):             # at each halving: all copies cost about one cache
                 going = (~done).nonzero()[:, 0]
                 decoder.keep(going)
                 token, rows, done = token[going], rows[going], done[going]

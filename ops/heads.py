@@ -1,6 +1,7 @@
 """heads.py - scalar heads on a Transformer's hidden states: PPO's critic, and the reward model.
 
-B: sequences   T: tokens   D: d_model   m: dimensions   n: values a state has
+B: rows of a batch   T: tokens of a row   R: responses   L: tokens of the longest response   D: d_model   m: dimensions
+n: heads of the critic, advantages of a token
 """
 import torch
 import torch.nn as nn
@@ -8,15 +9,16 @@ import torch.nn.functional as F
 
 
 class Critic(nn.Module):
-    """V_i(s, λ) for n objectives: a two-layer network on the policy's hidden state of s, on the mean of its hidden
-    states since the response began, on the least likely token so far, and on λ.
+    """The critic V_i(s_t, λ), i = 1..n: a two-layer network. Its inputs at token t of a response: the policy's hidden
+    state that predicts y_t; the mean of the hidden states since the response began; the log-probability of the least
+    likely token among y_1..y_{t−1}; and λ, simply as m further inputs.
 
-    # differs: the reference implementation's critic is a second language model. Here the states come from the policy's
-    own forward pass, detached, so that the value loss never moves the policy; they depend on λ through the SVD-LoRA
-    already, and λ is an input besides, since before training the adapter tells nothing of it. The mean is needed: a
-    state says how to go on, and forgets what was said before if that does not matter for it, but rewards do not forget.
-    The least likely token tells a slip of the tongue at once: without it the blame would be spread over other tokens.
-    The last layer starts at 0. With n = m heads, linear scalarisation takes V_λ = Σ λ_i V_i, exact as GAE is linear.
+    # differs: the reference implementation's critic is a second language model. Here the hidden states come from the
+    policy's own forward pass, detached, so the value loss never moves the policy. Through the SVD-LoRA they depend on
+    λ, but not yet before training: hence λ as an input. The mean is there because a hidden state may drop what was said
+    before where it does not matter for the next token, while the reward still depends on it. The least likely token
+    shows a mistake where it happens: without it, the loss of reward would be credited to other tokens.
+    The last layer starts at 0. With n = m heads, linear scalarisation takes V_λ = Σ λ_i V_i, exact since GAE is linear.
     """
 
     def __init__(self, d_model, m, n, generator=None):
@@ -29,27 +31,27 @@ class Critic(nn.Module):
             nn.init.zeros_(p)
 
     def forward(self, states, logps, lam):
-        """states (B, L, D): those that predict a response's tokens, in order; logps (B, L): of these tokens when they
-        were sampled; lam (B, m), one a response -> values (B, L, n) fp32. No gradient reaches the states."""
+        """states (R, L, D): those that predict a response's tokens, in order; logps (R, L): of these tokens when they
+        were sampled; lam (R, m), one per response -> values (R, L, n) fp32. No gradient reaches the states."""
         h = states.detach().float()
-        mean = h.cumsum(1) / torch.arange(1, h.shape[1] + 1, device=h.device)[:, None]            # (B, L, D)
-        before = F.pad(logps.detach()[:, :-1], (1, 0))              # V_t knows the tokens before t, not y_t itself
-        slip = before.cummin(1).values.clamp(min=-10)[..., None] / 2                              # (B, L, 1)
-        each = lam[:, None].expand(-1, h.shape[1], -1)                                            # (B, L, m)
-        return self.outer(F.gelu(self.inner(torch.cat([self.norm(h), self.norm(mean), slip, each], dim=-1))))
+        mean = h.cumsum(1) / torch.arange(1, h.shape[1] + 1, device=h.device)[:, None]            # (R, L, D)
+        before = F.pad(logps.detach()[:, :-1], (1, 0))              # the value at t knows y_1..y_{t−1}, not y_t
+        least = before.cummin(1).values.clamp(min=-10)[..., None] / 2                              # (R, L, 1)
+        each = lam[:, None].expand(-1, h.shape[1], -1)                                            # (R, L, m)
+        return self.outer(F.gelu(self.inner(torch.cat([self.norm(h), self.norm(mean), least, each], dim=-1))))
 
 
 class RewardModel(nn.Module):
-    """r_i(x, y) of m dimensions at once: a frozen language model with an SVD-LoRA adapter (m = 0), which all dimensions
-    share, and one fp32 Linear without bias: only differences of rewards are trained, so a constant would never move.
+    """r_i(x, y) of m dimensions at once: a frozen language model with one SVD-LoRA adapter (injected with m = 0), which
+    all dimensions share, and one fp32 Linear without bias: the loss compares rewards, so a bias would get no gradient.
 
-    It reads the hidden state of the last token of prompt and response: EOS where the response came to its end. The head
+    It reads the hidden state of the last token of prompt and response, EOS where the response is complete. The head
     starts at 0, so the first Bradley-Terry loss is ln 2.
     """
 
     def __init__(self, backbone, m):
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.config = backbone, backbone.config
         self.head = nn.Linear(backbone.config.d_model, m, bias=False, device=backbone.embed.weight.device)
         nn.init.zeros_(self.head.weight)
 

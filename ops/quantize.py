@@ -1,17 +1,19 @@
-"""quantize.py - a frozen base in one byte or half a byte a weight, dequantised for the moment it is multiplied.
+"""quantize.py - a frozen base in one byte or half a byte per weight, dequantised each time it is multiplied.
 
-    int8    w ≈ q · s,            q in -127..127, s: the row's largest |w| / 127                     8    bits a weight
-    nf4     w ≈ LEVELS[q] · s,    q in 0..15,     s: the largest |w| of 64 neighbours in a row       4.25 bits a weight
+    int8    w ≈ q · s,            q in -127..127, s: the row's largest |w| / 127                  8    bits per weight
+    nf4     w ≈ LEVELS[q] · s,    q in 0..15,     s: the largest |w| of 64 neighbours in a row    4.25 bits per weight
 
 NF4 is QLoRA's data type (arXiv:2305.14314, Sec. 3, Appendix E): normally distributed weights use its 16 levels about
 equally often. Differs from the paper: a group's scale is kept as bf16, where the paper quantises the scales again.
 
-codes: the q's    scales: the s's    levels: (16,)    int8: codes (d_out, d_in) int8, scales (d_out,) fp32
-nf4: codes (d_out, ceil(d_in / 2)) uint8, two a byte, the even column in the low four bits; scales
-(d_out, ceil(d_in / 64)) bf16. dense() is level · scale in fp32, then rounded to the dtype asked for.
+codes: all q    scales: all s    levels: (16,)
+int8: codes (d_out, d_in) int8, scales (d_out,) fp32
+nf4:  codes (d_out, ceil(d_in / 2)) uint8, two in a byte, the even column in the low four bits; scales
+      (d_out, ceil(d_in / 64)) bf16
+dense() is level · scale in fp32, then rounded to the dtype asked for.
 
 Transformer.from_pretrained(path, quantize="nf4") quantises every Linear inside the blocks while it reads them. Only
-adapters can train on such a base: gradients reach x and biases, and what is kept for the backward pass is the codes.
+adapters can train on such a base: gradients reach x and biases, and the backward pass keeps the codes alone.
 """
 from functools import cache
 from statistics import NormalDist
@@ -21,7 +23,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ops import fused
-from runs.files import UserError
 
 KINDS = ("int8", "nf4")
 GROUP = 64                  # neighbours in a row that share one nf4 scale
@@ -34,8 +35,8 @@ def nf4_levels():
 
     Eight above the median, seven below it and the median itself, 0, so that zero weights stay zero.
     """
-    last = 1 - (1 / 32 + 1 / 30) / 2                          # the outermost probability, the mean of both halves' own
-    half = lambda n: [NormalDist().inv_cdf(last + (0.5 - last) * i / n) for i in range(n)]            # the median not
+    last = 1 - (1 / 32 + 1 / 30) / 2              # the outermost probability: the mean of those that fit 8 and 7 levels
+    half = lambda n: [NormalDist().inv_cdf(last + (0.5 - last) * i / n) for i in range(n)]    # n levels, without 0
     quantiles = sorted([-q for q in half(7)] + [0.0] + half(8))
     return [q / quantiles[-1] for q in quantiles]
 
@@ -44,7 +45,7 @@ LEVELS = nf4_levels()
 
 
 @cache
-@torch.inference_mode(False)                                  # kept: it has to serve in any mode
+@torch.inference_mode(False)                                  # it is cached, so it must be usable in any mode
 def _levels(device):
     return torch.tensor(LEVELS, dtype=torch.float32, device=device)
 
@@ -52,24 +53,17 @@ def _levels(device):
 @cache
 @torch.inference_mode(False)
 def _pairs():
-    """(256,) int64: for every byte its two levels, as fp32 side by side. One look-up finds both."""
+    """(256,) int64: the two levels of every byte, two fp32 numbers side by side. One look-up finds both."""
     byte = torch.arange(256)
     return torch.stack([_levels("cpu")[byte % 16], _levels("cpu")[byte // 16]], dim=1).view(torch.int64)[:, 0]
-
-
-def checked_kind(kind):
-    """The kind of quantisation that a flag asks for; None for "none". Raises UserError for what there is not."""
-    if kind not in (None, "none", *KINDS):
-        raise UserError(f"quantize is none, int8 or nf4, not {kind!r}")
-    return None if kind == "none" else kind
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights.
 
 class QuantizedWeight(nn.Module):
-    """A matrix (d_out, d_in) as codes and scales. A Module in a Parameter's place, so that state dicts name its parts
-    `….weight.codes` and `….weight.scales`. dtype: what dense() gives by default, the model's own."""
+    """A matrix (d_out, d_in) as codes and scales. It is a Module in the place of a Parameter, so that state dicts name
+    its parts `….weight.codes` and `….weight.scales`. dtype: what dense() returns by default, the model's dtype."""
 
     def __init__(self, codes, scales, kind, shape, dtype):
         super().__init__()
@@ -85,13 +79,13 @@ class QuantizedWeight(nn.Module):
         return f"{self.kind}, {tuple(self.shape)}, dtype={self.dtype}"
 
     def dense(self, dtype=None):
-        """The matrix it stands for, (d_out, d_in), made anew at every call."""
+        """The matrix it stands for, (d_out, d_in), computed again at every call."""
         dtype, d_in = dtype or self.dtype, self.shape[1]
         if fused.use_kernels(self.codes):
-            from ops import triton_kernels as kernels
+            from ops import triton_kernels
             if self.kind == "int8":
-                return kernels.dequantize_int8(self.codes, self.scales, dtype)
-            return kernels.dequantize_4bit(self.codes, self.scales, _levels(self.device), GROUP, d_in, dtype)
+                return triton_kernels.dequantize_int8(self.codes, self.scales, dtype)
+            return triton_kernels.dequantize_4bit(self.codes, self.scales, _levels(self.device), GROUP, d_in, dtype)
         out, rows = torch.empty(self.shape, dtype=dtype, device=self.device), max(1, CHUNK // d_in)
         for codes, scales, part in zip(self.codes.split(rows), self.scales.split(rows), out.split(rows)):
             if self.kind == "int8":
@@ -106,7 +100,7 @@ class QuantizedWeight(nn.Module):
         return out
 
     def _apply(self, fn, recurse=True):
-        """.to(dtype) changes what dense() gives. Scales are moved but never rounded: they pass as integers."""
+        """.to(dtype) changes what dense() returns. Scales are moved, and not rounded to dtype: `fn` sees integers."""
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[self.scales.dtype]
         self.codes, self.scales = fn(self.codes), fn(self.scales.view(bits)).view(self.scales.dtype)
@@ -114,23 +108,21 @@ class QuantizedWeight(nn.Module):
 
 
 @torch.no_grad()
-def quantize_weight(weight, kind, dtype=None, name="the weight"):
-    """A floating-point matrix (d_out, d_in) -> QuantizedWeight, on its device. dtype: dense()'s, None: the matrix's.
-
-    The same codes on every device. Raises UserError, which calls the matrix `name`, for NaN and infinite values.
-    """
+def quantize_weight(weight, kind, dtype=None):
+    """A floating-point matrix (d_out, d_in) -> QuantizedWeight, on its device. kind: "int8" or "nf4". dtype: dense()'s,
+    None: the matrix's. The same codes on every device. Raises ValueError for NaN and infinite values."""
     rows = max(1, CHUNK_IN // weight.shape[1])
     quantize = {"int8": _int8, "nf4": _nf4}[kind]
     codes, scales = zip(*(quantize(part.float()) for part in weight.split(rows)))
     codes, scales = torch.cat(codes), torch.cat(scales)
-    if not scales.isfinite().all():                           # a scale is the largest of its weights: it is not, either
-        raise UserError(f"{name} holds NaN or infinite values, which cannot be quantised")
+    if not scales.isfinite().all():                           # a scale is the largest |w|: NaN or ∞ where a weight is
+        raise ValueError("holds NaN or infinite values, which cannot be quantised")
     return QuantizedWeight(codes, scales, kind, weight.shape, dtype or weight.dtype)
 
 
 def _int8(w):                                                                         # (n, d_in) -> (n, d_in), (n,)
     largest = w.abs().amax(1)
-    scales = largest / torch.full_like(largest, 127)          # by a plain 127, CUDA would multiply by 1/127: not equal
+    scales = largest / torch.full_like(largest, 127)     # for a Python number, CUDA would multiply by 1/127: other bits
     return (w / _nonzero(scales)[:, None]).round_().clamp_(-127, 127).to(torch.int8), scales
 
 
@@ -149,7 +141,7 @@ def _nf4(w):                                                             # (n, d
 
 
 def _nonzero(scales):
-    """1 where a scale is 0: all weights under it are 0, whatever divides them."""
+    """The scales with 1 for 0: where a scale is 0, all its weights are 0, and 0 / 1 = 0."""
     return scales.where(scales != 0, 1.0)
 
 
@@ -168,7 +160,7 @@ class QuantizedLinear(nn.Module):
 
 
 def quantize_like(twin, model):
-    """Gives `twin`, a Transformer of the same config, the quantised layers of `model`: the same codes, not copies."""
+    """Gives `twin`, a Transformer of the same config, the quantised layers of `model`, with the very same tensors."""
     for name, w in _quantized(model).items():
         layer = name.removesuffix(".weight")
         weight = QuantizedWeight(w.codes, w.scales, w.kind, w.shape, w.dtype)

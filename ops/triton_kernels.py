@@ -1,21 +1,23 @@
-"""kernels.py - the Triton kernels that fused.py and quantize.py launch on CUDA, each with a thin launcher.
+"""triton_kernels.py - the Triton kernels that ops/ launches on CUDA, each with a thin launcher.
 
     svd_lora_down         h = (x V) · d                            svd_lora_up_         y += h Uᵀ + b, in place
     svd_lora_decode       x Wᵀ + b + ((x V) · d) Uᵀ of a few rows: whole layers in one launch, W maybe quantised
-    logprob_rows          log-probability and entropy of rows of logits, with their gradients, two passes over them
+    logprob_rows          log-probabilities from rows of logits, with their gradient, two passes over them
     rms_norm_forward/backward        rotate_, in place             swiglu_forward/backward
     dequantize_int8       codes · scale of the row                 dequantize_4bit      level[nibble] · scale of a group
 
-N: tokens, the rows here   D: width   r: rank   C: head_dim   H: heads   V: the vocabulary's size; in the SVD-LoRA
-kernels the matrix V (d_in, r)   In the names of kernel arguments, B...: a block's size, s...: a stride in elements
+N: tokens, (B, T) flattened   D: width   r: rank   C: head_dim   H: heads   V: the vocabulary's size; in the SVD-LoRA
+kernels the matrix V (d_in, r)   In the names of kernel arguments, B…: a block's size, s…: a stride in elements
+A program is one instance of a kernel, as in Triton: programs run in parallel, each on its block of the result.
 
 All of these are bound by memory: the aim is to touch every tensor once, in long runs, with enough programs to keep a
-GPU's memory busy. Products of many rows are not here: the vendor's library does those. All accept fp32 and bf16, any
-sizes, rows that lie apart, and no rows at all; arithmetic and sums are in fp32, in an order that never changes: equal
-runs give equal bits. Block sizes are fixed: what is bound by memory gains little from a search, and a search would time
-candidates at every new shape.
+GPU's memory busy. Products of many rows are left to the vendor's library. All kernels accept fp32 and bf16, any sizes,
+rows with gaps between them, and no rows at all. Arithmetic and sums are in fp32, in an order that never changes, so
+equal runs give equal bits. Block sizes are fixed: a search for better ones gains little where memory is the bound, and
+would time candidates at every new shape.
 
-With TRITON_INTERPRET=1 in the environment before the import, all of it runs on CPU tensors (tests/test_kernels.py).
+With TRITON_INTERPRET=1 in the environment before the import, all of it runs on CPU tensors
+(tests/ops/test_triton_kernels.py).
 """
 import os
 from functools import wraps
@@ -25,7 +27,7 @@ import triton
 import triton.language as tl
 
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-FLAT_BLOCK = 1024           # elementwise: 8 elements a thread, which in bf16 is one load of 16 bytes
+FLAT_BLOCK = 1024           # elementwise: 8 elements per thread, which in bf16 is one load of 16 bytes
 VOCAB_BLOCK = 8192          # logits at a time
 PARTIAL_SUMS = 512          # programs of rms_norm_backward: enough for any GPU, few beside its rows
 DECODE_ROWS, DECODE_RANK = 64, 64                             # the most that svd_lora_decode takes
@@ -33,7 +35,7 @@ DECODE_OUTPUTS = 2 ** 14    # of one launch of it: below that, d_in is split
 
 
 def _on_its_device(launcher):
-    """Triton launches on the current device: makes that the first argument's."""
+    """Triton launches on the current device: this decorator makes it the device of the first argument."""
     @wraps(launcher)
     def launch(tensor, *args, **kwargs):
         with torch.cuda.device_of(tensor):
@@ -60,15 +62,15 @@ def _dot(a, b, dtype: tl.constexpr):
 
 
 @triton.jit
-def _down_kernel(x, V, d, h, N, d_in, r, rows, sx, sV, sd, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr):
-    i, j = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, R)
+def _down_kernel(x, V, d, h, N, d_in, r, rows, sx, sV, sd, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
+    i, j = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BR)
     x_rows = x + i[:, None].to(tl.int64) * sx                                         # (BN, 1)
-    acc = tl.zeros((BN, R), tl.float32)
+    acc = tl.zeros((BN, BR), tl.float32)
     for start in range(0, d_in, BK):
         k = start + tl.arange(0, BK)
         a = tl.load(x_rows + k[None, :], mask=(i[:, None] < N) & (k[None, :] < d_in), other=0.0)            # (BN, BK)
         b = tl.load(V + k[:, None] * sV + j[None, :], mask=(k[:, None] < d_in) & (j[None, :] < r), other=0.0)
-        acc += _dot(a, b, x.dtype.element_ty)                                         # (BN, BK) (BK, R)
+        acc += _dot(a, b, x.dtype.element_ty)                                         # (BN, BK) (BK, BR)
     mask = (i[:, None] < N) & (j[None, :] < r)
     if d is not None:
         acc *= tl.load(d + (i // rows)[:, None] * sd + j[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -78,7 +80,7 @@ def _down_kernel(x, V, d, h, N, d_in, r, rows, sx, sV, sd, BN: tl.constexpr, BK:
 @_on_its_device
 def svd_lora_down(x, V, d, rows):
     """h = (x V) · d. x: (N, d_in), V: (d_in, r), d: (r,), or (B, r) where token n belongs to row n // rows, or None for
-    x V alone  ->  (N, r) fp32. x is read once."""
+    x V alone  ->  (N, r) fp32"""
     (N, d_in), r = x.shape, V.shape[1]
     h = torch.empty(N, r, dtype=torch.float32, device=x.device)
     if N == 0:
@@ -86,13 +88,13 @@ def svd_lora_down(x, V, d, rows):
     x, V, d = _rows(x), _rows(V), d if d is None else _rows(d)
     per_row = d is not None and d.ndim == 2
     assert not per_row or len(d) * rows == N, f"{N} tokens are not {len(d)} rows of {rows}"
-    # Few rows a program while there are few rows, so that there are programs enough; more later, since every program
-    # reads all of V.
+    # Where there are few rows, a program gets few, so that there are enough programs; where there are many it gets
+    # more, since every program reads all of V.
     block = 16 if N < 2 ** 12 else 32 if N < 2 ** 14 else 64
-    R = max(16, triton.next_power_of_2(r))
+    BR = max(16, triton.next_power_of_2(r))
     _down_kernel[(triton.cdiv(N, block),)](
         x, V, d, h, N, d_in, r, rows if per_row else 1, x.stride(0), V.stride(0), d.stride(0) if per_row else 0,
-        BN=block, BK=max(32, 4096 // (R * x.element_size())), R=R, num_stages=4)      # shared memory: 92 KB at most
+        BN=block, BK=max(32, 4096 // (BR * x.element_size())), BR=BR, num_stages=4)      # shared memory: 92 KB at most
     return h
 
 
@@ -121,7 +123,7 @@ def svd_lora_up_(y, h, U, bias=None):
     (N, d_out), r = y.shape, U.shape[1]
     if N > 0:
         h, U, bias = _rows(h), _rows(U), bias if bias is None else bias.contiguous()
-        tile = 64                                             # 16 elements a thread: they stay in its registers
+        tile = 64                                             # 16 elements per thread: they stay in its registers
         _up_kernel[(triton.cdiv(N, tile) * triton.cdiv(d_out, tile),)](
             y, h, U, bias, N, d_out, r, y.stride(0), y.stride(1), h.stride(0), U.stride(0), BN=tile, BD=tile,
             num_warps=8)
@@ -129,14 +131,14 @@ def svd_lora_up_(y, h, U, bias=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The linear layers of a decode step. A few rows multiply each matrix, so they take as long as it takes to read W.
+# The linear layers of a decode step. A few rows multiply each matrix, so a step takes as long as reading W.
 #
-# A program owns a strip of outputs. It reads that of W once and, out of the L2 cache, all of x and V: for every program
-# to compute x V anew is cheaper than a launch that does it for all. What is read of x is rows / strip times what is
-# read of W, and the cache of a large GPU is only a little faster than its memory: hence wide strips, of 128 outputs,
-# which are the rows of the product W xᵀ. Of those a matrix of 4096 outputs has too few to occupy a GPU: then its
-# programs share out d_in too, down to about one program a multiprocessor. A layer is linear in x, branch and all, so
-# each sums its part of d_in up to a whole y, and the one that is last to finish a strip adds the parts, in their order.
+# A program computes a strip of outputs. It reads its strip of W once and, from the L2 cache, all of x and V: that every
+# program computes x V for itself is cheaper than one more launch. It reads rows / strip times as much of x as of W, and
+# the cache of a large GPU is only a little faster than its memory: so strips are wide, 128 outputs, which are rows of
+# the product W xᵀ. A matrix of 4096 outputs has too few such strips to occupy a GPU: then several programs share a
+# strip and each takes a part of d_in, down to about one program per multiprocessor. A layer with its branch is linear
+# in x, so each program gets a whole y from its part of d_in. The last one to finish a strip adds them, in their order.
 
 @triton.jit
 def _4bit_tile(W_rows, scale_rows, is_output, start, d_in, GROUP: tl.constexpr, BK: tl.constexpr):
@@ -148,7 +150,7 @@ def _4bit_tile(W_rows, scale_rows, is_output, start, d_in, GROUP: tl.constexpr, 
 @triton.jit
 def _decode_kernel(x, W, W1, W2, scales, scales1, scales2, table, V, d, U, bias, y, parts, finished, N, d_out, d_out1,
                    d_out2, d_in, r, steps, sx, sW, ss, sd_layer, sd_row, SPLITS: tl.constexpr, GROUP: tl.constexpr,
-                   BN: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr):
+                   BN: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr):
     dtype: tl.constexpr = x.dtype.element_ty
     slot, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     strip, layer, before = slot, 0, 0                         # of this layer; the layer; outputs of those before it
@@ -164,14 +166,14 @@ def _decode_kernel(x, W, W1, W2, scales, scales1, scales2, table, V, d, U, bias,
             strip, layer, before, W, d_out = strip - strips1, 2, before + d_out1, W2, d_out2
             if scales is not None:
                 scales = scales2
-    n, o, c = tl.arange(0, BN), strip * BO + tl.arange(0, BO), tl.arange(0, R)
+    n, o, c = tl.arange(0, BN), strip * BO + tl.arange(0, BO), tl.arange(0, BR)
     is_row, is_output = n[:, None] < N, o[:, None] < d_out
     W_rows = W + o[:, None].to(tl.int64) * sW                                         # (BO, 1)
     first = split * steps * BK
     if W.dtype.element_ty == tl.uint8:
         scale_rows = scales + o[:, None].to(tl.int64) * ss
         next_bytes, next_scale = _4bit_tile(W_rows, scale_rows, is_output, first, d_in, GROUP, BK)
-    acc, h = tl.zeros((BO, BN), tl.float32), tl.zeros((BN, R), tl.float32)            # transposed: W xᵀ; x V
+    acc, h = tl.zeros((BO, BN), tl.float32), tl.zeros((BN, BR), tl.float32)            # W xᵀ, transposed; x V
     for start in tl.range(first, tl.minimum(first + steps * BK, d_in), BK, num_stages=STAGES):
         k = start + tl.arange(0, BK)
         a = tl.load(x + n[:, None] * sx + k[None, :], mask=is_row & (k[None, :] < d_in), other=0.0)         # (BN, BK)
@@ -187,15 +189,15 @@ def _decode_kernel(x, W, W1, W2, scales, scales1, scales2, table, V, d, U, bias,
             w = tl.load(W_rows + k[None, :], mask=is_output & (k[None, :] < d_in), other=0)
         acc += _dot(w, a.T, dtype)                                                    # (BO, BK) (BK, BN)
         if V is not None:
-            v = tl.load(V + (layer * R + c[:, None]) * d_in + k[None, :], mask=k[None, :] < d_in, other=0.0)
-            h += _dot(a, v.T, dtype)                                                  # (BN, BK) (BK, R)
+            v = tl.load(V + (layer * BR + c[:, None]) * d_in + k[None, :], mask=k[None, :] < d_in, other=0.0)
+            h += _dot(a, v.T, dtype)                                                  # (BN, BK) (BK, BR)
     if W.dtype.element_ty == tl.int8:
         acc *= tl.load(scales + o[:, None], mask=is_output, other=0.0).to(tl.float32)
     if V is not None:
         d_rows = d + layer * sd_layer + n[:, None] * sd_row
         h *= tl.load(d_rows + c[None, :], mask=is_row & (c[None, :] < r), other=0.0).to(tl.float32)
-        u = tl.load(U + (before + o[:, None]) * R + c[None, :], mask=is_output, other=0.0)
-        acc += _dot(u, h.T, dtype)                                                    # (BO, R) (R, BN)
+        u = tl.load(U + (before + o[:, None]) * BR + c[None, :], mask=is_output, other=0.0)
+        acc += _dot(u, h.T, dtype)                                                    # (BO, BR) (BR, BN)
     last = True
     if SPLITS > 1:
         here = tl.arange(0, BO)[:, None] * BN + n[None, :]
@@ -219,27 +221,27 @@ def _decode_kernel(x, W, W1, W2, scales, scales1, scales2, table, V, d, U, bias,
 def svd_lora_decode(x, W, V, d, U, bias=None, finished=None, scales=None, table=None, group=64):
     """y = x Wᵀ + b + ((x V) · d) Uᵀ for one to three layers of one input, in one launch.
 
-    x: (N, d_in), N <= DECODE_ROWS   W: a tuple of (d_out, d_in), one for each of L layers   V: (L, R, d_in), every
-    layer's transposed and padded with zeros to a rank R that is a power of two from 16 to DECODE_RANK, contiguous; or
-    None, then d and U too   d: (L, r) or (L, N, r), r <= R   U: (all d_out, R), the layers' stacked, padded alike
-    bias: (all d_out,) or None   finished: (all d_out,) int32 zeros, which the kernel leaves zero; no two launches that
-    may run at a time share them (None: new ones, at the price of a launch).
-    Quantised: W int8, scales a tuple of (d_out,); or W uint8, two codes a byte, the even column in the low four bits,
-    scales a tuple of (d_out, ceil(d_in / group)), and table (16,), the codes' values. Beside bf16, a table of 16 bits
-    is much the faster: wider values Triton would copy to shared memory one by one. Nothing dequantised is written.
+    x: (N, d_in), N <= DECODE_ROWS   W: a tuple of (d_out, d_in), one matrix per layer   V: (layers, BR, d_in), each
+    layer's V transposed and padded with zeros to a rank BR that is a power of two from 16 to DECODE_RANK, contiguous;
+    or None, then d and U too   d: (layers, r) or (layers, N, r), r <= BR   U: (all d_out, BR), the layers' stacked,
+    padded alike   bias: (all d_out,) or None   finished: (all d_out,) int32 zeros, which the kernel leaves zero; two
+    launches that may run at the same time must not share them (None: new ones, which costs a launch).
+    Quantised: W int8, scales a tuple of (d_out,); or W uint8, two codes in a byte, the even column in the low four
+    bits, scales a tuple of (d_out, ceil(d_in / group)), and table (16,), the codes' values. With bf16, a table of 16
+    bits is much faster: Triton would copy wider values to shared memory one by one. No dequantised W is written.
     Returns a tuple of (N, d_out) in x's dtype, each contiguous.
     """
     (N, d_in), sizes, x = x.shape, [len(w) for w in W], _rows(x)
     assert N <= DECODE_ROWS and len(W) <= 3 and all(w.stride() == W[0].stride() and w.stride(1) == 1 for w in W)
-    R, r = (16, 0) if V is None else (V.shape[1], d.shape[-1])
+    BR, r = (16, 0) if V is None else (V.shape[1], d.shape[-1])
     assert d is None or d.ndim == 2 or d.shape[1] == N, f"d of {d.shape[1]} rows for {N}"
-    assert R <= DECODE_RANK and (V is None or V.is_contiguous() and U.is_contiguous() and len(U) == sum(sizes))
+    assert BR <= DECODE_RANK and (V is None or V.is_contiguous() and U.is_contiguous() and len(U) == sum(sizes))
     d, bias = (t if t is None else t.contiguous() for t in (d, bias))
     y = torch.empty(N * sum(sizes), dtype=x.dtype, device=x.device)
     if len(y) > 0:
         # Strip, columns of W at a time, stages, warps: three or four tiles of W of 16 KB are on their way to every
-        # multiprocessor, as many bytes as arrive in the time that one takes. 4 bits take registers to unpack, and
-        # half the strip. fp32 has no tensor cores to feed, and 8 warps for its registers.
+        # multiprocessor, as many bytes as arrive during one read's latency. Unpacking 4 bits takes registers, so those
+        # strips are half as wide. fp32 does not use tensor cores, and needs the registers of 8 warps.
         BO, BK, stages, warps = {
             (2, torch.int8): (128, 128, 3, 8), (2, torch.uint8): (64, 128, 3, 8), (2, x.dtype): (128, 64, 4, 4),
             (4, torch.int8): (64, 64, 2, 8), (4, torch.uint8): (64, 64, 2, 8), (4, x.dtype): (64, 32, 3, 8),
@@ -257,70 +259,56 @@ def svd_lora_decode(x, W, V, d, U, bias=None, finished=None, scales=None, table=
             x, *three(W), *(three(scales) if scales else (None,) * 3), table, V, d, U, bias, y, parts, finished, N,
             *sizes, *[0] * (3 - len(sizes)), d_in, r, steps, x.stride(0), W[0].stride(0),
             scales[0].stride(0) if scales else 0, 0 if d is None else d.stride(0),
-            d.stride(1) if d is not None and d.ndim == 3 else 0, SPLITS=splits, GROUP=group, BN=BN, BO=BO, BK=BK, R=R,
+            d.stride(1) if d is not None and d.ndim == 3 else 0, SPLITS=splits, GROUP=group, BN=BN, BO=BO, BK=BK, BR=BR,
             STAGES=stages, num_warps=warps)
     return tuple(part.view(N, n) for part, n in zip(y.split([N * n for n in sizes]), sizes))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Log-probabilities. For a row l of logits, p = softmax(l):
+# Log-probabilities. For a row l of logits and p = softmax(l):
 #     log p(target) = l_target − log Z        ∂/∂l = onehot(target) − p
-#     entropy = log Z − Σ p·l                 ∂/∂l = −p · (l − Σ p·l)
 
 @triton.jit
-def _logprob_kernel(logits, target, logp, entropy, grad, dentropy, V, sl, sg, BV: tl.constexpr):
+def _logprob_kernel(logits, target, logp, grad, V, sl, sg, BV: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)                       # rows · V may exceed 2³¹
     logits += row * sl
     y = tl.load(target + row)
     l_target = tl.load(logits + y).to(tl.float32)             # now: grad may be written over the logits
-    # The running maximum starts at a finite number: with −inf, shift · Z below would be inf · 0.
-    top, Z, S = -3.0e38, 0.0, 0.0                             # maximum, Σ exp(l − top), Σ exp(l − top) (l − top)
+    # The running maximum starts at a finite number: with −inf, a first block of −inf alone would give exp(inf − inf).
+    top, Z = -3.0e38, 0.0                                     # maximum, Σ exp(l − top)
     for start in range(0, V, BV):
         v = start + tl.arange(0, BV)
         l = tl.load(logits + v, mask=v < V, other=-float("inf")).to(tl.float32)
         higher = tl.maximum(top, tl.max(l, axis=0))
-        shift = top - higher
-        e = tl.exp(l - higher)
-        if entropy is not None:
-            S = tl.exp(shift) * (S + shift * Z) + tl.sum(e * tl.where(e > 0, l - higher, 0.0), axis=0)
-        Z = tl.exp(shift) * Z + tl.sum(e, axis=0)
+        Z = tl.exp(top - higher) * Z + tl.sum(tl.exp(l - higher), axis=0)
         top = higher
     tl.store(logp + row, l_target - top - tl.log(Z))
-    mean = S / Z                                                                      # Σ p·(l − top)
-    if entropy is not None:
-        tl.store(entropy + row, tl.log(Z) - mean)
     if grad is not None:
         for start in range(0, V, BV):
             v = start + tl.arange(0, BV)
             l = tl.load(logits + v, mask=v < V, other=-float("inf")).to(tl.float32) - top
             p = tl.exp(l) / Z
             tl.store(grad + row * sg + v, (tl.where(v == y, 1.0, 0.0) - p).to(grad.dtype.element_ty), mask=v < V)
-            if dentropy is not None:
-                dH = -p * tl.where(p > 0, l - mean, 0.0)            # 0 where l is −inf
-                tl.store(dentropy + row * V + v, dH.to(dentropy.dtype.element_ty), mask=v < V)
 
 
 @_on_its_device
-def logprob_rows(logits, target, want_grad, want_entropy, grad_dtype):
-    """Of every row of logits (c, V): log p(target) and the entropy in nats, and their gradients to the logits.
+def logprob_rows(logits, target, want_grad, grad_dtype):
+    """log p(target) in every row of logits, in nats, and its gradient to the logits.
 
-    target: (c,) int64. Returns logp (c,) fp32, entropy (c,) fp32 or None, ∂logp/∂logits (c, V) in grad_dtype or None,
-    ∂entropy/∂logits (c, V) in grad_dtype or None (it takes both wants). Where grad_dtype is the logits' own, the first
-    gradient is written over them: with want_grad, the logits are gone.
+    logits: (N, V)   target: (N,) int64   ->  logp (N,) fp32 and ∂logp/∂logits (N, V) in grad_dtype, or None
+    Where grad_dtype is the logits' own, the gradient overwrites the logits.
     """
-    c, V = logits.shape
+    N, V = logits.shape
     logits, target = _rows(logits), target.contiguous()
-    logp = torch.empty(c, dtype=torch.float32, device=logits.device)
-    entropy = torch.empty_like(logp) if want_entropy else None
-    new = lambda: torch.empty(c, V, dtype=grad_dtype, device=logits.device)
-    grad = None if not want_grad else logits if logits.dtype == grad_dtype else new()
-    dentropy = new() if want_grad and want_entropy else None
-    if c > 0:
-        # Many warps to a row: then few rows are at work at a time, and the second pass finds them in the L2 cache.
-        _logprob_kernel[(c,)](logits, target, logp, entropy, grad, dentropy, V, logits.stride(0),
-                              grad.stride(0) if want_grad else 0, BV=min(VOCAB_BLOCK, triton.next_power_of_2(V)),
-                              num_warps=16)
-    return logp, entropy, grad, dentropy
+    logp = torch.empty(N, dtype=torch.float32, device=logits.device)
+    grad = None
+    if want_grad:
+        grad = logits if logits.dtype == grad_dtype else torch.empty(N, V, dtype=grad_dtype, device=logits.device)
+    if N > 0:
+        # Many warps for each row: then few rows are read at a time, and the second pass finds them in the L2 cache.
+        _logprob_kernel[(N,)](logits, target, logp, grad, V, logits.stride(0), grad.stride(0) if want_grad else 0,
+                              BV=min(VOCAB_BLOCK, triton.next_power_of_2(V)), num_warps=16)
+    return logp, grad
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,7 +343,7 @@ def _rms_backward_kernel(g, x, weight, rstd, dx, partial, N, D, rows, sg, sx, BD
 
 
 def _row_block(D):
-    """A block that holds D elements, and warps for 16 of them a thread."""
+    """A block that holds D elements, and warps for 16 of them per thread."""
     block = triton.next_power_of_2(D)
     return dict(BD=block, num_warps=min(16, max(1, block // 512)))
 
@@ -375,7 +363,7 @@ def rms_norm_forward(x, weight, eps):
 @_on_its_device
 def rms_norm_backward(g, x, weight, rstd, want_weight):
     """g: (N, D), the gradient of y; x, weight, rstd: of the forward pass  ->  dx (N, D) in x's dtype, dweight (D,) fp32
-    or None. For dweight every program sums its own rows, and torch sums the programs: always in the same order."""
+    or None. For dweight every program sums over its rows, and torch sums over programs: always in the same order."""
     N, D = x.shape
     g, x, weight, rstd = _rows(g), _rows(x), weight.contiguous(), rstd.contiguous()
     dx = torch.empty(N, D, dtype=x.dtype, device=x.device)
@@ -389,7 +377,7 @@ def rms_norm_backward(g, x, weight, rstd, want_weight):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rotary embedding, half-split: a program takes one token and as many of its heads as make a block.
+# Rotary embedding, half-split: a program takes one token and a block of its heads.
 
 @triton.jit
 def _rotate_kernel(x, cos, sin, T, H, half, sign, sb, st, sh, s_cos, BH: tl.constexpr, BC: tl.constexpr):
@@ -415,18 +403,18 @@ def rotate_(x, cos, sin, sign):
     x: (B, T, H, C) of any strides, the last dimension contiguous   cos, sin: (B or 1, T, C/2) fp32   sign: 1, or −1 to
     rotate back. Returns x.
     """
-    (B, T, H, C), half = x.shape, x.shape[-1] // 2
+    (B, T, H), half = x.shape[:3], x.shape[-1] // 2
     assert x.stride(-1) == 1 and cos.shape == sin.shape and cos.shape[1:] == (T, half), "see the docstring"
     if x.numel() > 0:
         cos, sin, BC = cos.contiguous(), sin.contiguous(), triton.next_power_of_2(half)
-        BH = min(triton.next_power_of_2(H), max(1, 2048 // BC))                       # 16 pairs a thread at most
+        BH = min(triton.next_power_of_2(H), max(1, 2048 // BC))                       # at most 16 pairs per thread
         _rotate_kernel[(B * T * triton.cdiv(H, BH),)](
             x, cos, sin, T, H, half, sign, *x.stride()[:3], T * half if cos.shape[0] > 1 else 0, BH=BH, BC=BC)
     return x
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Elementwise activations, on tensors taken as flat.
+# Elementwise activations, on flattened tensors.
 
 @triton.jit
 def _block(n, BLOCK: tl.constexpr):
@@ -462,7 +450,7 @@ def _elementwise(kernel, inputs, n_out, **constants):
 
 @_on_its_device
 def swiglu_forward(gate, up):
-    """silu(gate) · up. Tensors of one shape, any."""
+    """silu(gate) · up, for tensors of any one shape."""
     return _elementwise(_swiglu_forward_kernel, [gate, up], 1)[0]
 
 
@@ -489,7 +477,7 @@ def dequantize_int8(codes, scales, dtype):
     (d_out, d_in), codes, scales = codes.shape, _rows(codes), scales.contiguous()
     out = torch.empty(d_out, d_in, dtype=dtype, device=codes.device)
     if out.numel() > 0:
-        BD = min(2048, triton.next_power_of_2(d_in))                                  # 16 codes a thread: one load
+        BD = min(2048, triton.next_power_of_2(d_in))                                  # 16 codes per thread: one load
         _int8_kernel[(d_out * triton.cdiv(d_in, BD),)](codes, scales, out, d_in, codes.stride(0), BD=BD)
     return out
 
@@ -513,7 +501,7 @@ def dequantize_4bit(codes, scales, table, group, d_in, dtype):
     codes: (d_out, ceil(d_in / 2)) uint8, the even column in the low four bits   scales: (d_out, ceil(d_in / group))
     table: (16,) fp32   group: even, so that the two values of a byte share their scale  ->  (d_out, d_in) in dtype
     """
-    assert group % 2 == 0, "a group of an odd size would part the two values of a byte"
+    assert group % 2 == 0, "with odd groups, the two values of a byte may have different scales"
     codes, scales, table = _rows(codes), _rows(scales), table.contiguous()
     d_out, n_bytes = codes.shape
     out = torch.empty(d_out, d_in, dtype=dtype, device=codes.device)
