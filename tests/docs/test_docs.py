@@ -1,0 +1,218 @@
+"""test_docs.py - the texts keep their promises: what they name exists, and what exists is named."""
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("data", "ops", "fronts", "runs", "experiments", "bench")
+FOLDERS = (*ROOMS, "tests", "docs", ".ci")
+CODE = [*sorted(ROOT.glob("*.py")), *(f for room in ROOMS for f in sorted((ROOT / room).rglob("*.py")))]
+TEXTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def read(path):
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def name_of(file):
+    return file.relative_to(ROOT).as_posix()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# README.md
+
+EXCERPT = re.compile(r"`([\w/]+\.py)`:\n\n```python\n(.*?)\n```", re.S)
+
+
+def squeezed(text):
+    """Lines without what white space differs."""
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+def stands_in(excerpt, text):
+    """Whether the lines of an excerpt follow each other in a text."""
+    lines, whole = squeezed(excerpt), squeezed(text)
+    return any(whole[i:i + len(lines)] == lines for i in range(len(whole)))
+
+
+def test_the_readme_is_one_page():
+    assert len(read("README.md").splitlines()) <= 200
+
+
+def test_excerpts_are_the_code():
+    method = read("README.md").split("## The method in seven steps")[1].split("\n## ")[0]
+    found = EXCERPT.findall(method)
+    assert len(found) == 7 == method.count("```python") == len(re.findall(r"^\*\*\d\.", method, re.M))
+    for file, excerpt in found:
+        assert 2 <= len(excerpt.splitlines()) <= 8
+        assert stands_in(excerpt, read(file)), f"README.md: this is not in {file} (any more):\n{excerpt}"
+        assert not stands_in(excerpt.replace("(", "((", 1), read(file))                # the check sees a changed letter
+
+
+def test_the_file_map_is_complete():
+    table = read("README.md").split("## Files")[1]
+    named = set(re.findall(r"`([\w./-]+)`", "".join(re.findall(r"^\| (.*?) \|", table, re.M))))
+    assert {f for f in named if not f.endswith("/")} >= {f.name for f in ROOT.glob("*.py")}
+    assert {f.rstrip("/") for f in named if f.endswith("/")} == set(FOLDERS)
+    for f in named:
+        assert (ROOT / f).exists(), f
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands, flags, links and words of all texts.
+
+def test_links_and_pictures_exist():
+    for text in TEXTS:
+        for target in re.findall(r"\]\(([^)#\s]+)\)", text.read_text(encoding="utf-8")):
+            assert "://" in target or (text.parent / target).exists(), f"{name_of(text)}: {target}"
+
+
+def test_scripts_and_files_that_the_texts_name_exist():
+    files = {name_of(f) for f in CODE}
+    for text in TEXTS:
+        if text.name == "CHANGELOG.md":                                # it names what is gone
+            continue
+        words = text.read_text(encoding="utf-8")
+        named = set(re.findall(r"python ([\w/]+\.py)", words)) | set(re.findall(r"`((?:\w+/)+\w+\.py)\b", words))
+        named |= {module.replace(".", "/") + ".py" for module in re.findall(r"python -m ([\w.]+)", words)}
+        for file in named:
+            assert file in files or (ROOT / file).exists(), f"{name_of(text)}: {file}"
+
+
+def test_flags_that_the_texts_name_exist():
+    code = "".join(f.read_text(encoding="utf-8") for f in CODE)
+    of_others = {"help", "nproc_per_node", "repo", "include", "local"}  # argparse's, torchrun's, hf download's
+    for text in TEXTS:
+        if text.name == "CHANGELOG.md":
+            continue
+        for flag in set(re.findall(r"--(?!no-)(\w+)", text.read_text(encoding="utf-8"))):
+            assert re.search(rf"^    {flag}: ", code, re.M) or flag in of_others, f"{name_of(text)}: --{flag}"
+
+
+def test_parts_of_reproduce_that_the_texts_name_exist():
+    code = read("experiments/reproduce.py")
+    for text in TEXTS:
+        for parts in re.findall(r"python -m experiments\.reproduce((?: [a-z]+)+)", text.read_text(encoding="utf-8")):
+            for part in parts.split():
+                assert re.search(rf"^def {part}\(", code, re.M), f"{name_of(text)}: reproduce {part}"
+
+
+@pytest.mark.parametrize("words", [r"\.\./shared", r"/work\b", r"\bhis own\b", r"\btold\b(?!`)", r"best at its KL",
+                                   r"python (?:reproduce|appendix_a)\.py"])
+def test_words_that_no_text_has(words):
+    for text in TEXTS:
+        found = re.search(words, text.read_text(encoding="utf-8"))
+        assert not found or text.name == "CHANGELOG.md", f"{name_of(text)}: {found[0]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# docs/equations.md, both ways.
+
+CITED = re.compile(r"(?:(Panacea|PAMA|ParetoHqD|IPO)(?:'s)?\s+)?Eq\.\s+(\(\d+\)(?:(?:,|\s+and|\s+or)\s+\(\d+\))*)")
+SECTIONS = {"Panacea v1": "Panacea", "PAMA": "PAMA", "ParetoHqD": "ParetoHqD", "Beside": "IPO"}
+
+
+def citations(text):
+    """{(paper, number)}: "Eq. (6), (14)" without a name is Panacea v1's."""
+    text = re.sub(r"\n\s*#?\s*", " ", text)                            # comments and docstrings break lines
+    return {(paper or "Panacea", int(n)) for paper, group in CITED.findall(text) for n in re.findall(r"\d+", group)}
+
+
+def table_rows():
+    """(paper, number or None, [(file, name), …], [(test file, test or None), …]) of every row of docs/equations.md."""
+    for section in read("docs/equations.md").split("\n## ")[2:]:
+        paper = next(p for start, p in SECTIONS.items() if section.startswith(start))
+        for line in section.splitlines():
+            cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            if len(cells) < 3 or set(cells[0]) <= set("-") or cells[-1] == "test":
+                continue
+            number = re.match(r"(?:(?:PAMA|ParetoHqD|IPO) )?Eq\. \((\d+)\)", cells[0])
+            yield (paper, number and int(number[1]), re.findall(r"`([\w/]+\.py): ([\w.]+)`", " ".join(cells[1:-1])),
+                   re.findall(r"`(test_\w+\.py)(?:: (\w+))?`", cells[-1]))
+
+
+def source_of(file, name):
+    """The source of a function, class or method ("Class.method") of a file; None where there is none."""
+    text, here = read(file), ast.parse(read(file)).body
+    for part in name.split("."):
+        node = next((n for n in here if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == part), None)
+        if node is None:
+            return None
+        here = node.body
+    return ast.get_source_segment(text, node)
+
+
+def test_every_numbered_equation_has_a_row():
+    rows = [(paper, number) for paper, number, *_ in table_rows() if number]
+    assert len(rows) == len(set(rows))
+    assert {n for paper, n in rows if paper == "Panacea"} == set(range(1, 20))
+    lines = re.findall(r"^\| ([\d, ]+): ", read("docs/equations.md"), re.M)
+    assert sorted(int(n) for line in lines for n in line.split(",")) == list(range(1, 11))        # Algorithm 1
+
+
+def test_what_the_code_cites_stands_in_the_table_with_that_file():
+    table = {(paper, number, file) for paper, number, places, _ in table_rows() for file, _ in places}
+    code = {(*cited, name_of(f)) for f in CODE for cited in citations(f.read_text(encoding="utf-8"))}
+    assert len(code) > 20
+    assert not sorted(code - table), "docs/equations.md lacks these files in the rows of these equations"
+
+
+def test_what_the_table_names_exists():
+    for paper, number, places, tests in table_rows():
+        for file, name in places:
+            assert (ROOT / file).exists() and source_of(file, name), f"{paper} ({number}): {file} has no {name}"
+        for file, test in tests:
+            found = list((ROOT / "tests").rglob(file))
+            assert found, f"{paper} ({number}): no tests/**/{file}"
+            assert not test or any(re.search(rf"def {test}\b", f.read_text(encoding="utf-8")) for f in found), test
+
+
+def test_what_the_table_names_cites_its_equation():
+    """In its own source, or in a line that names it (a file's header, the caller's comment)."""
+    lines = [line for f in CODE for line in f.read_text(encoding="utf-8").splitlines()]
+    for paper, number, places, _ in table_rows():
+        for file, name in places if number else []:
+            short = re.compile(rf"\b{name.split('.')[-1]}\b")
+            assert (paper, number) in citations(source_of(file, name) or "") or any(
+                (paper, number) in citations(line) for line in lines if short.search(line)), \
+                f"{file}: {name} does not cite {paper} Eq. ({number}), and no comment names both"
+
+
+def test_a_made_up_citation_would_be_seen():
+    assert citations("as in Eq. (6), (14) and PAMA Eq. (5), and IPO Eq. (17)") == {
+        ("Panacea", 6), ("Panacea", 14), ("PAMA", 5), ("IPO", 17)}
+    assert citations("    # Theorem A.4, Eq.\n    # (11))") == {("Panacea", 11)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# docs/metrics.md
+
+def keys_of(file, name, least=4):
+    """The keys of the dicts that a function builds: those of `least` or more string keys."""
+    for node in ast.walk(ast.parse(source_of(file, name))):
+        if isinstance(node, ast.Dict):
+            keys = [k.value for k in node.keys if isinstance(k, ast.Constant) and isinstance(k.value, str)]
+            if len(keys) >= least:
+                yield from keys
+
+
+@pytest.mark.parametrize("file, name", [("runs/speed.py", "report_speed"), ("fronts/evaluation.py", "evaluate"),
+                                        ("fronts/evaluation.py", "metrics"), ("fronts/comparison.py", "compare"),
+                                        ("train_hqd.py", "select")])
+def test_keys_that_are_written_are_explained(file, name):
+    explained = set(re.findall(r"`(\w+)`", read("docs/metrics.md")))
+    keys = set(keys_of(file, name))
+    assert keys and not keys - explained, f"docs/metrics.md does not explain {sorted(keys - explained)} of {file}: {name}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Requirements.
+
+def test_the_pinned_requirements_are_the_packages_in_use():
+    lines = [line for line in read("requirements.txt").splitlines() if line]
+    used = set()
+    for f in [*CODE, *(ROOT / "tests").rglob("*.py")]:
+        used |= set(re.findall(r"^\s*(?:import|from) (\w+)", f.read_text(encoding="utf-8"), re.M))
+    assert {line.split("==")[0] for line in lines} <= used | {"pytest"} and all("==" in line for line in lines)
