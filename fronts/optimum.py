@@ -1,67 +1,61 @@
-"""optimum.py - the exact Pareto fronts of the embedded world: tabular policies, in float64. For DPO by Newton's method,
-for SFT as mixtures, for RLHF in closed form, and the best mean scores within a KL budget.
+"""optimum.py - the best that any policy can do on the embedded world: solvers on tensors, tabular policies, float64.
 
 Over all stochastic policies (Panacea's Assumption 4.1, arXiv:2402.02030v1) a policy may put any probability on any
-response, so every objective is a concave function of S unknowns a prompt. Linear scalarisation is then one convex
-minimisation a preference. Tchebycheff is its dual: the weights mu on the simplex that maximise
-min_π sum_i mu_i lam_i (L_i(π) - z_i); at the optimum the duality gap is zero. So both need only, for any weights c, the
-policy that minimises sum_i c_i L_i.
+response, so every objective is a concave function of S unknowns per prompt. Linear scalarisation is then one convex
+minimisation per preference: Newton's method for DPO, a mixture for SFT, a closed form for RLHF. Tchebycheff is solved
+by its dual: the weights μ on the simplex that maximise min_π Σ_i μ_i λ_i (L_i(π) − z_i); at the optimum the duality
+gap is zero. So both need only, for any weights c, the policy that minimises Σ_i c_i L_i. Which solver belongs to which
+objective of a run stands in objective.py.
 
-Q: problems (prompts with different scores)   X: prompts   S: responses   O = S + 1 outcomes   m: dimensions
-N: preferences   lam: λ   w: (Q,) share of the prompts, sums to 1   z: ideal losses   J_i = -L_i   natural logs
+F: preferences   lams: (F, m)   m: dimensions   X: prompts   Q: distinct problems among them   S: responses to a prompt
+O = S + 1: outcomes, the last one "any other text"   w: (Q,) each problem's part of the prompts, Σ w = 1
+z: (m,) ideal losses   J_i = −L_i   natural logarithms
 """
 import math
 
 import torch
 
 from aggregate import scalar_reward
-from data import toy
+
+NEWTON_STEPS = 50
+AT_ONCE = 2 ** 20                                             # numbers in one (F, X, S) tensor: bounds the memory
 
 # ---------------------------------------------------------------------------------------------------------------------
 # DPO. The unknowns of a prompt are  h_a = beta * log pi(a)/pi_ref(a)  for its S responses, up to a constant. With every
 # pair of responses equally likely and labels drawn by Bradley-Terry, the loss of dimension i is, averaged over prompts,
 #
-#     L_i(h) = mean over pairs {a,b} of  -P_i(a,b) log sigmoid(h_a - h_b) - P_i(b,a) log sigmoid(h_b - h_a),
-#     P_i(a,b) = sigmoid(r_i(a) - r_i(b)).
+#     L_i(h) = mean over pairs {a,b} of  -win_i(a,b) log sigmoid(h_a - h_b) - win_i(b,a) log sigmoid(h_b - h_a),
+#     win_i(a,b) = sigmoid(r_i(a) - r_i(b)).
 #
-# As P_i(a,b) + P_i(b,a) = 1 and softplus(d) = softplus(-d) + d, the labels enter linearly and by one number a response,
-# wins_i(a) = sum_b P_i(a,b), how many of the others it is expected to beat:
+# As win_i(a,b) + win_i(b,a) = 1 and softplus(d) = softplus(-d) + d, the labels enter linearly and by one number per
+# response, wins_i(a) = sum_b win_i(a,b), how many of the others it is expected to beat:
 #
 #     L_i(h) = ( 1/2 sum_{a,b} softplus(h_b - h_a) - sum_a h_a (wins_i(a) - (S-1)/2) ) / (S (S-1)/2),        a != b,
 #
 # and the gradient is sum_b sigmoid(h_a - h_b) - wins_i(a): at the optimum the policy's wins are the labels' wins.
 
-def label_probs(scores):
-    """P_i(a,b) from scores (Q, S, m): returns (Q, m, S, S) with a zero diagonal (no response is paired with itself)."""
+def win_probs(scores):
+    """The probability that a is labelled better than b on dimension i. scores: (Q, S, m) -> (Q, m, S, S), with a
+    zero diagonal: no response is paired with itself."""
     r = scores.transpose(1, 2)                                                        # (Q, m, S)
-    P = torch.sigmoid(r[..., :, None] - r[..., None, :])
-    return P * (1 - torch.eye(P.shape[-1], dtype=P.dtype))
+    win_prob = torch.sigmoid(r[..., :, None] - r[..., None, :])
+    return win_prob * (1 - torch.eye(r.shape[-1], dtype=r.dtype))
 
 
-def problems(prompts, dims):
-    """The distinct problems behind `prompts`: prompts with equal scores have equal optima, so each is solved once.
+def problems(scores):
+    """The distinct problems among prompts: prompts with equal scores have equal optima, so each is solved once.
 
-    Returns scores (Q, S, m) float64, w (Q,) and the index of every prompt's problem (len(prompts),).
+    scores: (X, S, m) -> the distinct ones (Q, S, m), their parts w (Q,), and the index of every prompt's problem (X,).
     """
-    columns = [toy.DIMS.index(dim) for dim in dims]
-    every = torch.stack([toy.scores(x, toy.responses(x))[:, columns] for x in prompts])             # (prompts, S, m)
-    scores, index, count = torch.unique(every, dim=0, return_inverse=True, return_counts=True)
-    return scores, count.double() / len(prompts), index
+    distinct, index, count = torch.unique(scores, dim=0, return_inverse=True, return_counts=True)
+    return distinct, count.double() / len(scores), index
 
 
-def dpo_losses(h, P):
-    """The DPO loss of every dimension, Eq. (2) and (14), as an exact expectation over all pairs and labels.
+def dpo_losses(h, wins):
+    """The DPO loss of every dimension, Eq. (2), as an exact expectation over all pairs and labels.
 
-    h: (..., Q, S) beta * log-ratios   P: (Q, m, S, S)  ->  (..., Q, m)
+    h: (…, Q, S) β · log-ratios, up to a constant per prompt   wins: (Q, m, S), win_probs summed over b  ->  (…, Q, m)
     """
-    S = h.shape[-1]
-    delta = h[..., :, None] - h[..., None, :]                                         # (..., Q, S, S)
-    nll = torch.nn.functional.softplus(-delta)                                        # -log sigmoid(h_a - h_b)
-    return torch.einsum("...qab,qmab->...qm", nll, P) / (S * (S - 1) / 2)
-
-
-def _losses(h, wins):
-    """dpo_losses by the wins (Q, m, S) of the labels, m times cheaper. h: (..., Q, S) -> (..., Q, m)"""
     S = h.shape[-1]
     nll = torch.nn.functional.softplus(h[..., None, :] - h[..., :, None]).sum((-2, -1)) - S * math.log(2)   # a != b
     return (nll[..., None] / 2 - torch.einsum("...qs,qms->...qm", h, wins - (S - 1) / 2)) / (S * (S - 1) / 2)
@@ -82,19 +76,15 @@ def _derivatives(h, wins):
     return grad, torch.diag_embed(diagonal).sub_(curve).add_(constant)
 
 
-def minimise(c, P, h, tolerance=1e-12):
-    """argmin_h sum_i c_i L_i(h) for weights c (..., m) on the simplex, by Newton from the start h (..., Q, S).
+def newton(wins, h):
+    """argmin_h of the mean DPO loss for labels with these wins (…, S), by Newton's method from the start h (…, S).
 
-    Returns h (..., Q, S). Raises RuntimeError if the gradient does not vanish (the problem is convex, so it must).
+    At the minimum the policy wins as often as the labels do. Returns h. Raises RuntimeError if the gradient does not
+    vanish (the problem is convex, so it must).
     """
-    return _newton(torch.einsum("...m,qms->...qs", c / c.sum(-1, keepdim=True), P.sum(-1)), h, tolerance)
-
-
-def _newton(wins, h, tolerance=1e-12):
-    """The h (..., S) whose policies win as often as the labels do: wins (..., S). Newton from the start h."""
-    for _ in range(50):
+    for _ in range(NEWTON_STEPS):
         grad, hessian = _derivatives(h, wins)
-        if grad.abs().max() < tolerance:
+        if grad.abs().max() < 1e-12:
             return h
         step = torch.cholesky_solve(grad[..., None], torch.linalg.cholesky(hessian))[..., 0]
         # a step of at most 4 nats never overshoots far
@@ -102,64 +92,81 @@ def _newton(wins, h, tolerance=1e-12):
     raise RuntimeError(f"Newton's method left a gradient of {grad.abs().max():.1e}")
 
 
-def ls_front(lams, scores, w):
-    """The exact optimum of linear scalarisation, Eq. (6), at every preference.
+def dpo_ls(lams, scores, w):
+    """The exact DPO optimum under linear scalarisation, Eq. (6), at every preference.
 
-    lams: (N, m)   scores: (Q, S, m)   w: (Q,)  ->  J (N, m), h (N, Q, S), and the largest gradient entry left over.
+    lams: (F, m)   scores: (Q, S, m)   w: (Q,)  ->  J (F, m), h (F, Q, S), and the largest gradient entry left over.
     """
-    wins, J, hs, worst = label_probs(scores).sum(-1), [], [], 0.0
+    wins, J, hs, worst = win_probs(scores).sum(-1), [], [], 0.0
     lams = lams.double() / lams.double().sum(-1, keepdim=True)                        # fp32 sums to 1 + 1e-7
     for lam in lams.split(max(1, 16 // len(scores))):                                 # some problems at once
-        mixed = torch.einsum("nm,qms->nqs", lam, wins)
+        mixed = torch.einsum("fm,qms->fqs", lam, wins)
         # from the weighted scores: exact at vertices, near elsewhere
-        h = _newton(mixed, torch.einsum("nm,qsm->nqs", lam, scores))
+        h = newton(mixed, torch.einsum("fm,qsm->fqs", lam, scores))
         worst = max(worst, _derivatives(h, mixed)[0].abs().max().item())
-        J.append(-torch.einsum("q,nqm->nm", w, _losses(h, wins)))
+        J.append(-torch.einsum("q,fqm->fm", w, dpo_losses(h, wins)))
         hs.append(h)
     return torch.cat(J), torch.cat(hs), worst
 
 
-def tche_front(lams, scores, w, ideal=None, tolerance=1e-9):
-    """The exact optimum of Tchebycheff, Eq. (16) (with ideal losses z, Eq. (7)), at every preference, by its dual.
+def dpo_tche(lams, scores, w, z):
+    """The exact DPO optimum under Tchebycheff, Eq. (16) for z = 0, else Eq. (7), at every preference, by the dual.
 
-    lams: (N, m)   ideal: (m,) losses z, default 0  ->  J (N, m), h (N, Q, S), and the largest duality gap left over.
+    lams: (F, m)   scores: (Q, S, m)   w: (Q,)   z: (m,)  ->  J (F, m), h (F, Q, S), and the largest duality gap left.
     A dimension with λ_i = 0 takes no part.
     """
-    m, wins = lams.shape[1], label_probs(scores).sum(-1)
-    z = torch.zeros(m, dtype=torch.float64) if ideal is None else torch.as_tensor(ideal, dtype=torch.float64)
+    m, wins, z = lams.shape[1], win_probs(scores).sum(-1), torch.as_tensor(z, dtype=torch.float64)
 
     def solve(c, near):
         """The optimum for weights c from that for weights `near`, along the tangent dh/dc, but not far."""
         move = near["dh"] @ (c - near["c"])                                           # (Q, S)
         h = near["h"] + move / move.abs().amax(-1, keepdim=True).clamp(min=1)
-        h = _newton(torch.einsum("m,qms->qs", c, wins), h)
+        h = newton(torch.einsum("m,qms->qs", c, wins), h)
         grads, hessian = _derivatives(h, wins)                                        # (Q, m, S)
         dh = -torch.cholesky_solve(grads.transpose(1, 2), torch.linalg.cholesky(hessian))            # (Q, S, m)
         slopes = torch.einsum("q,qis,qsj->ij", w, grads, dh)
-        return dict(c=c, h=h, dh=dh), w @ _losses(h, wins), slopes
+        return dict(c=c, h=h, dh=dh), w @ dpo_losses(h, wins), slopes
 
     # what is solved so far, to start from: first linear scalarisation at the vertices and at the centre
     c = torch.cat([torch.eye(m, dtype=torch.float64), torch.full((1, m), 1 / m, dtype=torch.float64)])
-    J, hs, _ = ls_front(c, scores, w)
-    done = [dict(c=c[n], h=hs[n], dh=torch.zeros(*hs[n].shape, m, dtype=torch.float64)) for n in range(m + 1)]
-    worst = 0.0
-    for lam in lams.double():
-        near = done[(lam * (-J - z)).amax(-1).argmin()]                               # the best so far in λ's eyes
-        state, losses, gap = _dual_ascent(lam, z, near["c"], solve, near, tolerance)
-        worst, J = max(worst, gap), torch.cat([J, -losses[None]])
-        done.append(state)
-    return J[m + 1:], torch.stack([state["h"] for state in done[m + 1:]]), worst
+    J, hs, _ = dpo_ls(c, scores, w)
+    known = [(-j, dict(c=c_, h=h, dh=torch.zeros(*h.shape, m, dtype=torch.float64))) for j, c_, h in zip(J, c, hs)]
+
+    def start(lam, found):
+        """The best so far in λ's eyes: its weights, and itself."""
+        losses, states = zip(*known, *found)
+        near = states[(lam * (torch.stack(losses) - z)).amax(-1).argmin()]
+        return near["c"], near
+
+    J, states, worst = by_the_dual(lams, z, solve, start)
+    return J, torch.stack([state["h"] for state in states]), worst
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The dual of Tchebycheff.
 
-def _dual_ascent(lam, z, c, solve, state, tolerance):
+def by_the_dual(lams, z, solve, start=lambda lam, found: ((lam > 0).double(), None)):
+    """The Tchebycheff optimum, Eq. (7), of every preference, for any objective with convex losses.
+
+    lams: (F, m)   z: (m,)   solve(c, state): for weights c, Σ c = 1, the policy that minimises Σ c_i L_i, as a state
+    that the next call may start from; its losses (m,); and dL_i/dc_j (m, m) along such policies, for which a common
+    factor of all c does not matter.   start(lam, found): the weights and the state to begin with, found being the
+    (losses, state) of the preferences before; by default equal weights of all dimensions with λ_i > 0.
+    Returns J (F, m), the states, and the largest duality gap left over.
+    """
+    found, worst = [], 0.0
+    for lam in lams.double():
+        state, losses, gap = _dual_ascent(lam, z, *start(lam, found), solve)
+        worst = max(worst, gap)
+        found.append((losses, state))
+    losses, states = zip(*found)
+    return -torch.stack(losses), states, worst
+
+
+def _dual_ascent(lam, z, c, state, solve):
     """max over μ in the simplex of D(μ) = min_π Σ_i μ_i λ_i (L_i(π) − z_i): Newton, kept inside the simplex.
 
-    lam, z: (m,)   c: (m,) weights μλ to start from   solve(c, state): for weights c, Σ c = 1, the policy that minimises
-    Σ c_i L_i, as what the next call may start from; its losses (m,); and dL_i/dc_j (m, m) along such policies, for
-    which a common factor of all c does not matter. Returns the last state, its losses and the duality gap.
+    lam, z: (m,)   c: (m,) weights μλ to start from   Returns the last state, its losses and the duality gap.
     """
     on = lam > 0
     lam, z, mu = lam[on], z[on], c[on] / lam[on]
@@ -177,15 +184,15 @@ def _dual_ascent(lam, z, c, solve, state, tolerance):
     gap = lambda mu, g: (g.max() - mu @ g).item()             # primal value − dual value: zero at the optimum
     state, losses, g, D2 = dual(mu, state)
     for _ in range(100):
-        if gap(mu, g) < tolerance:
+        if gap(mu, g) < 1e-9:
             break
         target = _quadratic_on_simplex(g - D2 @ mu, D2, mu)
         for t in (0.5 ** k for k in range(12)):
             mu_new = (1 - t) * mu + t * target
             new = dual(mu_new, state)
             # The first step that raises D, or halves the gap: a steep D is at its maximum, but for rounding, before its
-            # slopes are. An infinite loss: this policy lacks what a dimension without weight wants; nearer to μ it
-            # does not.
+            # slopes are. A loss is infinite where the policy gives 0 to a response that a dimension without weight
+            # needs; then a shorter step is tried.
             g_new = new[2]
             if g_new.isfinite().all() and (mu_new @ g_new >= mu @ g - 1e-15 or gap(mu_new, g_new) < gap(mu, g) / 2):
                 mu, (state, losses, g, D2) = mu_new, new
@@ -245,36 +252,30 @@ def sft_losses(logps, demos):
     return losses.masked_fill(torch.einsum("...xs,xsm->...m", never.to(demos.dtype), demos) > 0, torch.inf)
 
 
-def sft_front(lams, demos, aggregate="ls", ideal=None, tolerance=1e-9):
-    """The exact optimum of the SFT objective at every preference: "ls" linear scalarisation, Eq. (6), in closed form;
-    "tche" Tchebycheff, Eq. (7), by its dual.
+def sft_entropies(demos):
+    """The smallest losses L_i that any policy can have, the entropies of the demonstrators. (X, S, m) -> (m,)"""
+    return sft_losses(demos.movedim(-1, 0).log(), demos).diagonal()
 
-    lams: (N, m)   demos: (X, S, m) p_i(y|x)   ideal: (m,) losses z, default inf L_i, the demonstrators' entropies
-    ->  J (N, m), log π* (N, X, S), and the largest duality gap left over (0 for ls). A dimension with λ_i = 0 takes no
-    part in the maximum. J_i is -inf where π* lacks a response that demonstrator i gives.
-    """
-    lams, demos = lams.double(), demos.double()
-    if aggregate == "ls":
-        logps = torch.einsum("nm,xsm->nxs", lams / lams.sum(-1, keepdim=True), demos).log()
-        return -sft_losses(logps, demos), logps, 0.0
-    if ideal is None:
-        ideal = sft_losses(demos.movedim(-1, 0).log(), demos).diagonal()
-    z = torch.as_tensor(ideal, dtype=torch.float64)
 
+def sft_ls(lams, demos):
+    """The exact SFT optimum under linear scalarisation, Eq. (6): the mixtures. lams: (F, m)   demos: (X, S, m) p_i(y|x)
+    ->  J (F, m), log π* (F, X, S). J_i is −inf where π* lacks a response that demonstrator i gives."""
+    lams = lams.double()
+    logps = torch.einsum("fm,xsm->fxs", lams / lams.sum(-1, keepdim=True), demos).log()
+    return -sft_losses(logps, demos), logps
+
+
+def sft_tche(lams, demos, z):
+    """The exact SFT optimum under Tchebycheff, Eq. (7), by the dual. z: (m,)   ->  J, log π* as sft_ls, and the largest
+    duality gap left over. A dimension with λ_i = 0 takes no part in the maximum."""
     def solve(c, _):
         mixture = demos @ c                                                           # (X, S)
         ratios = torch.where(mixture[..., None] > 0, demos / mixture[..., None], 0.0).flatten(0, 1)
         logps = mixture.log()
         return logps, sft_losses(logps, demos), 1 - ratios.T @ demos.flatten(0, 1) / len(demos)
 
-    J, logps, worst = [], [], 0.0
-    for lam in lams:
-        # from equal weights: no dimension in play lacks a response there
-        policy, losses, gap = _dual_ascent(lam, z, (lam > 0).double(), solve, None, tolerance)
-        worst = max(worst, gap)
-        J.append(-losses)
-        logps.append(policy)
-    return torch.stack(J), torch.stack(logps), worst
+    J, logps, worst = by_the_dual(lams, torch.as_tensor(z, dtype=torch.float64), solve)
+    return J, torch.stack(logps), worst
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,12 +299,12 @@ def rlhf_objectives(logps, ref, rewards, beta):
     return torch.einsum("...xo,xom->...m", p, rewards) / len(ref) - beta * kl[..., None], kl
 
 
-def rlhf_front(lams, rewards, ref, beta, aggregate="ls", ideal=None, smooth=0.0):
+def rlhf_optimum(lams, rewards, ref, beta, aggregate="ls", ideal=None, smooth=0.0):
     """The optimum of Eq. (12) or (13) over all policies, in closed form: π* ∝ π_ref exp(R_λ / β), R_λ = scalar_reward.
 
-    lams: (N, m)   rewards: (X, O, m)   ref: (X, O) log π_ref  ->  J (N, m), log π* (N, X, O)
+    lams: (F, m)   rewards: (X, O, m)   ref: (X, O) log π_ref  ->  J (F, m), log π* (F, X, O)
     """
-    R = scalar_reward(rewards, lams.double()[:, None, None], aggregate, ideal, smooth)   # (N, X, O)
+    R = scalar_reward(rewards, lams.double()[:, None, None], aggregate, ideal, smooth)   # (F, X, O)
     logps = (ref + R / beta).log_softmax(-1)
     return rlhf_objectives(logps, ref, rewards, beta)[0], logps
 
@@ -311,18 +312,16 @@ def rlhf_front(lams, rewards, ref, beta, aggregate="ls", ideal=None, smooth=0.0)
 # ---------------------------------------------------------------------------------------------------------------------
 # The limits in the space of mean scores: whatever a policy was trained for, at its KL it cannot score higher.
 
-AT_ONCE = 2 ** 20                                             # numbers in one (N, X, S): bounds the memory
 
-
-def score_front(lams, scores, ref, budgets):
+def most_scores(lams, scores, ref, budgets):
     """The largest Σ λ_i E r_i over all policies with mean over prompts KL(π ‖ π_ref) <= κ, for every λ and budget κ.
 
     It is π* ∝ π_ref exp(λ·r / β) with one β for all prompts (the budget's Lagrange multiplier), so that a prompt where
     KL buys more score gets more of it. KL falls in β: β is found by bisection.
 
-    lams: (N, m)   scores: (X, S, m)   ref: (X, S) log π_ref, normalised over the S responses   budgets: list of K
-    budgets in nats; None or inf: no limit. Returns the mean scores E r (K, N, m), the KL spent (K, N) in nats and β
-    (K, N): inf for κ = 0, where π* = π_ref; for no limit, or one that the maximum does not need, 1e-8 of the range of
+    lams: (F, m)   scores: (X, S, m)   ref: (X, S) log π_ref, normalised over the S responses   budgets: list of b
+    budgets in nats; None or inf: no limit. Returns the mean scores E r (b, F, m), the KL spent (b, F) in nats and β
+    (b, F): inf for κ = 0, where π* = π_ref; for no limit, or one that the maximum does not need, 1e-8 of the range of
     λ·r, which stands for β -> 0 and costs at most that times log(1 / smallest π_ref) in score.
     """
     budgets = torch.tensor([math.inf if k is None else k for k in budgets], dtype=torch.float64)
@@ -331,28 +330,28 @@ def score_front(lams, scores, ref, budgets):
         for kappa in budgets:
             for row, values in zip(rows, _at_kl(lam, kappa.expand(len(lam)), scores, ref)):
                 row.append(values)
-    K = len(budgets)
-    return tuple(torch.stack([torch.cat(row[k::K]) for k in range(K)]) for row in rows)
+    b = len(budgets)
+    return tuple(torch.stack([torch.cat(row[k::b]) for k in range(b)]) for row in rows)
 
 
 def best_at_kl(lams, kls, scores, ref):
-    """The largest λ·E r of any policy that spends at most KL κ, for N pairs of λ (N, m) and κ (N,) in nats: (N,)."""
+    """The largest λ·E r of any policy that spends at most KL κ, for F pairs of λ (F, m) and κ (F,) in nats: (F,)."""
     lams, kls = lams.double(), torch.as_tensor(kls, dtype=torch.float64)
     parts = zip(*(each.split(max(1, AT_ONCE // ref.numel())) for each in (lams, kls)))
     return torch.cat([(lam * _at_kl(lam, kappa, scores, ref)[0]).sum(-1) for lam, kappa in parts])
 
 
 def _at_kl(lams, kappa, scores, ref):
-    """score_front for N pairs of λ (N, m) and budget κ (N,): mean scores (N, m), KL (N,), β (N,)."""
-    R = torch.einsum("nm,xsm->nxs", lams, scores)
-    R = R - R.amax(-1, keepdim=True)                                                  # a constant a prompt is free
+    """most_scores for F pairs of λ (F, m) and budget κ (F,): mean scores (F, m), KL (F,), β (F,)."""
+    R = torch.einsum("fm,xsm->fxs", lams, scores)
+    R = R - R.amax(-1, keepdim=True)                                                  # a constant per prompt is free
     spread = -R.amin((-2, -1))
 
     def policy(beta):
         tilt = R / beta[:, None, None]
         log_Z = (ref + tilt).logsumexp(-1, keepdim=True)
         p = (ref + tilt - log_Z).exp()
-        return p, ((p * tilt).sum(-1) - log_Z[..., 0]).mean(-1).clamp(min=0)          # KL = E R/β − log Z, (N,)
+        return p, ((p * tilt).sum(-1) - log_Z[..., 0]).mean(-1).clamp(min=0)          # KL = E R/β − log Z, (F,)
 
     # KL <= (spread / β)² / 8: its slope in t = 1/β is t Var(R), and no variance is above spread² / 4
     least = 1e-8 * spread.clamp(min=1e-300)
@@ -364,4 +363,4 @@ def _at_kl(lams, kappa, scores, ref):
         low, high = torch.where(over, middle, low), torch.where(over, high, middle)
     beta = torch.where(policy(least)[1] <= kappa, least, torch.where(kappa > 0, high.exp(), torch.inf))
     p, kl = policy(beta)
-    return torch.einsum("nxs,xsm->nm", p, scores) / len(ref), kl, beta
+    return torch.einsum("fxs,xsm->fm", p, scores) / len(ref), kl, beta

@@ -1,0 +1,232 @@
+"""objective.py - what a run optimises, described once: one row of OBJECTIVES per objective.
+
+A run's config.json names its objective: {"name": a key of OBJECTIVES, "beta", "aggregate": "ls" | "tche", "ideal",
+"smooth"}. Whatever evaluates or draws the run asks this table: how its J is computed on the embedded world, which exact
+front stands beside it, what it is measured on where the truth is not known, and what all of this is called. A new
+objective is a loss in objectives.py, a choice in its training script, and here its functions and its row: see IPO.
+
+F: preferences   lams: (F, m)   m: dimensions   X: prompts   S: the world's responses   O = S + 1: with "any other text"
+Q: distinct problems among the prompts   world: measure.World after reference()   logps: (X, S) log π(y|x) of a policy
+o: the objective's dict of config.json
+"""
+from dataclasses import dataclass
+from functools import partial
+from typing import Callable
+
+import torch
+
+from data import toy
+from data.rewards import Rewards, named_rewards, of_world, world_rewards
+from data.text_rewards import TEXT_REWARDS
+from fronts import optimum
+from fronts.measure import DemonstrationFiles, PreferenceFiles, Samples, World, mean_score_objective, writers
+from objectives import dpo_loss, ipo_loss
+
+NATS = 2.0                      # mean scores are normalised by the front of what lies within so many nats of the base
+
+
+@dataclass(frozen=True)
+class Points:
+    """What the points of a front are, larger is better: their name in front.json, and how they are shown."""
+    name: str
+    reference: float            # the hypervolume's reference point, the same in every dimension
+    title: str                  # of the picture for m = 2
+    unit: str                   # on its axes; {} for the objective's label
+    key: str = "points"         # what it shows: the points, or "scores" in raw units
+    weighed: bool = False       # shown beside: what each dimension reaches by its weight (J itself would say no more)
+    base: bool = True           # whether the base model has a place among them
+
+
+NORMALISED_J = Points("normalised J", -0.1, "Objectives: 1 is the best that any policy can do, 0 the worst on the "
+                      "exact front", "normalised {}")
+MEAN_SCORE = Points("normalised mean score", -0.1, f"Mean scores: 0 and 1 are the ends of the exact front within "
+                    f"{NATS:g} nats of the base", "normalised mean score", weighed=True)
+ACCURACY = Points("implicit-reward accuracy", 0.0, "Held-out accuracy of the implicit reward",
+                  "part of the pairs ordered as labelled", base=False)   # the base itself orders no pair
+GAIN = Points("gain in log-likelihood", -1.0, "Gain in log-likelihood on held-out demonstrations", "nats", weighed=True)
+MEAN_REWARD = Points("normalised mean reward", -2.0, "Mean rewards of sampled responses, ± standard error", "reward",
+                     key="scores")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One row of the table."""
+    short: str                  # in names: "Panacea, DPO"
+    label: str                  # J, on axes
+    marker: str                 # in pictures where several objectives meet
+    J: Callable                 # (world, logps, beta) -> {"J": (m,), …}: exact, on the embedded world
+    optimum: Callable           # (lams, world, o) -> J (F, m) of the best policies, log π (F, X, ·), its residual
+    held_out: Callable          # (config, model, tokenizer, device, rewards) -> what measures it without a known truth
+    points: Points              # …, and what its points are there
+    z: Callable = lambda world, o: None     # the losses that Tchebycheff aims at; None: J alone does not tell its value
+    scale: Callable | None = None           # (lams, world, o) -> J (F, m) whose best is 1 and worst 0; None: of "ls"
+    exact_points: Points = NORMALISED_J     # what its points are on the embedded world
+    sampled: bool = False                   # whether responses are sampled there too
+    optimum_all: Callable | None = None     # optimum where all other texts count as one more response
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DPO: J_i = −L_DPO,i, Eq. (2), the expectation over all pairs of responses and their Bradley-Terry labels.
+
+def dpo_J(world, logps, beta):
+    """J_i = −L_DPO,i, (m,)"""
+    losses = optimum.dpo_losses(beta * (logps - world.ref), world.wins[world.problems[2]])             # (X, m)
+    return {"J": (-losses.mean(0)).tolist()}
+
+
+def zero_or_ideal(world, o):
+    """z of losses that are never below 0."""
+    return o["ideal"] or [0.0] * len(world.dims)
+
+
+def dpo_optimum(lams, world, o):
+    """Eq. (14) and (16), over all policies: Newton's method, π* ∝ π_ref exp(h/β)."""
+    scores, w, problem = world.problems
+    J, h, left = (optimum.dpo_ls(lams, scores, w) if o["aggregate"] == "ls" else
+                  optimum.dpo_tche(lams, scores, w, zero_or_ideal(world, o)))
+    return J, world.ref + h[:, problem] / o["beta"], left
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# IPO (arXiv:2310.12036, Eq. 17): J_i = −L_IPO,i, the expectation over the same pairs and labels. With h = log π/π_ref
+# and win_i(a,b) the probability that a is labelled better,
+#
+#     L_i(h) = mean over pairs {a,b} of (h_a − h_b)² − (h_a − h_b) (2 win_i(a,b) − 1) / β, + 1/(4β²),
+#
+# a least-squares problem on the complete graph of responses. Its solution for dimension i alone is
+# x_i(a) = (1/S) Σ_b (2 win_i(a,b) − 1) / (2β), and labels enter linearly: for weights c it is h = Σ_i c_i x_i.
+
+def ipo_losses(h, wins, beta):
+    """L_i of every problem. h: (…, Q, S)   wins: (Q, m, S), Σ_b win_i(a,b)  ->  (…, Q, m)"""
+    S = h.shape[-1]
+    h = h - h.mean(-1, keepdim=True)
+    pull = torch.einsum("...qs,qms->...qm", h, 2 * wins - (S - 1)) / beta
+    return (S * h.square().sum(-1, keepdim=True) - pull) / (S * (S - 1) / 2) + 1 / (4 * beta ** 2)
+
+
+def ipo_J(world, logps, beta):
+    """J_i = −L_IPO,i, (m,)"""
+    return {"J": (-ipo_losses(logps - world.ref, world.wins[world.problems[2]], beta).mean(0)).tolist()}
+
+
+def ipo_optimum(lams, world, o):
+    """Linear scalarisation in closed form; Tchebycheff by its dual, of quadratic functions of c."""
+    (_, w, problem), wins, beta, S = world.problems, world.wins, o["beta"], world.wins.shape[-1]
+    x = (2 * wins - (S - 1)) / (2 * beta * S)                                                          # (Q, m, S)
+
+    def solve(c, _=None):
+        h = torch.einsum("...m,qms->...qs", c, x)
+        apart = (x - h[..., None, :]) * w[:, None, None].sqrt()
+        return h, w @ ipo_losses(h, wins, beta), -4 / (S - 1) * torch.einsum("qis,qjs->ij", apart, apart)
+
+    if o["aggregate"] == "tche":
+        J, h, left = optimum.by_the_dual(lams, torch.tensor(zero_or_ideal(world, o)).double(), solve)
+    else:
+        h, losses, _ = zip(*map(solve, lams.double() / lams.double().sum(-1, keepdim=True)))
+        J, left = -torch.stack(losses), 0.0
+    return J, world.ref + torch.stack(h)[:, problem], left
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SFT: J_i = E log π(y|x), y from the writer of dimension i. Other texts count: log π(y|x) is not renormalised.
+
+def sft_J(world, logps, beta):
+    """J_i = E log π(y|x), (m,)"""
+    return {"J": (-optimum.sft_losses(logps, world.writers)).tolist()}
+
+
+def sft_ideal(dims, split):
+    """The least losses L_i that any policy can have at the prompts of a split: the writers' entropies, m floats."""
+    return optimum.sft_entropies(writers(dims, split)).tolist()
+
+
+def sft_z(world, o):
+    """The losses that Tchebycheff aims at: those given, else the least that there are."""
+    return o["ideal"] or sft_ideal(world.dims, "eval")
+
+
+def sft_optimum(lams, world, o):
+    """Mixtures of the writers' distributions, whatever the aggregation."""
+    if o["aggregate"] == "ls":
+        return *optimum.sft_ls(lams, world.writers), 0.0
+    return optimum.sft_tche(lams, world.writers, sft_z(world, o))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RLHF: J_i = E r_i − β KL(π ‖ π_ref), Eq. (1), in two ways: over the world's responses alone, policy and reference
+# renormalised to them, with the mass on other texts beside it; and over everything ("all"), any other text being one
+# more outcome, with the score toy.OUTSIDE.
+
+def rlhf_J(world, logps, beta):
+    """J (m,); over everything: J_all (m,), kl_all."""
+    J, _ = optimum.rlhf_objectives(logps.log_softmax(-1), world.ref, world.r_all[:, :-1], beta)
+    J_all, kl_all = optimum.rlhf_objectives(optimum.with_outside(logps), world.ref_all, world.r_all, beta)
+    return {"J": J.tolist(), "J_all": J_all.tolist(), "kl_all": kl_all.item()}
+
+
+def rlhf_optimum(lams, world, o, everything=False):
+    """Eq. (12), (13), in closed form."""
+    r, ref = (world.r_all, world.ref_all) if everything else (world.r_all[:, :-1], world.ref)
+    # a trained reward model's own largest rewards are not these: the true ones then
+    z = r.amax((0, 1)) if o["ideal"] is None else torch.tensor(o["ideal"], dtype=torch.float64)
+    return *optimum.rlhf_optimum(lams, r, ref, o["beta"], o["aggregate"], z, o["smooth"]), 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mean scores, what ParetoHqD aims at: J_i = E r_i. Points have the scale of what lies within NATS of the base: without
+# a limit the base itself, and all that stays near it, can lie below the worst that is on the front.
+
+def score_optimum(lams, world, o, budget=None):
+    """The largest mean scores that a policy can have, at most `budget` nats from the reference (None: at any distance):
+    the outer limit of every method."""
+    (J,), _, (beta,) = optimum.most_scores(lams, world.scores, world.ref, [budget])
+    tilt = torch.einsum("xsm,fm->fxs", world.scores, lams.double()) / beta[:, None, None]
+    return J, (world.ref + tilt).log_softmax(-1), 0.0
+
+
+def score_scale(lams, world, o):
+    """J of the front within NATS of the base."""
+    return score_optimum(lams, world, o, NATS)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+OBJECTIVES = {
+    "dpo": Objective("DPO", "−DPO loss", "o", dpo_J, dpo_optimum, partial(PreferenceFiles, dpo_loss), ACCURACY,
+                     zero_or_ideal),
+    "ipo": Objective("IPO", "−IPO loss", "h", ipo_J, ipo_optimum, partial(PreferenceFiles, ipo_loss), ACCURACY,
+                     zero_or_ideal),
+    "rlhf": Objective("RLHF", "E r − β KL", "s", rlhf_J, rlhf_optimum, Samples, MEAN_REWARD, sampled=True,
+                      optimum_all=partial(rlhf_optimum, everything=True)),
+    "sft": Objective("SFT", "E log π(y|x)", "^", sft_J, sft_optimum, DemonstrationFiles, GAIN, sft_z),
+    "scores": Objective("scores", "mean score", "P", mean_score_objective, score_optimum, Samples, MEAN_REWARD,
+                        scale=score_scale, exact_points=MEAN_SCORE)}
+POINTS = {kind.name: kind for row in OBJECTIVES.values() for kind in (row.points, row.exact_points)}
+
+
+def same_objective(results):
+    """Whether runs (front.json) may meet in one picture of their own points: what J means is the same for all of them.
+    Other aggregations of one objective do meet: each has its own exact front."""
+    meaning = lambda r: [r["points_are"], *(r["objective"].get(key) for key in ("name", "beta", "rewards"))]
+    return all(meaning(r) == meaning(results[0]) for r in results)
+
+
+def measured_on(config, model, tokenizer, device):
+    """What a run is measured on: (World, or None where the truth is not known; held-out data or samples, or None)."""
+    row, dims = OBJECTIVES[config["objective"]["name"]], config["dims"]
+    if "rewards" not in config:
+        known, rewards, true_rewards = config["flags"]["data"] is None, None, None
+    else:
+        names, of = config["rewards"]["names"], {k: config["rewards"][k] for k in ("mean", "std", "scale")}
+        on_world = config["prompts"] is None and of_world(names)
+        rewards = (world_rewards(names, of["scale"]) if on_world else
+                   named_rewards(names, of["scale"], model, device))
+        rewards = Rewards(dims, rewards.raw, **of)            # the statistics that the run was trained with, always
+        known = config["prompts"] is None and set(dims) <= set(toy.DIMS) and not (
+            set(names) & set(TEXT_REWARDS) - set(toy.DIMS))
+        # behind a trained reward model stand the world's own scores
+        true_rewards = rewards if on_world else world_rewards(dims, None) if known else None
+    # for every preference of a large grid exact figures are enough
+    sampled = not known or row.sampled and len(dims) <= 3
+    return (World(dims, tokenizer, device, row.J, true_rewards) if known else None,
+            row.held_out(config, model, tokenizer, device, rewards) if sampled else None)

@@ -1,0 +1,52 @@
+"""plane.py - m = 2: the front in the plane of the two objectives."""
+from fronts.objective import OBJECTIVES, POINTS
+from fronts.pictures.shared import BASE, EXACT, OUTLINE, arrays, draw_tracking, legend_text, looks, plt
+
+
+def plane_figure(results):
+    """m = 2: the plane of objectives, and that of mean scores; where these are the same, what each dimension reaches as
+    its weight grows instead."""
+    first, dims = results[0], results[0]["dims"]
+    world, kind = first["exact"] is not None, POINTS[first["points_are"]]
+    goal = OBJECTIVES[first["objective"]["name"]].label
+    panels = [(kind.key, kind.unit.format(goal), kind.title)]
+    if kind.weighed:
+        fig, axes = plt.subplot_mosaic("AAB;AAC", figsize=(12.5, 6.2), layout="constrained")
+        for i, ax in enumerate((axes["B"], axes["C"])):
+            draw_tracking(ax, i, results)
+            ax.set_ylabel(kind.unit)
+        axes = [axes["A"]]
+    else:
+        fig, axes = plt.subplots(1, 2, figsize=(13, 5.8), layout="constrained")
+        panels.append(
+            ("scores", "Bradley-Terry score", "What the model says: mean scores (grey: of the optimal policies)")
+            if world else
+            ("J", goal if kind.key == "points" else f"normalised {goal}", f"Held-out objective, J = {goal}"))
+    for ax, (key, unit, title) in zip(axes, panels):
+        if world:                                             # on the right: the scores of the same optimal policies
+            ax.plot(*arrays(first["exact"], key)[1].T, color=EXACT, lw=1.5, zorder=1,
+                    label="Exact front: the optimum over all policies")
+        for j, (r, look) in enumerate(zip(results, looks(results))):
+            if world and abs(r["exact"]["hypervolume"] - first["exact"]["hypervolume"]) > 1e-3:    # another aggregation
+                ax.plot(*arrays(r["exact"], key)[1].T, color=look["color"], lw=1.2, ls=":", zorder=1,
+                        label=f"Exact front of {look['name']}" if look["alpha"] == 1 else None)
+            lams, Y = arrays(r, key)
+            if key == "scores" and not world:
+                error = arrays(r, "scores_se")[1]
+                ax.errorbar(*Y.T, error[:, 1], error[:, 0], color=look["color"], lw=0.8, alpha=0.4, ls="", zorder=1)
+            ax.plot(*Y.T, color=look["color"], marker=look["marker"], ms=6, lw=1, alpha=look["alpha"],
+                    label=legend_text(look), zorder=2 + len(results) - j)
+            for n in range(0, len(Y) if j == 0 and len(Y) > 1 else 0, -(-len(Y) // 11)):    # λ along the first run
+                ax.annotate(f"{lams[n, 0]:.2g}", Y[n], xytext=(7, 5), textcoords="offset points", fontsize=8,
+                            color=look["color"], path_effects=OUTLINE, zorder=1.5)
+        if first["base"][key] is not None:
+            ax.plot(*first["base"][key], marker="*", ms=15, color=BASE, ls="", label="Base model, before alignment",
+                    zorder=98)
+        ax.set(xlabel=f"{dims[0]}  ({unit}; right is better)", ylabel=f"{dims[1]}  ({unit}; up is better)")
+        ax.set_title(title, fontsize=11)
+        ax.grid(alpha=0.25)
+        if ax is axes[0] or not world:
+            ax.legend(fontsize=8.5)
+    fig.suptitle(f"Each point is one preference λ = (weight of {dims[0]}, weight of {dims[1]}); "
+                 f"small numbers: weight of {dims[0]}", fontsize=11)
+    return fig

@@ -1,0 +1,125 @@
+"""shared.py - the look that all pictures share: how runs are drawn, colours, legends, and how a picture is saved.
+
+F: preferences   m: dimensions   lams: (F, m)   points: (F, m), larger is better
+r: a run's front.json   Colours differ for colour-blind readers too (Okabe and Ito, Tol); a hue is a method, everywhere.
+"""
+import colorsys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from fronts.objective import OBJECTIVES
+from runs.files import write_whole
+
+matplotlib.use("Agg")
+from matplotlib import colors, patheffects, pyplot as plt  # noqa: E402  (after the backend)
+
+METHODS = {"panacea": ("#0072B2", "o"), "rs": ("#D55E00", "s"), "dps": ("#009E73", "^"), "hqd": ("#000000", "P"),
+           "pama": ("#E69F00", "D"), "mgda": ("#A6611A", "v")}                           # hue and marker
+OTHER = ("#56B4E9", "*")                                                                 # of any other method
+ONE_OBJECTIVE = ("pama", "mgda", "hqd")     # methods of one objective alone: their own marker says all
+EXACT, BASE = "0.45", "#CC79A7"
+DIMENSION = ("#332288", "#DDAA33", "#44AA99", "#CC6677", "#117733", "#88CCEE", "#882255", "#999933", "#AA4499",
+             "#000000")
+PAIRS = ((0, 1), (0, 2), (1, 2))
+OUTLINE = [patheffects.withStroke(linewidth=2.5, foreground="white")]
+
+
+def dimension_color(i):
+    """The colour of dimension i: a list for the first ten, then hues a golden angle apart, in two brightnesses."""
+    return DIMENSION[i] if i < len(DIMENSION) else colorsys.hsv_to_rgb(0.618034 * i % 1, 0.75, (0.55, 0.85)[i % 2])
+
+
+def arrays(r, key="points"):
+    """lams and points (or J, or scores) of a run or of an exact front, along λ_1: two arrays (F, m)."""
+    lams, points = np.array(r["lams"]), np.array(r[key])
+    order = np.argsort(lams[:, 0], kind="stable")
+    return lams[order], points[order]
+
+
+def way_to(lams, i):
+    """The rows of lams (F, m) between "nothing on i" and "all on i", the others weighing the same; along λ_i.
+
+    Of the usual preferences for m > 3 those are the centre and the four on the way to the vertex i; for m = 2 all.
+    """
+    way = np.flatnonzero(np.ptp(np.delete(lams, i, axis=1), axis=1) < 1e-4)
+    return way[np.argsort(lams[way, i])]
+
+
+def nearest(lams, target):
+    """The row of lams (F, m) nearest to the preference `target` (m,)."""
+    return int(np.abs(lams - target).sum(1).argmin())
+
+
+def edge_of(lams, i, j):
+    """The rows of lams (F, m) with all weight on i and j, along λ_i; for m = 2 all."""
+    edge = np.flatnonzero(lams[:, i] + lams[:, j] > 1 - 1e-4)
+    return edge[np.argsort(lams[edge, i])]
+
+
+def looks(runs):
+    """How each run is drawn: a list of dicts with color, marker, alpha, name, and seeds: the runs of its name.
+
+    A name is the run's "label", and its aggregation where that is not linear. Runs of one name that differ in their
+    seeds share a colour, the first alone is opaque; names of one method are shades of its hue, with other markers:
+    where several objectives meet, the marker tells which was trained for.
+    """
+    names = [r["label"] + " (Tchebycheff)" * (r["objective"]["aggregate"] == "tche") for r in runs]
+    for name in set(names):
+        same = [r for r, n in zip(runs, names) if n == name]
+        if len({r["seed"] for r in same}) < len(same) or len({r["steps"] for r in same}) > 1:   # other settings then
+            names = [f"{n} [{Path(r['run']).name}]" if n == name else n for r, n in zip(runs, names)]
+    several, result = len({r["objective"]["name"] for r in runs}) > 1, []
+    styles = [METHODS.get(r["method"], OTHER) for r in runs]
+    for j, (r, style, name) in enumerate(zip(runs, styles, names)):
+        shades = list(dict.fromkeys(n for n, other in zip(names, styles) if other == style))
+        k, color = shades.index(name), np.array(colors.to_rgb(style[0]))
+        t = np.linspace(-0.3 if color.any() else 0, 0.42, len(shades))[k] if len(shades) > 1 else 0
+        color = (1 - abs(t)) * color + max(t, 0)                                          # towards black or white
+        marker = (OBJECTIVES[r["objective"]["name"]].marker if several and r["method"] not in ONE_OBJECTIVE else
+                  (style[1] + "X<ph>8")[k % 7])
+        result.append({"color": color, "marker": marker, "alpha": 0.3 if name in names[:j] else 1.0, "name": name,
+                       "seeds": [q for q, n in zip(runs, names) if n == name]})
+    return result
+
+
+def legend_text(look):
+    """Its name, its models, the mean share of its seeds; None for every seed but the first, which has no entry."""
+    shares, n = [r["hypervolume_share"] for r in look["seeds"]], look["seeds"][0]["models"]
+    seeds = f" ({len(shares)} seeds)" if len(shares) > 1 else ""
+    share = f": {np.mean(shares):.1%} of the exact hypervolume" if None not in shares else ""
+    return f"{look['name']}, {n} model{'s' * (n > 1)}{share}{seeds}" if look["alpha"] == 1 else None
+
+
+def draw_tracking(ax, i, results):
+    """What dimension i reaches, against its weight λ_i: the runs, the exact front at the same preferences, the base.
+
+    A line where the other dimensions weigh the same (way_to), or a dot for every preference where few such are known.
+    """
+    front, base = results[0]["exact"], results[0]["base"]["points"]
+    if front:
+        E_lams, E = arrays(front)
+        way = way_to(E_lams, i)
+        ax.plot(E_lams[way, i], E[way, i], color=EXACT, lw=1.5, label="Exact front")
+    for j, (r, look) in enumerate(zip(results, looks(results))):
+        lams, Y = arrays(r)
+        way, lone = way_to(lams, i), len(way_to(lams, i)) < 3
+        if lone:
+            way = np.arange(len(lams))
+            if front and j == 0:
+                same = [nearest(E_lams, lam) for lam in lams]
+                ax.plot(E_lams[same, i], E[same, i], ls="", marker="_", ms=7, color=EXACT)
+        ax.plot(lams[way, i], Y[way, i], ls="" if lone else "-", marker=look["marker"], ms=5, color=look["color"],
+                alpha=look["alpha"], label=look["name"] if look["alpha"] == 1 else None, zorder=2 + len(results) - j)
+    if base is not None:
+        ax.axhline(base[i], color=BASE, ls="--", lw=1.2, label="Base model")
+    dim = results[0]["dims"][i]
+    ax.set(xlabel=f"λ of {dim}", title=dim)
+    ax.grid(alpha=0.25)
+
+
+def save(fig, path):
+    """Writes a figure as a picture, whole or not at all, and closes it."""
+    write_whole(path, lambda f: fig.savefig(f, dpi=130))
+    plt.close(fig)
