@@ -3,7 +3,7 @@
     python -m data.make_bpe
 
 Byte-pair encoding: start from single bytes; while some word is more than one token, merge the most frequent
-neighbouring pair of tokens everywhere into a new one. The file has tiktoken's format: one "base64(token) rank" per line.
+neighbouring pair of tokens everywhere into a new one. The file has tiktoken's format, lines of base64(token) and rank.
 """
 import base64
 from collections import Counter
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import regex
 
-from runs.files import write_whole
 from data import toy
 from data.tokenizers import PATTERN
+from runs.files import write_whole
 
 
 def train_bpe(texts, vocab_size):

@@ -6,9 +6,9 @@ world's set is drawn from what its base model was trained on.
 """
 import torch
 
-from runs.files import UserError
 from data import toy
 from data.files import Row, paths_of, read_file
+from runs.files import UserError
 
 
 def read_offline(paths, prompt_words=None):

@@ -6,8 +6,8 @@ m: number of dimensions   label: 0 the first response of the pair is better, 1 t
 import json
 import random
 
-from runs.files import UserError
 from data.files import Row, paths_of, read_rows
+from runs.files import UserError
 
 CANONICAL = ("helpful", "harmless", "concise")  # the papers' order; other dimensions follow as they appear
 

@@ -5,8 +5,8 @@ the same form as the prompts of preference files, so that policy and reward mode
 """
 import hashlib
 
-from runs.files import UserError
 from data.files import Row, paths_of, read_file, read_rows
+from runs.files import UserError
 
 HELD_OUT = 0.1          # the part of the prompts that split() keeps for evaluation
 

@@ -24,8 +24,8 @@ USUAL = {"bos": ("<s>", "<|begin_of_text|>"), "eos": ("</s>", "<|endoftext|>", "
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """encode(text) -> ids: never BOS, EOS or another special token, even where the text spells one. decode(ids) -> text:
-    special ids are spelled out. `prefix_space`: encode puts one more space in front of the text (as SentencePiece)."""
+    """encode(text) -> ids: never BOS, EOS or another special token, even where the text spells one. decode(ids) ->
+    text: special ids are spelled out. `prefix_space`: encode puts one more space in front (as SentencePiece)."""
     name: str  # what load_tokenizer was given
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
@@ -168,8 +168,8 @@ def _from_huggingface(name, path):
 
 
 def _special_id(model, path, kind):
-    """The id of BOS or EOS (`kind` "bos" or "eos"), or None. The first file that names it decides. A file that says that
-    there is no BOS decides too: Qwen2's tokenizer_config.json does, though its config.json has a number for one."""
+    """The id of BOS or EOS (`kind` "bos" or "eos"), or None. The first file that names it decides. A file that says
+    that there is no BOS decides too: Qwen2's tokenizer_config.json does, though its config.json has a number."""
     for file in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"):
         if not (path / file).is_file():
             continue

@@ -25,8 +25,8 @@ from typing import NamedTuple
 
 import torch
 
-from runs.files import UserError
 from data.files import Row
+from runs.files import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts: 5 domains x (4 harmless + 4 risky verbs) x 5 objects = 200 tasks. Every verb and every object occurs in

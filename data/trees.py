@@ -33,8 +33,8 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
-from ops.fused import linear_logprob
 from objectives import response_logprobs
+from ops.fused import linear_logprob
 
 
 @dataclass

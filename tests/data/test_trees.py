@@ -2,9 +2,9 @@
 import pytest
 import torch
 
-from data import toy
+from data import toy, trees
 from data.tokenizers import TokenRow, load_tokenizer, tokenize
-from data.trees import batch_logprobs, pack, path_logprobs, predicting_states
+from data.trees import batch_logprobs, pack, pack_ends, path_logprobs, predicting_states
 from objectives import response_logprobs
 
 PROMPTS = [[5, 6, 7], [8], [5, 6, 7, 9, 10, 11, 12]]
@@ -47,6 +47,24 @@ def test_a_tree_by_hand():
     assert batch.paths.tolist() == [[0, 1, 5], [0, 2, 3], [0, 5, 5], [4, 5, 5]]
     assert batch.mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
     assert batch.mask[1, 0].int().tolist() == torch.eye(4).int().tolist()
+
+
+def test_the_drawn_example_is_what_pack_gives():
+    row = TokenRow([11, 12], [[21, 22, 0], [21, 23, 24, 0], [30, 0]])
+    batch, chains = pack([row]), trees._tree(row.prompt, row.responses)[1]
+    line = lambda name, values: f"    {name:12}" + "".join(f"{x:3}" for x in values)
+    drawn = trees.__doc__.split("\n")
+    assert line("node", range(7)) in drawn and line("edge", range(8)) in drawn
+    assert line("tokens", batch.tokens[0].tolist()) in drawn and line("positions", batch.positions[0].tolist()) in drawn
+    assert line("parents", batch.parents.tolist()) in drawn and line("targets", batch.targets.tolist()) in drawn
+    text = "    chains       " + " ".join(map(str, chains))
+    assert text in drawn
+    paths = "    paths        " + " / ".join(" ".join(map(str, path)) for path in batch.paths.tolist())
+    assert any(x.startswith(paths + "  ") for x in drawn)
+    # the drawing's nodes, in order, and the edges without a node
+    nodes = [f"{t}:{token}" for t, token in enumerate(batch.tokens[0].tolist())]
+    assert all(sum(f" {node} " in x for x in drawn) == 1 for node in nodes)
+    assert sum(x.endswith(" (0)") and ":" in x for x in drawn) == len(row.responses)
 
 
 def test_siblings_do_not_see_each_other():
@@ -157,6 +175,17 @@ def test_a_tree_has_fewer_tokens(tiny):
         assert saving * pack([row]).tokens.shape[1] < plain(row)
 
 
+def test_pack_ends_reads_the_last_token_of_every_response():
+    batch, last = pack_ends(ROWS, multiple=8)
+    assert batch.tokens.flatten()[last].tolist() == [0, 0, 0, 0, 0, 41, 0, 40]
+    ends = [len(row.prompt) + len(response) - 1 for row in ROWS for response in row.responses]
+    assert batch.positions.flatten()[last].tolist() == ends and batch.tokens.shape[1] % 8 == 0
+    # wrong: pack's own paths end at the node before
+    plain = pack(ROWS)
+    before = plain.parents[plain.paths.gather(1, plain.on_path.sum(1, keepdim=True).long() - 1)[:, 0]]
+    assert plain.positions.flatten()[before].tolist() == [end - 1 for end in ends]
+
+
 def test_to_moves_every_tensor():
     batch = pack(ROWS)
     moved = batch.to("meta")
@@ -165,7 +194,7 @@ def test_to_moves_every_tensor():
 
 
 def by_nodes(row):
-    """The tree of one row, token by token: nodes, the parent of each, edges (node, token) and every response's edges."""
+    """The tree of one row, token by token: nodes, the parent of each, edges (node, token), each response's edges."""
     nodes, parent = list(row.prompt), list(range(-1, len(row.prompt) - 1))
     edges, child, paths = {}, {}, []
     for response in row.responses:

@@ -1,18 +1,14 @@
 """test_tokenizers.py - token ids against known ones, no special token from text, and the rules for over-long rows."""
 import base64
 import json
-from pathlib import Path
 
 import pytest
 import tiktoken
 
-from runs.files import UserError
-from data import tokenizers
-from data.preferences import Row
+from data.files import Row
 from data.tokenizers import Tokenizer, TokenRow, load_tokenizer, tokenize
+from runs.files import UserError
 
-SHARED = Path(__file__).parents[2] / "shared"
-TOY = Path(tokenizers.__file__).with_name("toy.tiktoken")
 UNICODE = "\n\nHuman: naïve żółć, 日本語 🙂\t 12345  don't!\r\n"
 SPELLED = "a <|endoftext|> b </s> c <s> d <unk>"  # special tokens' names, as plain text
 
@@ -20,13 +16,6 @@ SPELLED = "a <|endoftext|> b </s> c <s> d <unk>"  # special tokens' names, as pl
 def token_row(prompt, responses):
     """A TokenRow with the one pair and label that every row here has."""
     return TokenRow(prompt, responses, [(0, 1)], [[0]])
-
-
-def shared(*parts):
-    path = SHARED.joinpath(*parts)
-    if not path.exists():
-        pytest.skip(f"{Path(*parts)} is not beside the repository")
-    return path
 
 
 def ranks_file(path, *merged):
@@ -101,18 +90,17 @@ def test_gpt2_without_network(monkeypatch):
         load_tokenizer("gpt2")
 
 
-def test_gpt2_ranks():
-    tokenizer = load_tokenizer(shared("material", "tokenizers", "gpt2", "gpt2.tiktoken"))
+def test_gpt2_ranks(shared):
+    tokenizer = load_tokenizer(shared("tokenizers", "gpt2", "gpt2.tiktoken"))
     assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id) == (50257, 50256, None)
     assert tokenizer.encode("Hello world") == [15496, 995]  # known ids of GPT-2
     assert tokenizer.encode("   I don't") == [220, 220, 314, 836, 470]  # the pattern splits spaces and 't
     assert tokenizer.decode(tokenizer.encode(UNICODE)) == UNICODE
     assert not tokenizer.prefix_space
+    assert tokenizer.eos_id not in tokenizer.encode(SPELLED) and tokenizer.decode(tokenizer.encode(SPELLED)) == SPELLED
 
 
 def test_toy():
-    if not TOY.exists():
-        pytest.skip("data/toy.tiktoken is not there yet")
     tokenizer = load_tokenizer("toy")
     assert tokenizer.name == "toy" and tokenizer.vocab_size == tokenizer.eos_id + 1 > 257 and tokenizer.bos_id is None
     assert tokenizer.decode(tokenizer.encode(UNICODE)) == UNICODE
@@ -120,8 +108,8 @@ def test_toy():
     assert max(tokenizer.encode(UNICODE + SPELLED)) < tokenizer.eos_id
 
 
-def test_stories260k():
-    tokenizer = load_tokenizer(shared("material", "stories260K"))
+def test_stories260k(shared):
+    tokenizer = load_tokenizer(shared("stories260K"))
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (512, 1, 2)
     assert tokenizer.prefix_space
     text = "Once upon a time, there was a little girl named Lily. 日本\n🙂"
@@ -130,8 +118,8 @@ def test_stories260k():
     assert tokenizer.encode("\ud83d") == tokenizer.encode("\ufffd")  # half an emoji does not stop a run
 
 
-@pytest.mark.parametrize("where", [("material", "stories260K"), ("material", "tokenizers", "llama2")])
-def test_no_special_token_from_text(where):
+@pytest.mark.parametrize("where", [("stories260K",), ("tokenizers", "llama2")])
+def test_no_special_token_from_text(shared, where):
     tokenizer = load_tokenizer(shared(*where))
     for text in (SPELLED, "</s>", "a</s>", "<s><s>", "<unk>"):
         assert not {0, 1, 2} & set(tokenizer.encode(text)), text
@@ -139,16 +127,14 @@ def test_no_special_token_from_text(where):
 
 
 def test_no_special_token_from_text_tiktoken(tmp_path):
-    for path in (ranks_file(tmp_path / "tiny.tiktoken", "<|"), SHARED / "material/tokenizers/gpt2/gpt2.tiktoken"):
-        if path.exists():
-            tokenizer = load_tokenizer(path)
-            assert tokenizer.eos_id not in tokenizer.encode(SPELLED)
-            assert tokenizer.decode(tokenizer.encode(SPELLED)) == SPELLED
+    tokenizer = load_tokenizer(ranks_file(tmp_path / "tiny.tiktoken", "<|"))
+    assert tokenizer.eos_id not in tokenizer.encode(SPELLED)
+    assert tokenizer.decode(tokenizer.encode(SPELLED)) == SPELLED
 
 
-def test_llama2_prompt_and_response_are_one_text():
-    """SentencePiece puts a space of its own before the response; the response's own space must not come on top."""
-    tokenizer = load_tokenizer(shared("material", "tokenizers", "llama2"))
+def test_llama2_prompt_and_response_are_one_text(shared):
+    """SentencePiece adds a space before the response; the space that the response begins with is no second one."""
+    tokenizer = load_tokenizer(shared("tokenizers", "llama2"))
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (32000, 1, 2)
     (tokens,), _ = tokenize([row("\n\nHuman: hi\n\nAssistant:", " Hello there")], tokenizer, 100)
     one_text = tokenizer.encode("\n\nHuman: hi\n\nAssistant: Hello there")

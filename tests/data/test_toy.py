@@ -1,14 +1,13 @@
 """test_toy.py - the embedded world: its prompts, responses and scores, the data drawn from it, and its tokenizer."""
 import base64
 import re
-from itertools import permutations
 from pathlib import Path
 
 import pytest
 import torch
 
 from data import make_bpe, toy
-from data.preferences import Row
+from data.files import Row
 from data.tokenizers import load_tokenizer
 
 THREE = ["helpful", "harmless", "concise"]
@@ -17,6 +16,12 @@ SAFE, RISKY = "How do I repair a front door?", "What is the best way to set fire
 
 def risky(prompt):
     return any(f" {verb} " in prompt for _, verbs, *_ in toy.DOMAINS.values() for verb in verbs)
+
+
+@pytest.fixture(scope="module")
+def all_scores():
+    """prompt -> (S, dimensions), for all prompts."""
+    return {prompt: toy.scores(prompt, toy.responses(prompt)) for prompt in toy.prompts("train") + toy.prompts("eval")}
 
 
 def words(prompt):
@@ -45,9 +50,9 @@ def test_every_held_out_verb_and_object_was_trained_on():
 def test_responses():
     for prompt in toy.prompts("train") + toy.prompts("eval"):
         texts = toy.responses(prompt)
-        assert len(texts) == len(set(texts)) == toy.N_RESPONSES == 160
+        assert len(texts) == len(set(texts)) == toy.N_RESPONSES
         assert all(text == text.strip() and text and "  " not in text and "{" not in text for text in texts)
-    assert toy.responses(SAFE) == toy.responses(RISKY)                   # what is right depends on the verb alone
+    assert toy.responses(SAFE) == toy.responses(RISKY)                   # only the scores depend on the verb
     with pytest.raises(ValueError, match="repair a moon"):
         toy.responses("How do I repair a moon?")
 
@@ -66,38 +71,50 @@ def test_responses():
 ])
 def test_scores_by_hand(text, helpful, safe, risky, concise):
     for prompt, harmless in ((SAFE, safe), (RISKY, risky)):
-        assert toy.scores(prompt, [text])[0, :3].tolist() == pytest.approx([helpful, harmless, concise], abs=1e-12)
+        assert toy.scores(prompt, [text], THREE)[0].tolist() == pytest.approx([helpful, harmless, concise], abs=1e-12)
 
 
 def test_scores_have_a_row_for_each_text_and_a_column_for_each_dimension():
-    assert toy.DIMS[:3] == tuple(THREE) and len(set(toy.DIMS)) == 10
+    assert toy.DIMS[:3] == tuple(THREE) and len(set(toy.DIMS)) == len(toy.DIMS)
     texts = toy.responses(RISKY)
     r = toy.scores(RISKY, texts)
-    assert r.shape == (160, 10) and r.dtype == torch.float64
-    assert torch.equal(toy.scores(RISKY, texts[7:9]), r[7:9]) and torch.equal(toy.scores(RISKY, texts), r)
+    assert r.shape == (toy.N_RESPONSES, len(toy.DIMS)) and r.dtype == torch.float64
+    assert torch.equal(toy.scores(RISKY, texts[7:9]), r[7:9]) and toy.scores(RISKY, []).shape == (0, len(toy.DIMS))
+    assert torch.equal(toy.scores(RISKY, texts, ["concise", "helpful"]), r[:, [2, 0]])
     assert (r.std(0) > 0.5).all()                                        # no dimension is indifferent
-    assert abs(torch.corrcoef(r.T) - torch.eye(10)).max() < 0.95         # and no two are the same
+    assert abs(torch.corrcoef(r.T) - torch.eye(len(toy.DIMS))).max() < 0.95      # and no two are the same
 
 
-def test_outside_text_scores_below_all_that_is_inside():
+def test_a_new_dimension_is_one_name_and_one_function(monkeypatch):
+    monkeypatch.setitem(toy.SCORES, "asking", lambda y, risky: (y.closing == "question") - 2.0 * risky)
+    monkeypatch.setattr(toy, "DIMS", tuple(toy.SCORES))
+    monkeypatch.setattr(toy, "_world", toy._world.__wrapped__)           # without the cache
+    dims, no = ["asking", "concise"], "I will not help with that."
+    texts = [f"{no} What have you tried so far?", no, "?"]
+    assert toy.choose_dims(None, len(toy.SCORES))[-1] == "asking" == toy.choose_dims(["asking"], 1)[0]
+    assert toy.scores(SAFE, texts, dims)[:, 0].tolist() == [1, 0, toy.OUTSIDE]
+    assert toy.scores(RISKY, texts, dims)[:, 0].tolist() == [-1, -2, toy.OUTSIDE]
+    assert toy.sample_pairs("eval", dims, 2, 3, torch.Generator()) and toy.demonstrator_probs(SAFE, dims).shape[1] == 2
+
+
+def test_outside_text_scores_below_all_that_is_listed(all_scores):
     outside = toy.scores(SAFE, ["I will not help with that", "", "Hello."])
     assert (outside == toy.OUTSIDE).all()
-    assert all(toy.scores(x, toy.responses(x)).min() > toy.OUTSIDE + 0.1
-               for x in toy.prompts("train") + toy.prompts("eval"))
+    assert all(r.min() > toy.OUTSIDE + 0.1 for r in all_scores.values())
 
 
-@pytest.mark.parametrize("i, j", list(permutations(range(3), 2)))
-def test_the_first_three_dimensions_conflict(i, j):
-    for split in ("train", "eval"):
-        lost = []
-        for prompt in toy.prompts(split):
-            r = toy.scores(prompt, toy.responses(prompt))
-            lost.append((r[:, j].max() - r[r[:, i] == r[:, i].max(), j].max()).item())
-        assert sum(x > 1 for x in lost) >= 0.5 * len(lost)               # the best on i loses over 1 logit on j
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_the_first_three_dimensions_conflict(all_scores, split):
+    r = torch.stack([all_scores[prompt][:, :3] for prompt in toy.prompts(split)])                       # (X, S, 3)
+    best = r.amax(1, keepdim=True)
+    for i in range(3):
+        at_best = r.where(r[..., i:i + 1] == best[..., i:i + 1], -torch.inf).amax(1)                    # (X, 3)
+        lost = best[:, 0] - at_best                                      # on each dimension, by the best ones on i
+        assert ((lost > 1).double().mean(0) >= 0.5).tolist() == [j != i for j in range(3)]
 
 
-def test_helpful_and_harmless_conflict_most_where_it_is_risky():
-    correlation = lambda x: torch.corrcoef(toy.scores(x, toy.responses(x))[:, :2].T)[0, 1].item()
+def test_helpful_and_harmless_conflict_most_where_it_is_risky(all_scores):
+    correlation = lambda x: torch.corrcoef(all_scores[x][:, :2].T)[0, 1].item()
     assert all(correlation(x) < -0.4 if risky(x) else correlation(x) > -0.1 for x in toy.prompts("eval"))
 
 
@@ -106,7 +123,7 @@ def test_helpful_and_harmless_conflict_most_where_it_is_risky():
 def test_base_probs():
     p = {prompt: toy.base_probs(prompt) for prompt in (SAFE, RISKY)}
     for probs in p.values():
-        assert probs.shape == (160,) and (probs > 1e-4).all() and abs(probs.sum() - 1) < 1e-12
+        assert probs.shape == (toy.N_RESPONSES,) and (probs > 1e-4).all() and abs(probs.sum() - 1) < 1e-12
     refuses = torch.tensor(["I will not help" in text for text in toy.responses(SAFE)])
     assert p[SAFE][refuses].sum().item() == pytest.approx(0.1) and p[RISKY][refuses].sum().item() == pytest.approx(0.35)
     assert (p[SAFE] - p[RISKY]).abs().sum() > 0.5                        # the base model can tell one from the other
@@ -122,8 +139,8 @@ def test_pairs_are_all_comparisons_of_distinct_responses():
         assert row.prompt.endswith("\n") and len(set(row.responses)) == 4
         assert set(row.responses) <= set(toy.responses(row.prompt[:-1]))
     prompts = [row.prompt[:-1] for row in rows]
-    assert sorted(prompts[:160]) == sorted(toy.prompts("train"))         # in turn …
-    assert prompts[:160] != toy.prompts("train")                         # … and shuffled
+    every = toy.prompts("train")
+    assert sorted(prompts[:len(every)]) == sorted(every) and prompts[:len(every)] != every      # in turn, shuffled
     held_out = toy.sample_pairs("eval", THREE, 40, 2, torch.Generator())
     assert {row.prompt[:-1] for row in held_out} == set(toy.prompts("eval"))
 
@@ -153,12 +170,12 @@ def residuals(rows, dims):
 
 def worst_bin(p, y):
     """The largest |observed - expected| over ten bins of p and the dimensions, in standard deviations."""
-    bins = [(p >= low / 10) & (p < (low + 1) / 10) for low in range(10)]
+    bins = [(p >= low) & (p < low + 0.1) for low in torch.arange(10) / 10]
     return max(abs(((y - p) * b).sum(0) / (p * (1 - p) * b).sum(0).sqrt()).max().item() for b in bins)
 
 
 def test_labels_are_bradley_terry():
-    dims = ["concise", "helpful", "harmless"]                            # in an order of our own
+    dims = ["concise", "helpful", "harmless"]                            # not the order of DIMS
     p, y = residuals(toy.sample_pairs("train", dims, 1000, 6, torch.Generator().manual_seed(0)), dims)
     assert p.shape == (15_000, 3) and p.min() < 0.1 and p.max() > 0.9
     assert worst_bin(p, y) < 5
@@ -188,7 +205,8 @@ def test_train_bpe_by_hand():
 
 def test_world_text_round_trip():
     tokenizer, text = load_tokenizer("toy"), make_bpe.world_text()
-    assert len(text) == 200 + len({y for x in toy.prompts("train") for y in toy.responses(x)})
+    every = toy.prompts("train") + toy.prompts("eval")
+    assert len(text) == len(every) + len({y for x in every for y in toy.responses(x)})
     lengths = []
     for x in text:
         ids = tokenizer.encode(x)

@@ -1,21 +1,16 @@
 """test_preferences.py - each schema by hand, the real files' counts, the swap, and what bad input says."""
 import json
-from pathlib import Path
 
 import pytest
 
+from data import files
+from data.files import Row
+from data.offline import read_offline
+from data.preferences import read_preferences
+from data.prompts import read_prompts
 from runs.files import UserError
-from data.preferences import Row, read_preferences, write_preferences
 
-SHARED = Path(__file__).parents[2] / "shared"
 PAIR = dict(prompt="hi", response_0="A", response_1="B")
-
-
-def shared(*parts):
-    path = SHARED.joinpath("material", *parts)
-    if not path.exists():
-        pytest.skip(f"{Path(*parts)} is not beside the repository")
-    return path
 
 
 def jsonl(path, *rows):
@@ -82,6 +77,17 @@ def test_several_files_and_blank_lines(tmp_path):
     assert dims == ["helpful", "harmless"] and better(rows) == [[0, -1], [-1, 1]]
 
 
+def test_a_layout_is_one_line_of_a_table(tmp_path, monkeypatch):
+    path = jsonl(tmp_path / "new.jsonl", dict(question="hi", good="A", bad="B"), PAIR | dict(better=dict(helpful=1)))
+    new = lambda row, where: (row["question"], [row["good"], row["bad"]], {"helpful": ("good", 0)})
+    monkeypatch.setattr(files, "LAYOUTS", ((("question", "good"), new), *files.LAYOUTS))
+    rows, dims, _ = read_preferences(path, seed=None)
+    assert dims == ["helpful"] and better(rows) == [[0], [1]]
+    assert rows[0] == Row("hi", ["A", "B"], [(0, 1)], [[0]])
+    assert [row.prompt for row in read_prompts(path)[0]] == ["hi", rows[1].prompt]       # all readers know it
+    assert [row.responses for row in read_offline(path)[0]] == [["A"], ["B"], [" A"], [" B"]]
+
+
 # ---- the swap ----
 
 def test_swap(tmp_path):
@@ -99,25 +105,9 @@ def test_swap(tmp_path):
     assert dropped == 100 and all((row.responses == [" B", " A"]) == swapped[row.prompt] for row in other)
 
 
-# ---- writing ----
-
-def test_write_then_read(tmp_path):
-    prompt = "\n\nHuman: żółć 日本 🙂\u2028\n\nAssistant:"
-    rows = [Row(prompt, [" A", " B\n"], [(0, 1)], [[1, -1]]),
-            Row(prompt, [" A", " B", " C"], [(0, 2), (2, 1)], [[-1, 0], [0, 1]])]
-    write_preferences(tmp_path / "out.jsonl", rows, ["formal", "helpful"])
-    lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").split("\n")
-    assert json.loads(lines[1]) == dict(prompt=prompt, response_0=" A", response_1=" C", better=dict(helpful=0))
-    read, dims, _ = read_preferences(tmp_path / "out.jsonl", dims=["formal", "helpful"], seed=None)
-    assert read == [rows[0], Row(prompt, [" A", " C"], [(0, 1)], [[-1, 0]]),
-                    Row(prompt, [" C", " B"], [(0, 1)], [[0, 1]])]
-    write_preferences(tmp_path / "again.jsonl", read, dims)
-    assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "out.jsonl").read_text()
-
-
 # ---- the real files ----
 
-def test_pku_saferlhf():
+def test_pku_saferlhf(shared):
     path = shared("hh_safe", "pku_saferlhf_train.jsonl")
     rows, dims, dropped = read_preferences(path, pref_dim=2)
     assert (len(rows), dims, dropped) == (494, ["helpful", "harmless"], 0)
@@ -132,7 +122,7 @@ def test_pku_saferlhf():
         assert all(text.startswith(" ") and not text.startswith("  ") for text in row.responses)
 
 
-def test_pku_safer_only():
+def test_pku_safer_only(shared):
     path = shared("hh_safe", "pku_safer_only_eval.jsonl")
     rows, dims, dropped = read_preferences(path)
     assert (len(rows), dims, dropped) == (318, ["harmless"], 0)
@@ -140,7 +130,7 @@ def test_pku_safer_only():
         read_preferences(path, pref_dim=2)
 
 
-def test_hh_helpful_and_harmless_together():
+def test_hh_helpful_and_harmless_together(shared):
     paths = [shared("hh_safe", f"hh_{kind}_train.jsonl") for kind in ("harmless", "helpful")]
     rows, dims, dropped = read_preferences(paths, pref_dim=2)
     assert (len(rows), dims, dropped) == (1476 + 1304, ["helpful", "harmless"], 0)
@@ -154,7 +144,7 @@ def test_hh_helpful_and_harmless_together():
     ("train", 3381, 717, 385, 1219, [1502, 1520, 1365, 949, 1377]),
     ("eval", 485, 101, 50, 174, [218, 221, 188, 121, 194]),
 ])
-def test_helpsteer2(split, count, both, conflict, neither, five):
+def test_helpsteer2(shared, split, count, both, conflict, neither, five):
     path = shared("helpsteer2", f"helpsteer2_{split}.jsonl")
     rows, dims, dropped = read_preferences(path, dims=["helpful", "concise"])
     assert (len(rows), dropped) == (count - neither, neither)
@@ -180,6 +170,7 @@ GOOD = json.dumps(PAIR | dict(better=dict(helpful=0)))
     (json.dumps(PAIR | dict(prompt=3, better={})), 'field "prompt" must be a string, not 3'),
     (json.dumps(PAIR | dict(response_0=None, better={})), 'field "response_0" must be a string, not null'),
     (json.dumps(PAIR), "field with labels is missing"),
+    (json.dumps(dict(prompt="p", response="A")), 'field "response_0" is missing'),
     (json.dumps(PAIR | dict(better=[0])), 'field "better" must be an object like {"helpful": 0}, not [0]'),
     (json.dumps(PAIR | dict(better=dict(helpful=2))), 'field "better.helpful" must be 0, 1 or null, not 2'),
     (json.dumps(PAIR | dict(better=dict(helpful=True))), 'field "better.helpful" must be 0, 1 or null, not true'),

@@ -1,0 +1,108 @@
+"""test_prompts.py - prompts cut from stories, those of JSONL rows, the split; and what else reads such files."""
+import json
+
+import pytest
+
+from data.files import Row
+from data.prompts import read_demonstrations, read_prompts, split
+from runs.files import UserError
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8", newline="")
+    return path
+
+
+def test_stories_are_cut_after_their_first_words(tmp_path):
+    path = write(tmp_path / "stories.txt", "One  two three four.\n\nFive six.\nThe cat  sat on\n \nthe mat. \n"
+                                           "Too short a.\n\tA,\nb c d\n")
+    rows, dropped = read_prompts(path, prompt_words=2)
+    assert rows == [Row("One  two", [" three four.\n\nFive six."]),
+                    Row("The cat", ["  sat on\n \nthe mat."])]   # a line of one space is a blank line
+    assert dropped == {"short": 3, "duplicate": 0}                       # "Too short a.", "A," and "b c d"
+    rows, dropped = read_prompts([str(path)], prompt_words=3)            # 6 words each: just enough
+    assert [row.prompt for row in rows] == ["One  two three", "The cat  sat"] and dropped["short"] == 3
+    write(path, "one two\r\n\r\nthree four\r\nfive six seven\r\n")     # line ends of another system
+    assert read_prompts(path, prompt_words=1)[0] == [Row("one", [" two\n\nthree four"]),
+                                                     Row("five", [" six seven"])]
+
+
+def test_prompts_of_jsonl_take_the_form_of_preference_files(tmp_path):
+    lines = [dict(prompt="hi"), dict(prompt="ho", response="A"), dict(prompt="Human: x\n\nAssistant:", response="B")]
+    path = write(tmp_path / "p.jsonl", "".join(json.dumps(line) + "\n\n" for line in lines))
+    rows, dropped = read_prompts(path)
+    assert rows == [Row("\n\nHuman: hi\n\nAssistant:"),
+                    Row("\n\nHuman: ho\n\nAssistant:", [" A"]),
+                    Row("Human: x\n\nAssistant:", ["B"])] and dropped == {"short": 0, "duplicate": 0}
+
+
+def test_equal_prompts_are_kept_once(tmp_path):
+    stories = write(tmp_path / "s.txt", "A cat sat down.\nA cat ran off.\nA dog ran off.\n")
+    rows, dropped = read_prompts(stories, prompt_words=2)
+    assert [(row.prompt, row.responses) for row in rows] == [("A cat", [" sat down."]), ("A dog", [" ran off."])]
+    assert dropped == {"short": 0, "duplicate": 1}
+    rows, dropped = read_prompts([stories, stories], prompt_words=2)     # across files too
+    assert len(rows) == 2 and dropped == {"short": 0, "duplicate": 4}
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("p.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', r'p.jsonl, row 2: field "prompt" must be a string, not 3'),
+    ("p.jsonl", '{"prompt": "a"}\n\n{"response": "x"}\n', r'p.jsonl, row 3: field "prompt" is missing'),
+    ("p.jsonl", '{"prompt": "a", "response": ["b"]}\n', r'p.jsonl, row 1: field "response" must be a string'),
+    ("p.jsonl", "[1]\n", r"p.jsonl, row 1: not a JSON object"),
+    ("p.jsonl", '{"prompt": "a"}\n{"prompt"', r"p.jsonl, row 2: not JSON"),
+    ("p.jsonl", "\n", r"p.jsonl: the file is empty, there is no prompt in it"),
+    ("s.txt", "too short\n", r"s.txt: there is no prompt in it"),
+    ("s.txt", b"\xff\xfe", r"s.txt: not UTF-8 text"),
+    ("s.csv", "a", r"s.csv: give a .txt file of stories or a .jsonl file"),
+])
+def test_bad_files_name_file_row_and_field(tmp_path, name, text, message):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message):
+        read_prompts(tmp_path / name, prompt_words=2)
+
+
+def test_what_else_cannot_be_read(tmp_path):
+    path = write(tmp_path / "s.txt", "a b c d\n")
+    for arguments, message in [((path,), "give the number of words"), ((path, 0), "give the number of words"),
+                               ((tmp_path / "none.txt", 2), "none.txt: cannot be read"), (([], 2), "no prompt file")]:
+        with pytest.raises(UserError, match=message):
+            read_prompts(*arguments)
+
+
+def test_split_is_by_the_prompt_alone():
+    rows = [Row(f"prompt {i}") for i in range(2000)]
+    train, held_out = split(rows)
+    assert len(train) + len(held_out) == 2000 and not {r.prompt for r in train} & {r.prompt for r in held_out}
+    assert abs(len(held_out) - 200) < 5 * (2000 * 0.1 * 0.9) ** 0.5      # binomial
+    assert [r.prompt for r in held_out[:3]] == ["prompt 14", "prompt 15", "prompt 19"]    # wrong: hash(), shuffles
+    assert split(rows[::-1])[1] == held_out[::-1]
+    assert split(rows[500:600])[1] == [row for row in held_out if row in rows[500:600]]
+    assert [] in split([Row("prompt 0", ["a"]), Row("prompt 0", ["b"])])     # together, whatever their responses
+
+
+@pytest.mark.parametrize("prompt_words", [4, 12])
+def test_real_stories_round_trip(shared, prompt_words):
+    path = shared("text", "tinystories_sample.txt")
+    text = path.read_text(encoding="utf-8")
+    rows, dropped = read_prompts(path, prompt_words)
+    assert len({row.prompt for row in rows}) == len(rows) > 300 and dropped["duplicate"] > 0
+    for row in rows:
+        assert row.prompt + row.responses[0] in text                     # wrong: words joined by single spaces
+        assert len(row.prompt.split()) == prompt_words <= len(row.responses[0].split())
+        assert row.prompt == row.prompt.strip() and row.responses[0][0].isspace() and row.responses[0][-1:].strip()
+
+
+def test_demonstrations_are_one_file_per_dimension(tmp_path):
+    put = lambda name, rows: (tmp_path / name).write_text("\n".join(map(json.dumps, rows)) + "\n")
+    put("short.jsonl", [{"prompt": "Hi?", "response": "Yes."}, {"prompt": "Who?", "response": "Me."}])
+    put("long.jsonl", [{"prompt": "Hi?", "response": "Good day to you."}, {"prompt": "Hi?", "response": "Well met."}])
+    rows, kinds = read_demonstrations([tmp_path / "short.jsonl", tmp_path / "long.jsonl"])
+    assert [row.responses for row in rows] == [[" Yes.", " Good day to you.", " Well met."], [" Me."]]
+    assert kinds == [[0, 1, 1], [0]] and rows[0].prompt == "\n\nHuman: Hi?\n\nAssistant:"
+    put("bad.jsonl", [{"prompt": "Hi?", "response": "Yes."}, {"prompt": "Who?"}])
+    with pytest.raises(UserError, match='bad.jsonl, row 2: field "response" is missing'):
+        read_demonstrations([tmp_path / "bad.jsonl"])
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="empty.jsonl: the file is empty"):
+        read_demonstrations([tmp_path / "empty.jsonl"])
