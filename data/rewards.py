@@ -1,30 +1,41 @@
-"""rewards.py - where PPO's rewards come from: the embedded world, trained reward models, or short text rewards.
+"""rewards.py - where rewards come from: the embedded world, trained reward models, or short text rewards.
 
-    --rewards happy concise                    # text rewards of data/rewards.py, by name
+    --rewards happy concise                    # text rewards of data/text_rewards.py, by name
     --rewards out/reward-a                     # every dimension of a reward model that train_reward.py wrote
     --rewards out/reward-a:harmless length     # one dimension of it, beside a text reward
     --rewards helpful harmless concise:12      # on the embedded world: its own scores, and a text reward of 12 words
 
-B: responses   m: dimensions   raw: (B, m), in a source's own units   r = scale · (raw − mean) / std: what PPO sees
+R: responses   m: dimensions   X: prompts   S: the world's responses to a prompt
+raw: (R, m), in a source's own units   r = scale · (raw − mean) / std: what a method sees
 mean and std are those of the reference policy's own responses, measured once, stored with the run and used ever after:
 so λ weighs rewards of one spread. scale (--reward_scale) is on top, like the paper's ×5 for harmlessness.
 """
 from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 from typing import Callable
 
 import torch
+from safetensors.torch import load_file
 
-from runs.files import UserError
 from data import toy
+from data.base import load_base
+from data.preferences import Row
 from data.text_rewards import TEXT_REWARDS, is_concise, text_rewards
+from data.tokenizers import load_tokenizer, tokenize
+from data.trees import pack_ends
+from ops.heads import RewardModel
+from runs.device import pick_device
+from runs.files import UserError, read_json
+from svd_lora import fingerprint, load_adapter, shared_base
 
 
 @dataclass
 class Rewards:
-    """raw(prompts, responses, finished) -> (B, m) float64 CPU tensor; mean, std, scale: lists of m floats."""
+    """raw(prompts, responses, finished) -> (R, m) float64 CPU tensor; mean, std, scale: lists of m floats."""
     dims: list[str]
+    names: list[str]                # as --rewards has them
     raw: Callable
     mean: list[float | None]        # None: still to be measured
     std: list[float | None]
@@ -34,6 +45,32 @@ class Rewards:
         """raw (…, m) -> r (…, m) in the same dtype: scale · (raw − mean) / std"""
         mean, std, scale = (torch.tensor(x, dtype=raw.dtype) for x in (self.mean, self.std, self.scale))
         return scale * (raw - mean) / std
+
+    def measure(self, raw, where):
+        """Fills in the mean and the standard deviation of rewards that bring none: those of raw (responses, m).
+
+        Raises UserError for a reward that is the same for all of them: there is nothing to normalise, or to learn.
+        """
+        for i, dim in enumerate(self.dims):
+            if not raw[:, i].max() > raw[:, i].min():
+                raise UserError(f"reward {dim}: {raw[0, i].item():g} for every response {where}; "
+                                f"there is no signal in it")
+            if self.mean[i] is None:
+                self.mean[i], self.std[i] = raw[:, i].mean().item(), raw[:, i].std().item()
+
+    def description(self):
+        """What config.json says of them: an evaluation uses the statistics that the run was trained with."""
+        return {"names": self.names, "mean": self.mean, "std": self.std, "scale": self.scale}
+
+
+def rewards_of(names, scale, on_world, policy, device):
+    """The rewards that --rewards names. on_world: prompts are the embedded world's.
+
+    policy: the Transformer in use; a reward model on the same base shares its frozen weights. Raises UserError.
+    """
+    if on_world and of_world(names):
+        return world_rewards(names, scale)
+    return named_rewards(names, scale, policy, device)
 
 
 def of_world(names):
@@ -49,15 +86,15 @@ def world_rewards(names, scale):
     """
     def raw(prompts, responses, finished):
         ended = [y if end else "" for y, end in zip(responses, finished)]             # "" is not of the world either
-        r = torch.cat([toy.scores(x.removesuffix("\n"), [y for _, y in same])                          # (B, 10)
+        r = torch.cat([toy.scores(x.removesuffix("\n"), [y for _, y in same])                # (R, all dimensions)
                        for x, same in groupby(zip(prompts, ended), key=itemgetter(0))])
         outside = (r == toy.OUTSIDE).all(1)
         return torch.stack([r[:, toy.DIMS.index(name)] if name in toy.DIMS else
                             torch.where(outside, toy.OUTSIDE, text_rewards([name], prompts, ended)[:, 0])
                             for name in names], dim=1)
 
-    rewards = Rewards([name.partition(":")[0] for name in names], raw, [0.0] * len(names), [1.0] * len(names),
-                      scale or [1.0] * len(names))
+    rewards = Rewards([name.partition(":")[0] for name in names], list(names), raw, [0.0] * len(names),
+                      [1.0] * len(names), scale or [1.0] * len(names))
     p = torch.stack([toy.base_probs(x) for x in toy.prompts("train")])[..., None] / len(toy.prompts("train"))
     scores = world_scores(rewards, toy.prompts("train"))                              # (X, S, m)
     mean = (p * scores).sum((0, 1))
@@ -71,23 +108,19 @@ def world_scores(rewards, prompts):
     return torch.stack([rewards.raw([x] * S, toy.responses(x), [True] * S) for x in prompts])
 
 
-def world_ideal(rewards, split="train"):
-    """The largest normalised reward z_i of each dimension over the world's responses, Eq. (13). (m,)"""
-    return rewards.normalise(world_scores(rewards, toy.prompts(split)).flatten(0, 1)).amax(0)
+def world_ideal(rewards):
+    """z of Eq. (13): the largest normalised reward of each dimension on the train prompts. (m,)"""
+    return rewards.normalise(world_scores(rewards, toy.prompts("train")).flatten(0, 1)).amax(0)
 
 
 def named_rewards(names, scale, policy, device):
-    """The sources of --rewards side by side. A reward model brings its own statistics; text rewards leave them open.
-
-    policy: the Transformer in use; a reward model on the same base shares its frozen weights. Raises UserError.
-    """
+    """The sources of --rewards side by side. A reward model brings its own statistics; text rewards leave them open."""
     dims, parts, mean, std = [], [], [], []
     for name in names:
         if name in TEXT_REWARDS or is_concise(name):
             dims, mean, std = dims + [name.partition(":")[0]], mean + [None], std + [None]
             parts.append(lambda x, y, end, name=name: text_rewards([name], x, y))
             continue
-        from train_reward import load_reward_model                                    # it trains too: only on demand
         directory, _, dim = name.partition(":")
         judge, judged = load_reward_model(directory, policy, device)
         if dim and dim not in judged:
@@ -97,5 +130,57 @@ def named_rewards(names, scale, policy, device):
         parts.append(lambda *args, judge=judge, columns=columns: judge(*args)[:, columns].double())
     if len(set(dims)) < len(dims):
         raise UserError(f"--rewards {' '.join(names)}: the dimensions {' '.join(dims)} must all differ")
-    return Rewards(dims, lambda *args: torch.cat([part(*args) for part in parts], dim=1), mean, std,
+    return Rewards(dims, list(names), lambda *args: torch.cat([part(*args) for part in parts], dim=1), mean, std,
                    scale or [1.0] * len(dims))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trained reward models.
+
+@torch.no_grad()
+def raw_rewards(model, tokenizer, max_length, prompts, responses, finished, batch_size=32):
+    """A reward model's rewards before normalisation, (R, m) fp32 on the CPU, of R texts: tokenised as training rows
+    are, with EOS behind the response where it is finished. Three lists of length R: str, str, bool."""
+    rows = tokenize([Row(x, [y], [], []) for x, y in zip(prompts, responses, strict=True)], tokenizer, max_length)[0]
+    for row, done in zip(rows, finished, strict=True):
+        if not done and row.responses[0][-1] == tokenizer.eos_id:
+            row.responses[0].pop()
+    out, device = [], model.head.weight.device
+    for i in range(0, len(rows), batch_size):
+        batch, last = pack_ends(rows[i:i + batch_size])
+        batch = batch.to(device)
+        out.append(model(batch.tokens, last.to(device), batch.positions, batch.mask).cpu())
+    return torch.cat(out)
+
+
+def load_reward_model(path, policy=None, device="cpu"):
+    """The rewards of a finished run directory of train_reward.py -> (rewards, dims).
+
+    rewards(prompts, responses, finished) -> (R, m) fp32 on the CPU: reward_scale_i · (raw_i − mean_i) / std_i, columns
+    as dims. Prompts are whole model inputs, as data.preferences.Row has them (the embedded world's end in a line break,
+    the others' in "Assistant:"); responses are without EOS, finished says whether it followed.
+    policy: a Transformer, with or without an adapter. Where its base is the reward model's own, that base is used, its
+    weights frozen and its adapter left alone: there is no second copy of it, and `device` is the policy's. Else the
+    base is read from the directory it was trained from. Raises UserError for a directory that is not a finished run.
+    """
+    path = Path(path)
+    if not (path / "reward.json").exists() or read_json(path / "config.json").get("script") != "train_reward.py":
+        raise UserError(f"{path} is not a finished run of train_reward.py")
+    config, report = read_json(path / "config.json"), read_json(path / "reward.json")
+    if policy is not None and fingerprint(policy) == config["fingerprint"]:
+        backbone = shared_base(policy)
+    else:
+        device, dtype = pick_device(str(device), config["flags"]["precision"])
+        backbone, _ = load_base(config["base"], config["tokenizer"], device, dtype, config["flags"]["quantize"])
+    load_adapter(backbone, path / "adapter.safetensors", config["dims"])
+    model = RewardModel(backbone, len(config["dims"]))
+    model.load_state_dict(load_file(path / "heads.safetensors"), strict=False)
+    model.requires_grad_(False)
+    tokenizer, max_length = load_tokenizer(config["tokenizer"]), config["max_length"]
+    mean, std, scale = (torch.tensor(report[key]) for key in ("mean", "std", "reward_scale"))
+
+    def rewards(prompts, responses, finished):
+        """Normalised rewards of R texts: (R, m) fp32 on the CPU."""
+        return scale * (raw_rewards(model, tokenizer, max_length, prompts, responses, finished) - mean) / std
+
+    return rewards, list(config["dims"])

@@ -1,4 +1,4 @@
-"""directory.py - run directories: their names, what may be resumed, and what an earlier run left."""
+"""directory.py - run directories: their names, what config.json says, what is resumed, and how a run ends."""
 import dataclasses
 import sys
 from pathlib import Path
@@ -9,10 +9,14 @@ from runs.checkpoints import read_state_header
 from runs.files import UserError, read_json, write_json
 from runs.log import truncate_log
 from runs.processes import barrier, ranks
-
+from runs.speed import report_speed
+from svd_lora import fingerprint
 
 # flags that change nothing of what is trained, but for the last bits
 UNTRAINED = {"out", "device", "log_every", "eval", "checkpoint", "compile", "parallel"}
+# methods as tables and pictures call them
+LABELS = {"panacea": "Panacea", "rs": "Rewarded soups", "dps": "Discrete policy solutions", "pama": "PAMA",
+          "mgda": "MGDA"}
 
 
 def run_name(parts, flags, named):
@@ -24,6 +28,16 @@ def run_name(parts, flags, named):
         if f.name not in named and value != default:
             parts.append(f"{f.name}{Path(value).name if isinstance(value, str) else value}")
     return "out/" + "-".join(parts).replace(" ", "").replace("/", "_")
+
+
+def run_config(script, flags, dims, model, base, tokenizer, **more):
+    """What config.json says of a run. more: what only some scripts have: method, label, objective, models, rewards, …
+
+    objective: {"name", "beta", "aggregate", "ideal"}, what the run optimises: fronts/objective.py knows what it means.
+    """
+    return {"script": script, "flags": dataclasses.asdict(flags), "dims": list(dims), "base": str(base),
+            "tokenizer": tokenizer, "fingerprint": fingerprint(model), "python": sys.version.split()[0],
+            "torch": torch.__version__, **more}
 
 
 def prepare_run(out, config):
@@ -58,6 +72,24 @@ def prepare_run(out, config):
     return state
 
 
-def versions():
-    """The versions a run depends on, for config.json."""
-    return {"python": sys.version.split()[0], "torch": torch.__version__}
+def steps_each(flags, models):
+    """The optimizer steps of each model of a run: they share --steps evenly. Raises UserError for fewer than one."""
+    if flags.steps < len(models):
+        raise UserError(f"--steps {flags.steps} are shared by {len(models)} models of method {flags.method}")
+    return flags.steps // len(models)
+
+
+def models_left(models, resume):
+    """Yields (number, the model's (name, λ), the state to resume from or None) for those models of a run that are still
+    to be trained. models: as aggregate.models_of has them   resume: what prepare_run returned"""
+    for i, model in enumerate(models):
+        if resume is None or resume["member"] <= i:
+            yield i, model, resume
+            resume = None
+
+
+def finish_run(out, what, device, dtype, world=1):
+    """Sums up the speed of a trained run; there is nothing left to resume."""
+    seconds = report_speed(out, device, dtype, world)
+    print(f"trained {what} in {seconds:.0f} s: {out}")
+    (out / "state.safetensors").unlink(missing_ok=True)

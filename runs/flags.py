@@ -1,4 +1,8 @@
-"""flags.py - a dataclass becomes the flags of a script; what is wrong with them is one line, and exit status 2."""
+"""flags.py - a dataclass becomes the flags of a script; what is wrong with them is one line, and exit status 2.
+
+A script's Flags is a dataclass of its own flags that also takes in groups which several scripts share: RunFlags (how a
+training runs), BaseFlags (of which base model), AdapterFlags (how the adapter learns).
+"""
 import argparse
 import dataclasses
 import inspect
@@ -11,73 +15,117 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from runs.files import UserError, read_json
+from runs.files import UserError
 
 
-def flag(default, text, **metadata):
-    """A dataclass field that is a command line flag: default, help text."""
-    metadata |= {"help": text}
-    if isinstance(default, (list, dict)):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+def flag(default, text, valid=None, positional=False):
+    """A dataclass field that is a command line flag.
+
+    valid: the numbers that it takes: an integer n (at least n), "positive", "share" (0 to 1) or "not negative"; of a
+    list, every entry. None, where a flag has no value yet, is always valid. positional: the flag has no dashes.
+    """
+    metadata = {"help": text, "valid": valid, "positional": positional}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass
 class RunFlags:
-    """Flags about how a training runs, not what it trains. Scripts' Flags inherit them."""
+    """How a training runs, not what it trains."""
 
     out: str | None = flag(None, "run directory (default out/<what this run is>)")
     device: str = flag("auto", "cpu, cuda, or auto")
+    log_every: int = flag(20, "print a line every so many steps", 1)
+    save_every: int = flag(200, "write a checkpoint every so many steps", 1)
+    eval: bool = flag(True, "evaluate at the end")
+
+
+@dataclasses.dataclass
+class BaseFlags:
+    """Which base model, and how it is kept. Without --init it is the embedded world's own."""
+
+    init: str | None = flag(None, "Hugging Face directory of the base model (default: the embedded world's)")
+    size: str | None = flag(None, "size of the embedded world's base model (default tiny; 125m on a GPU)")
+    tokenizer: str | None = flag(
+        None, "toy, gpt2, a *.tiktoken file or a directory with tokenizer.json (default: --init's)")
+    max_length: int = flag(512, "tokens of prompt and response together; longer ones are cut and counted", 2)
     precision: Literal["auto", "fp32", "bf16"] = flag(
         "auto", "of the frozen base (auto: bf16 on a GPU, else fp32); what is trained is fp32 always")
     quantize: Literal["none", "int8", "nf4"] = flag(
         "none", "keep the matrices of the frozen base in 8 or 4 bits a weight: less memory, slower products")
     checkpoint: bool = flag(False, "keep only the input of each block for the backward pass and compute the rest "
                                    "again: less memory, about a third more time")
-    log_every: int = flag(20, "print a line every so many steps")
-    save_every: int = flag(200, "write a checkpoint every so many steps")
-    eval: bool = flag(True, "evaluate at the end")
 
 
-def check_ranges(flags, at_least, positive=(), shares=(), not_negative=()):
-    """Raises UserError for the first flag out of its range. None, where a flag has no value yet, is always in it.
+@dataclasses.dataclass
+class AdapterFlags:
+    """How the adapter learns (Panacea's Tables 1 and 2, where they name it)."""
 
-    at_least: {name: lowest integer}; names of numbers that are positive, between 0 and 1, or not negative.
-    """
-    given = lambda names: [(name, value) for name in names if (value := getattr(flags, name)) is not None]
-    for name, value in given(at_least):
-        if value < at_least[name]:
-            raise UserError(f"--{name} {value}: must be at least {at_least[name]}")
-    for name, value in given(positive):
-        if not 0 < value < float("inf"):
-            raise UserError(f"--{name} {value}: must be positive")
-    for name, value in given(shares):
-        if not 0 <= value <= 1:
-            raise UserError(f"--{name} {value}: must be between 0 and 1")
-    for name, value in given(not_negative):
-        if not 0 <= value < float("inf"):
-            raise UserError(f"--{name} {value}: must not be negative")
+    lora_dim: int = flag(8, "k, the learned rank; the whole rank is k + m, and k + 1 where λ is no input", 1)
+    lora_scaling: float = flag(512.0, "the adapter's gain is lora_scaling / lora_dim", "positive")
+    lr: float | None = flag(None, "peak learning rate, then a cosine to 0 "
+                                  "(default 2e-3 on the embedded world; else 2e-4, 1e-3 below width 512)", "positive")
+    weight_decay: float = flag(0.05, "AdamW's, on U and V only", "not negative")
+    warmup_ratio: float = flag(0.03, "share of the steps with a rising learning rate", "share")
+    max_grad_norm: float = flag(1.0, "gradient clipping", "positive")
+    batch_size: int = flag(8, "B: data rows per step", 1)
+    steps: int | None = flag(None, "optimizer steps in all (embedded world: 400)", 1)
+    seed: int = flag(0, "seed of adapter, data order, preferences and samples")
+
+
+@dataclasses.dataclass
+class PreferenceFlags:
+    """Panacea and its baselines, rewarded soups and discrete policy solutions: dpo, sft, ppo."""
+
+    pref_dim: int = flag(2, "m: the number of preference dimensions, the first m of the data's")
+    dims: list[str] | None = flag(None, "these dimensions instead, in this order")
+    method: Literal["panacea", "rs", "dps"] = flag(
+        "panacea", "Panacea; rewarded soups: one model per dimension; discrete policy solutions: one per preference")
+    aggregate: Literal["ls", "tche"] = flag("ls", "linear scalarisation or Tchebycheff")
+    ideal: list[float] | None = flag(None, "Tchebycheff's z of Eq. (7), one per dimension: the best reachable losses "
+                                           "(RLHF: rewards; default: what is best on the embedded world, else 0)")
+    lams_per_step: int | None = flag(None, "G: preferences per step, each with its share of the batch; 1 is the "
+                                           "paper's (default 8 for ls; 1 for tche, whose maximum is of batch means)", 1)
+    vertex_share: float = flag(0.25, "share of the preferences that are vertices of the simplex; the others are drawn "
+                                     "evenly from it", "share")
+    dps_parts: int = flag(10, "dps: the simplex is cut into so many parts; m = 2: parts + 1 models", 1)
+    snapshots: int = flag(8, "adapters kept along the way, for the front's evolution", 0)
+
+
+def check_valid(flags):
+    """Raises UserError for the first flag with a number that its declaration does not allow."""
+    for f in dataclasses.fields(flags):
+        valid, given = f.metadata.get("valid"), getattr(flags, f.name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is None or valid is None:
+                continue
+            if isinstance(valid, int) and value < valid:
+                raise UserError(f"--{f.name} {value}: must be at least {valid}")
+            if valid == "positive" and not 0 < value < float("inf"):
+                raise UserError(f"--{f.name} {value}: must be positive")
+            if valid == "share" and not 0 <= value <= 1:
+                raise UserError(f"--{f.name} {value}: must be between 0 and 1")
+            if valid == "not negative" and not 0 <= value < float("inf"):
+                raise UserError(f"--{f.name} {value}: must not be negative")
 
 
 def cli(cls, doc, argv=None):
-    """Parses sys.argv into the dataclass `cls`, one `--field` for each of its fields.
+    """Parses sys.argv into the dataclass `cls`, one `--field` for each of its fields. Raises UserError for a number out
+    of its range.
 
     Types come from the annotations: bool becomes --x/--no-x, Literal its choices, list[T] takes several values, and
-    T | None a T; a flag with positional=True has no dashes. `--config file.json` is read first: its keys become
-    defaults, and an unknown key is an error.
+    T | None a T.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--config", help="JSON file with defaults for the flags below")
-    hints = typing.get_type_hints(cls)
-    own = inspect.get_annotations(cls)
-    for f in sorted(dataclasses.fields(cls), key=lambda f: f.name not in own):        # inherited ones stand last
+    hints, own = typing.get_type_hints(cls), inspect.get_annotations(cls)
+    for f in sorted(dataclasses.fields(cls), key=lambda f: f.name not in own):        # shared ones stand last
         kind = hints[f.name]
         options = [a for a in typing.get_args(kind) if a is not type(None)]
-        optional = type(None) in typing.get_args(kind)
-        if optional and len(options) == 1:                                            # T | None
+        if type(None) in typing.get_args(kind):                                       # T | None
             kind, options = options[0], typing.get_args(options[0])
         default = f.default_factory() if f.default is dataclasses.MISSING else f.default
-        more = dict(default=default, help=f.metadata.get("help"))
+        more = dict(default=default, help=f.metadata["help"])
         if kind is bool:
             more |= dict(action=argparse.BooleanOptionalAction)
         elif typing.get_origin(kind) is typing.Literal:
@@ -86,24 +134,13 @@ def cli(cls, doc, argv=None):
             more |= dict(nargs="+", type=options[0], metavar=f.name.upper())
         else:
             more |= dict(type=kind)
-        if f.metadata.get("positional"):
+        if f.metadata["positional"]:
             parser.add_argument(f.name, nargs="+", help=more["help"])
         else:
             parser.add_argument("--" + f.name, **more)
-    known, _ = parser.parse_known_args(argv)
-    if known.config:
-        preset = read_json(known.config)
-        unknown = sorted(set(preset) - {f.name for f in dataclasses.fields(cls)})
-        if unknown:
-            raise UserError(f"{known.config}: unknown key {unknown[0]!r}; see --help for the flags")
-        for action in parser._actions:
-            if action.choices and action.dest in preset and preset[action.dest] not in action.choices:
-                raise UserError(f"{known.config}: {action.dest} is {preset[action.dest]!r}; choose among "
-                                f"{', '.join(map(str, action.choices))}")
-        parser.set_defaults(**preset)
-    args = vars(parser.parse_args(argv))
-    args.pop("config")
-    return cls(**args)
+    flags = cls(**vars(parser.parse_args(argv)))
+    check_valid(flags)
+    return flags
 
 
 def run_main(main, cls, doc, several=False):

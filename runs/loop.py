@@ -1,5 +1,26 @@
-"""loop.py"""
+"""loop.py - what every step of every training needs and no paper speaks of: resuming, learning rate, backward pass and
+optimizer step over micro-batches and processes, snapshots, checkpoints, log lines, speed.
+
+    run = Run(model, optimizer, out, "adapter", flags, steps)
+    for step in run.steps():            # from 0, or from where a killed run ended
+        …                               # the paper
+        run.update(loss)                # backward, clip, optimizer step
+        run.log(tokens, predicted, …)   # a record in metrics.jsonl, and every --log_every steps a line
+
+m: dimensions   items: what a loss is a mean of (compared pairs, responses)
+"""
 import math
+import time
+
+import torch
+
+from runs.checkpoints import load_state, save_state
+from runs.files import UserError
+from runs.log import Log
+from runs.processes import all_sum, ranks, reduce_gradients
+from runs.randomness import generator_for
+from runs.speed import model_flops
+from svd_lora import inject_svd_lora, parameter_groups, save_adapter
 
 
 def learning_rate(step, steps, peak, warmup_ratio):
@@ -8,3 +29,140 @@ def learning_rate(step, steps, peak, warmup_ratio):
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def add_adapter(model, flags, m, member=0):
+    """A fresh adapter in place: rank lora_dim + m where the m preference weights are singular values, and for m = 0, a
+    baseline's, lora_dim + 1. Its gain is lora_scaling / lora_dim for every method."""
+    k = flags.lora_dim if m else flags.lora_dim + 1
+    inject_svd_lora(model, k, m, flags.lora_scaling / flags.lora_dim * k, getattr(flags, "pref_scaling", None),
+                    generator_for(flags.seed, "adapter", member))
+
+
+def adamw(model, flags, betas=(0.9, 0.95), head=None):
+    """AdamW for an adapter, with weight decay on U and V alone (and on a head that learns beside it)."""
+    heads = [] if head is None else [{"params": [head.weight], "weight_decay": flags.weight_decay}]
+    return torch.optim.AdamW([*parameter_groups(model, flags.weight_decay), *heads], lr=flags.lr, betas=betas,
+                             fused=True)                               # fused: one pass over many small tensors
+
+
+class Run:
+    """One training: of an adapter, of a base model, of a reward model."""
+
+    def __init__(self, model, optimizer, out, name, flags, steps, dims=(), member=0, resume=None, parts=1, base=4,
+                 critic=None, critic_optimizer=None):
+        """model: all of it that requires a gradient is trained, by `optimizer`; it has a `config`
+        out, name: the run directory, and what this training is called there   flags: lr, warmup_ratio, …
+        member: the number of this training among those of the run   resume: header of a state file, or None
+        parts: micro-batches per step   base: operations per parameter of the base and token (runs.speed.model_flops)
+        critic, critic_optimizer: a network that is trained beside it and kept with it
+        """
+        self.model, self.optimizer, self.out, self.name, self.flags = model, optimizer, out, name, flags
+        self.n_steps, self.dims, self.member, self.resume = steps, dims, member, resume
+        self.parts, self.base = parts, base
+        self.trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.state = self.trained + ([(f"critic.{n}", p) for n, p in critic.named_parameters()] if critic else [])
+        self.optimizers = [optimizer] + ([critic_optimizer] if critic else [])
+        self.adapter_size = sum(p.numel() for n, p in self.trained if n.endswith((".U", ".V")))
+        self.kept = {}          # JSON values that a resumed run needs besides, as they were after its last step
+
+    def steps(self):
+        """Yields the number of each step, from 0 or from where the killed run ended; with micro-batches as often as the
+        step has parts, and `part` says which. Keeps snapshots and checkpoints after a step."""
+        first, flags = 0, self.flags
+        if self.resume is not None:
+            load_state(self.out / "state.safetensors", self.state, *self.optimizers)
+            first, self.kept = self.resume["step"], self.resume.get("kept", {})
+        snapshots, save_every = getattr(flags, "snapshots", 0), getattr(flags, "save_every", None)
+        snapshot_steps = {round(self.n_steps * (j + 1) / snapshots) for j in range(snapshots)} - {self.n_steps}
+        self.lines = Log(self.out / "metrics.jsonl", self.n_steps, first, flags.log_every, self.name)
+        for step in range(first, self.n_steps):
+            self.step, self.started, self.loss, self.sums = step, time.time(), 0.0, {}
+            self.counted = self.flops = 0
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(step, self.n_steps, flags.lr, flags.warmup_ratio)
+            for self.part in range(self.parts):
+                yield step
+            done = step + 1
+            if done in snapshot_steps:
+                save_adapter(self.model, self.out / "snapshots" / f"{self.name}-{done:06d}.safetensors", self.dims,
+                             step=done)
+            if save_every and (done % save_every == 0 or done == self.n_steps):
+                save_state(self.out / "state.safetensors", self.state, *self.optimizers, step=done, member=self.member,
+                           kept=self.kept)
+        self.lines.close()
+
+    @property
+    def last_part(self):
+        """Whether this is the last micro-batch of its step."""
+        return self.part == self.parts - 1
+
+    def update(self, loss, penalty=0.0):
+        """Backward pass; after the last micro-batch gradients are summed over processes, clipped, and the optimizer
+        takes its step. Raises UserError where the loss or the gradient is not finite, before anything is changed.
+
+        loss: its gradients are those of this micro-batch's and this process's rows alone, so they add up; None: the
+        gradients are there already. penalty: a term without rows, of which each of them takes its share.
+        """
+        rank, world = ranks()
+        if loss is not None:
+            self.loss += (loss + penalty / self.parts).item()
+            self.require_finite("loss", self.loss)
+            (loss + penalty / self.parts / world).backward()
+        if self.last_part:
+            parameters = [p for _, p in self.trained]
+            reduce_gradients(parameters)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.flags.max_grad_norm)
+            self.norm = norm.item()
+            self.require_finite("gradient's norm", self.norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def require_finite(self, what, value):
+        """Raises UserError for a number that is infinite or none."""
+        if not math.isfinite(value):
+            raise UserError(f"{self.name}, step {self.step + 1}: the {what} is {value}; lower --lr or --lora_scaling")
+
+    def work(self, tokens, predicted=0, base=None):
+        """Counts the model FLOPs of tokens that ran through the blocks, and of those that the head predicted."""
+        self.flops += model_flops(self.model.config, tokens, predicted, self.adapter_size, base or self.base)
+
+    def log(self, tokens, predicted=None, show=(), means=None, **record):
+        """Adds up what this micro-batch has seen; after the last one writes the record of the step.
+
+        tokens: that the step's speed is told by; predicted: how many of them the head predicted (None: work() has
+        counted already). means: {key: (values, known)}, (items, m) each: the mean of every column over its known items,
+        of all micro-batches and processes, None where there are none. record: JSON values as they are.
+        show: the keys that stand in the line for people.
+        """
+        if predicted is not None:
+            self.work(tokens, predicted)
+        self.counted += tokens
+        for key, (values, known) in (means or {}).items():
+            self.sums[key] = self.sums.get(key, 0) + torch.stack([(values.detach() * known).sum(0), known.sum(0)])
+        if not self.last_part:
+            return
+        self.counted, self.flops = all_sum(torch.tensor([self.counted, self.flops], device=self.device)).tolist()
+        for key, sums in self.sums.items():
+            record[key] = [total / n if n else None for total, n in zip(*all_sum(sums).tolist())]
+        seconds = time.time() - self.started
+        record = {"step": self.step + 1, "member": self.member, "loss": self.loss, **record, "grad_norm": self.norm,
+                  "lr": self.optimizer.param_groups[0]["lr"], "tokens": self.counted, "flops": self.flops,
+                  "tokens_per_second": self.counted / seconds, "seconds": seconds}
+        self.lines.step(record, self.line(record, show))
+
+    @property
+    def device(self):
+        """Where the model is."""
+        return self.trained[0][1].device
+
+    def line(self, record, show):
+        """A record as a line: every key of `show` with its number, or with one number per dimension."""
+        number = lambda x: "-" if x is None else f"{x:.3f}"
+        cells = [f"step {record['step']:05d}/{self.n_steps:05d}"]
+        for key in ("loss", *show, "grad_norm"):
+            value = record[key]
+            if isinstance(value, list):
+                value = " ".join(f"{dim} {number(x)}" for dim, x in zip(self.dims, value))
+            cells.append(f"{key} {value if isinstance(value, str) else number(value)}")
+        return " | ".join(cells) + f" | {record['tokens_per_second'] / 1e3:.1f}k tok/s"

@@ -59,10 +59,10 @@ def all_sum(x):
 
 
 def with_value(local, whole):
-    """The value of `whole` with the gradient of `local`, this process's share of it.
+    """Forward: `whole`, the sum over all processes. Backward: the gradient goes to `local`, this process's part of it.
 
-    A function f of a sum over processes then has the right gradient, f'(whole) · ∂local, summed over the processes;
-    f(local) would have it at another point: Tchebycheff's maximum, say, is of the means of the whole batch.
+    For a function f of the sum, each process then gets f'(whole) · ∂local, and the gradients add up to the right one.
+    With f(local) it would be f'(local): wrong where f is not linear, as Tchebycheff's maximum is not.
     """
     return whole + (local - local.detach())
 

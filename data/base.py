@@ -1,0 +1,52 @@
+"""base.py - the frozen base model that a training starts from, and its tokenizer."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from data.tokenizers import load_tokenizer
+from model import Transformer
+from runs.files import ROOT, UserError
+from runs.processes import first_alone
+
+
+def find_base(init, size, tokenizer, device):
+    """The base model's directory and its tokenizer's name, from the flags --init, --size and --tokenizer.
+
+    Without --init it is the embedded world's own: 125m on a GPU, else tiny; train_base.py makes it if it is not there.
+    """
+    size = size or ("125m" if device.type == "cuda" else "tiny")
+    base = init or first_alone(lambda: _world_base(size, str(device)))
+    return base, tokenizer or ("toy" if is_world_base(base) else base)
+
+
+def is_world_base(path):
+    """Whether train_base.py made this directory: a model that knows the embedded world and nothing else."""
+    return (Path(path) / "base.json").exists()
+
+
+def _world_base(size, device):
+    out = f"out/base-{size}-seed0"
+    if not is_world_base(out):
+        command = ["train_base.py", "--size", size, "--device", device]
+        print(f"no base model in {out} yet: python {' '.join(command)} makes it (once)", flush=True)
+        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}    # of torchrun
+        if code := subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], env=alone).returncode:
+            raise UserError(f"{command[0]} ended with status {code}: there is no base model to start from")
+    return out
+
+
+def load_base(base, tokenizer_name, device, dtype, quantize="none", checkpoint=False):
+    """The frozen base model and its tokenizer. Raises UserError where the tokenizer has ids that the model has not."""
+    model = Transformer.from_pretrained(base, dtype=dtype, device=device, quantize=quantize).requires_grad_(False)
+    model.checkpoint_blocks = checkpoint
+    tokenizer = load_tokenizer(tokenizer_name)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the base model {base} only "
+                        f"{model.config.vocab_size}: name the model's own with --tokenizer")
+    return model, tokenizer
+
+
+def usual_rate(on_world, config):
+    """The learning rate of an adapter where none is given: small models take larger steps."""
+    return 2e-3 if on_world else 1e-3 if config.d_model < 512 else 2e-4

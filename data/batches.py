@@ -1,0 +1,94 @@
+"""batches.py - the rows of a training step, each under one of G preferences, and the means of losses over them.
+
+B: rows of a batch   G: preferences in a step   R: responses   P: compared pairs   m: dimensions   N: predicted tokens
+items: what a loss is a mean of: the P pairs (DPO), the R responses (SFT)
+known: (items, m) 1 where an item counts for a dimension: a pair with a label for it, a response that demonstrates it
+"""
+from dataclasses import dataclass
+
+import torch
+
+from aggregate import denominators
+from data.trees import TreeBatch, batch_logprobs, pack, row_lengths
+from runs.processes import all_sum, ranks, with_value
+from runs.randomness import epoch_batch
+from svd_lora import adapters_off
+
+
+def pad_to(device, compiled=False):
+    """The multiple that T is padded to: few shapes where each new one costs a compilation or a fresh set of kernels."""
+    return 64 if compiled or device.type == "cuda" else 1
+
+
+@dataclass
+class Batch:
+    """What one process computes at once: its rows of one micro-batch."""
+    rows: list[int]             # (B,) which rows of the data
+    group: torch.Tensor         # (B,) which of the G preferences each is under
+    tree: TreeBatch
+    tokens: int                 # that run through the blocks
+    predicted: int              # N
+    known: torch.Tensor         # (items, m)
+    item_group: torch.Tensor    # (items,) the preference that each item is under
+    counts: torch.Tensor        # (G or 1, m) what sums are divided by, and
+    absent: torch.Tensor        # (G, m) what is added to the quotients: aggregate.denominators of the whole step
+
+    def mean(self, losses):
+        """L (G, m), the mean loss of each dimension under each preference. losses: (items, m)
+
+        Its value is that of the rows of all processes, its gradient that of the rows here. What other micro-batches
+        hold is 0 here: linear scalarisation is additive, and for Tchebycheff no preference is split between them.
+        """
+        G, m = self.absent.shape
+        share = losses.new_zeros(G, m).index_add(0, self.item_group, losses * self.known) / self.counts
+        return with_value(share, all_sum(share.detach().clone())) + self.absent
+
+
+class Batches:
+    """Cuts rows into batches, in an order that is a function of seed and step (runs.randomness.epoch_batch)."""
+
+    def __init__(self, rows, known, flags, G, device, first=0, by_length=False, parts=1):
+        """rows: list of TokenRow   known: for each its items, (items, m)   flags: batch_size, seed, aggregate
+        first: the number of the batch that step 0 takes   by_length: batches of rows of about one length
+        parts: micro-batches per step
+        """
+        self.rows, self.known, self.flags, self.device = rows, known, flags, device
+        self.first, self.parts = first, parts
+        self.group = torch.arange(flags.batch_size) // (flags.batch_size // G)        # (B,)
+        self.labels, self.G = torch.stack([x.sum(0) for x in known]), G               # (rows, m)
+        self.lengths = row_lengths(rows) if by_length else None
+        self.multiple = pad_to(device, getattr(flags, "compile", False))
+
+    def take(self, step, part=0):
+        """The Batch of a step; with micro-batches one part of it, with several processes this one's rows of that."""
+        flags, (rank, world) = self.flags, ranks()
+        chosen = epoch_batch(len(self.rows), flags.batch_size, flags.seed, self.first + step, self.lengths)    # (B,)
+        labels = torch.zeros(self.G, self.labels.shape[1]).index_add(0, self.group, self.labels[chosen])       # (G, m)
+        counts, absent = denominators(labels.to(self.device), flags.aggregate)
+        mine = torch.arange(flags.batch_size).chunk(self.parts)[part][rank::world]
+        rows, group = chosen[mine].tolist(), self.group[mine]
+        tree, known = pack([self.rows[j] for j in rows], self.multiple), [self.known[j] for j in rows]
+        item_group = group.repeat_interleave(torch.tensor([len(x) for x in known]))
+        return Batch(rows, group, tree.to(self.device), int(tree.nodes.sum()), len(tree.targets),
+                     torch.cat(known).to(self.device), item_group.to(self.device), counts,
+                     absent + torch.zeros_like(labels, device=self.device))
+
+
+@torch.no_grad()
+def reference_logprobs(model, rows, batch_size, multiple, device):
+    """log π_ref of every response, by the model with its adapter off: a list with one (responses,) CPU tensor per row.
+
+    Rows are taken in the order of their lengths, so that little is padding; each process takes its share.
+    """
+    (rank, world), n = ranks(), len(rows)
+    order = row_lengths(rows).argsort(stable=True).tolist()
+    sizes = [len(row.responses) for row in rows]
+    out = list(torch.zeros(sum(sizes)).split(sizes))
+    with adapters_off(model):
+        for i in range(0, n, batch_size):
+            mine = order[i:i + batch_size][rank::world] or order[:1]       # a share may be empty, but no forward pass:
+            batch = pack([rows[j] for j in mine], multiple).to(device)     # with fsdp the processes make it together
+            logps = batch_logprobs(model, batch).cpu().split([sizes[j] for j in mine])
+            for j, logp in zip(order[i:i + batch_size][rank::world], logps):
+                out[j] = logp
+    return list(all_sum(torch.cat(out).to(device)).cpu().split(sizes))
