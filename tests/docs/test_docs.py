@@ -209,6 +209,25 @@ def test_keys_that_are_written_are_explained(file, name):
     assert keys and not keys - explained, f"docs/metrics.md does not explain {sorted(keys - explained)} of {file}: {name}"
 
 
+def logged_by(script):
+    """The keys that a training script gives to Run.log (runs/loop.py), each as a keyword or in `means`."""
+    for call in ast.walk(ast.parse(read(script))):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "log":
+            for keyword in call.keywords:
+                if keyword.arg == "means":
+                    yield from (key.value for key in keyword.value.keys)
+                elif keyword.arg not in (None, "show"):
+                    yield keyword.arg
+
+
+def test_keys_of_every_step_are_explained():
+    part = read("docs/metrics.md").split("## metrics.jsonl")[1].split("\n## ")[0]
+    keys = set(keys_of("runs/loop.py", "Run.log")) | set(keys_of("train_ppo.py", "policy_loss"))
+    for script in sorted(f.name for f in ROOT.glob("train_*.py")):
+        keys |= set(logged_by(script))
+    assert len(keys) > 20 and not keys - set(re.findall(r"`(\w+)`", part))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Requirements.
 
