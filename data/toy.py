@@ -253,11 +253,10 @@ def sample_pairs(split, dims, n_rows, n_responses, generator, labelers=None):
         listed = responses(prompt)
         texts = [listed[s] for s in torch.randperm(len(listed), generator=generator)[:n_responses]]
         r = scores(prompt, texts, dims)                                                             # (R, m)
+        gap = r[first] - r[second]                                                                  # (P, m)
         if labelers is not None:
             who = torch.randint(len(labelers), first.shape, generator=generator)
-            gap = ((r[first] - r[second]) * labelers[who].double()).sum(1, keepdim=True)            # (P, 1)
-        else:
-            gap = r[first] - r[second]                                                              # (P, m)
+            gap = (gap * labelers[who].double()).sum(1, keepdim=True)                               # (P, m) -> (P, 1)
         win_prob = torch.sigmoid(gap)                                                               # of the first
         better = (torch.rand(gap.shape, generator=generator, dtype=torch.float64) >= win_prob).long()      # 0: first
         rows.append(as_row(prompt, texts, zip(first.tolist(), second.tolist()), better.tolist()))

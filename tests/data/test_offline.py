@@ -67,12 +67,12 @@ def test_the_world_s_offline_set_is_what_its_base_was_trained_on():
     pairs = {(row.prompt, row.responses[0]) for row in rows}
     assert len(pairs) == len(rows) and {x for x, _ in pairs} == {x + "\n" for x in prompts}
     # how often a pair is among the distinct ones: 1 − (1 − p)^25, because each prompt came 25 times
-    x, harmless = prompts[0], [z for z in prompts if torch.equal(toy.base_probs(z), toy.base_probs(prompts[0]))]
-    for split_at in (0.005, 0.02):
-        likely = [(y, p) for y, p in zip(toy.responses(x), toy.base_probs(x).tolist()) if p > split_at]
-        expected = sum(1 - (1 - p) ** 25 for _, p in likely)
-        found = np.mean([sum((z + "\n", y) in pairs for y, p in zip(toy.responses(z), toy.base_probs(z).tolist())
-                             if p > split_at) for z in harmless])
+    probs = [dict(zip(toy.responses(x), toy.base_probs(x).tolist())) for x in prompts]
+    harmless = [i for i in range(len(prompts)) if list(probs[i].values()) == list(probs[0].values())]
+    for least in (0.005, 0.02):
+        expected = sum(1 - (1 - p) ** 25 for p in probs[0].values() if p > least)
+        found = np.mean([sum((prompts[i] + "\n", y) in pairs for y, p in probs[i].items() if p > least)
+                         for i in harmless])
         assert abs(found - expected) < 0.1 * expected                    # wrong: uniform over the listed responses
     assert draw_world(4000, torch.Generator().manual_seed(0))[0] == rows
     assert draw_world(4000, torch.Generator().manual_seed(1))[0] != rows

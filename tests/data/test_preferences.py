@@ -146,16 +146,18 @@ def test_hh_helpful_and_harmless_together(shared):
 ])
 def test_helpsteer2(shared, split, count, both, conflict, neither, five):
     path = shared("helpsteer2", f"helpsteer2_{split}.jsonl")
-    rows, dims, dropped = read_preferences(path, dims=["helpful", "concise"])
-    assert (len(rows), dropped) == (count - neither, neither)
-    labelled = [pair for pair in better(rows) if -1 not in pair]
-    assert len(labelled) == both and sum(helpful != concise for helpful, concise in labelled) == conflict
-    assert not any("<extra_id_1>" in row.prompt for row in rows)
-    rows, _, dropped = read_preferences(path, dims=["helpful", "correctness", "coherence", "complexity", "verbosity"])
-    assert [sum(labels[i] != -1 for labels in better(rows)) for i in range(5)] == five
-    assert (len(rows), dropped) == (count, 0)
-    rows, dims, _ = read_preferences(path, dims=["verbosity", "concise"])
-    assert all(sum(labels) == 1 for labels in better(rows))  # concise is the lower verbosity
+    dims = ["helpful", "correctness", "coherence", "complexity", "verbosity", "concise"]
+    rows, _, dropped = read_preferences(path, dims)
+    labels = better(rows)
+    assert (len(rows), dropped) == (count, 0) and not any("<extra_id_1>" in row.prompt for row in rows)
+    assert [sum(x[i] != -1 for x in labels) for i in range(5)] == five
+    pairs = [(x[0], x[5]) for x in labels]
+    assert sum(pair == (-1, -1) for pair in pairs) == neither and sum(-1 not in pair for pair in pairs) == both
+    assert sum(sorted(pair) == [0, 1] for pair in pairs) == conflict
+    assert all(x[4] + x[5] in (1, -2) for x in labels)       # concise is the lower verbosity
+    if split == "eval":
+        rows, _, dropped = read_preferences(path, ["helpful", "concise"])
+        assert (len(rows), dropped) == (count - neither, neither)
 
 
 # ---- bad input ----

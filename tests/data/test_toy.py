@@ -192,7 +192,7 @@ def test_bpe_is_what_make_bpe_writes():
     lines = Path(toy.__file__).with_name("toy.tiktoken").read_text().splitlines()
     stored = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
     assert ranks == stored and 256 < len(ranks) <= 1023
-    assert ranks != make_bpe.train_bpe([x.lower() for x in make_bpe.world_text()], 1023)
+    assert list(ranks)[:300] != list(make_bpe.train_bpe([x.lower() for x in make_bpe.world_text()], 300))
 
 
 def test_train_bpe_by_hand():
