@@ -16,7 +16,7 @@ def read_offline(paths, prompt_words=None):
 
     prompt_words: how many words of a story are its prompt (.txt only). dropped: {"short": stories of fewer than
     2 · prompt_words words, "empty": pairs whose response is nothing but white space, "duplicate": pairs that were there
-    before}. Raises UserError for a file, row or field that is not so.
+    before}. Raises UserError for a file, row or field that is not as described.
     """
     pairs, short = [], 0
     for path in paths_of(paths):

@@ -35,7 +35,7 @@ def read_demonstrations(paths):
     each prompt, in order, and which file each of its responses is from, list[list[int]].
 
     Equal prompts of several files become one row, so that what they share is computed once. Raises UserError for a
-    file, row or field that is not so.
+    file, row or field that is not as described.
     """
     rows, kinds = {}, {}
     for i, path in enumerate(paths_of(paths)):

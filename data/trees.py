@@ -2,7 +2,7 @@
 
 One row of a batch is a prompt with all its responses, packed as a tree of tokens: the prompt is the trunk, and two
 responses part where they first differ. A token attends to its ancestors alone, so each response sees exactly what it
-would see in a row of its own, but the prompt and every shared beginning are computed once. (For two responses to a
+would see alone in a row, but the prompt and every shared beginning are computed once. (For two responses to a
 prompt that is the prompt once instead of twice; for the embedded world's many short responses it is 3 to 6 times less.)
 
 An example: the prompt 11 12 and the responses 21 22 0, 21 23 24 0 and 30 0, where 0 ends a response.
@@ -49,7 +49,7 @@ class TreeBatch:
     pairs: torch.Tensor         # (P, 2)          the compared responses, as indices into the R
     pair_row: torch.Tensor      # (P,)            the row of each pair
     better: torch.Tensor        # (P, m)          0: the first is better, 1: the second, -1: no label
-    nodes: torch.Tensor         # (B,)            how many of a row's T are nodes; the others are padding
+    nodes: torch.Tensor         # (B,)            how many of the T of each row are nodes; the rest is padding
 
     def to(self, device):
         """The same batch on another device."""

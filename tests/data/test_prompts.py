@@ -36,6 +36,12 @@ def test_prompts_of_jsonl_take_the_form_of_preference_files(tmp_path):
                     Row("Human: x\n\nAssistant:", ["B"])] and dropped == {"short": 0, "duplicate": 0}
 
 
+def test_prompts_of_preference_files_have_no_response_of_their_own(tmp_path):
+    pair = dict(prompt="one\n<extra_id_1>Assistant\ntwo\n<extra_id_1>User\nthree", response_0="A", response_1="B")
+    path = write(tmp_path / "p.jsonl", json.dumps(pair | dict(higher={})) + "\n")
+    assert read_prompts(path)[0] == [Row("\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant:")]
+
+
 def test_equal_prompts_are_kept_once(tmp_path):
     stories = write(tmp_path / "s.txt", "A cat sat down.\nA cat ran off.\nA dog ran off.\n")
     rows, dropped = read_prompts(stories, prompt_words=2)
