@@ -142,8 +142,8 @@ def text_rewards(names, prompts, responses):
 # Language collapse: what no reward shows.
 
 def collapsed(tokens):
-    """Whether a response, a list of ids or of words, is a loop (the number of different 4-grams is below 0.3 of all its
-    4-grams) or nearly empty (fewer than 5 tokens).
+    """Whether a response, a list of ids or of words, is a loop (fewer than 30 % of its 4-grams are
+    distinct) or nearly empty (fewer than 5 tokens).
 
     # not in paper: ParetoHqD reports a language-collapse rate; its thresholds are not known, these are ours.
     """
