@@ -169,13 +169,14 @@ def test_what_the_table_names_exists():
 
 
 def test_what_the_table_names_cites_its_equation():
-    """In its own source, in a line that names it (a caller's comment), or, for a class, in its file's header."""
+    """In its own source, in a line that names it (a caller's comment), or, for a class or main, in its file's header."""
     lines = [line for f in CODE for line in f.read_text(encoding="utf-8").splitlines()]
     for paper, number, places, _ in table_rows():
         for file, name in places if number else []:
             short = re.compile(rf"\b{name.split('.')[-1]}\b")
             own = source_of(file, name) or ""
-            header = ast.get_docstring(ast.parse(read(file))) if own.startswith("class ") or "." in name else ""
+            of_file = own.startswith("class ") or "." in name or name == "main"
+            header = ast.get_docstring(ast.parse(read(file))) if of_file else ""
             assert (paper, number) in citations(own + "\n" + header) or any(
                 (paper, number) in citations(line) for line in lines if short.search(line)), \
                 f"{file}: {name} does not cite {paper} Eq. ({number}), and no comment names both"
