@@ -169,7 +169,7 @@ def test_what_the_table_names_exists():
 
 
 def test_what_the_table_names_cites_its_equation():
-    """In its own source, in a line that names it (a caller's comment), or, for a class or main, in its file's header."""
+    """In its own source, in a line that names it (a caller's comment), or for a class or main in its file's header."""
     lines = [line for f in CODE for line in f.read_text(encoding="utf-8").splitlines()]
     for paper, number, places, _ in table_rows():
         for file, name in places if number else []:
