@@ -1,7 +1,7 @@
 """dominance.py - which points of a set no other beats: pure functions on sets of points, larger is better.
 
 p dominates q: p is at least as good as q in every dimension and better in one.
-N: points   m: dimensions   points: (N, m)
+F: points   m: dimensions   points: (F, m)
 """
 from bisect import bisect_right
 
@@ -11,7 +11,7 @@ BLOCK = 512             # points that are compared with a front at once: the tab
 
 
 def nondominated(points):
-    """Which points no other dominates (at least as good everywhere and better somewhere). (N, m) -> (N,) bool.
+    """Which points no other dominates (at least as good everywhere and better somewhere). (F, m) -> (F,) bool.
 
     Equal points do not dominate each other: duplicates of a non-dominated point are all kept. The cost, and the
     ValueError for a NaN, are those of nondominated_layers.
@@ -20,30 +20,30 @@ def nondominated(points):
 
 
 def nondominated_layers(points, at_least=None, most_layers=None):
-    """Non-dominated sorting: 0 for the first front, 1 for the front of what is left then, ... (N, m) -> (N,) int64
+    """Non-dominated sorting: 0 for the first front, 1 for the front of what is left then, ... (F, m) -> (F,) int64
 
     The peeling stops after the first layer that brings the peeled points to `at_least`, or after `most_layers` layers,
     whichever is first; the points behind get -1. Duplicates share a layer. Raises ValueError if a point has a NaN.
 
-    m ≤ 2: one sweep gives all layers, O(N log N). m ≥ 3: blocks of points in an order in which nobody dominates an
+    m ≤ 2: one sweep gives all layers, O(F log F). m ≥ 3: blocks of points in an order in which nobody dominates an
     earlier point, against the layers so far (efficient non-dominated sort, Zhang et al., IEEE TEC 19(2), 2015):
-    O(N m · points in the layers asked for) at worst. With `at_least` or `most_layers` nearly all points fall to a
+    O(F m · points in the layers asked for) at worst. With `at_least` or `most_layers` nearly all points fall to a
     single comparison with the last layer that is asked for.
     """
-    P = np.asarray(points, dtype=float)
-    if np.isnan(P).any():
+    Y = np.asarray(points, dtype=float)
+    if np.isnan(Y).any():
         raise ValueError("a point has a NaN: it can neither dominate nor be dominated")
-    if len(P) == 0:
+    if len(Y) == 0:
         return np.zeros(0, dtype=np.int64)
     # Dominance asks for the order of the values alone, so small integers will do. Equal points are sorted once.
-    ranks = np.stack([np.unique(column, return_inverse=True)[1] for column in P.T], 1).astype(np.int32)     # (N, m)
+    ranks = np.stack([np.unique(column, return_inverse=True)[1] for column in Y.T], 1).astype(np.int32)     # (F, m)
     order = np.lexsort(ranks.T[::-1])
     first = np.append(True, (np.diff(ranks[order], axis=0) != 0).any(1))
-    which = np.empty(len(P), dtype=np.int64)
+    which = np.empty(len(Y), dtype=np.int64)
     which[order] = first.cumsum() - 1                                                   # point -> distinct point
     ranks, copies = ranks[order[first]], np.bincount(which)
 
-    layer = _sweep_layers(ranks) if P.shape[1] <= 2 else _block_layers(ranks, copies, at_least, most_layers)
+    layer = _sweep_layers(ranks) if Y.shape[1] <= 2 else _block_layers(ranks, copies, at_least, most_layers)
     layer[layer >= _layers_asked_for(np.bincount(layer[layer >= 0], copies[layer >= 0]), at_least, most_layers)] = -1
     return layer[which]
 

@@ -19,7 +19,8 @@ def exact_front(lams, row, world, o, everything=False):
     Returns a dict: lams; J (F, m); ideal and nadir (m,), the best and the worst J_i on the front that gives the scale,
     which is that of linear scalarisation where the objective names no other; points (F, m), J with ideal at 1 and
     nadir at 0; their hypervolume; scores (F, m), the mean scores of the optimal policies; z (m,), the
-    losses that Tchebycheff aims at, or None; residual: what the solver left of a gradient or a duality gap, checked to be 0 but for rounding.
+    losses that Tchebycheff aims at, or None; residual: what the solver left of
+    a gradient or a duality gap, checked to be 0 but for rounding.
     """
     optimum = row.optimum_all if everything else row.optimum
     with one_thread():

@@ -1,6 +1,6 @@
 """metrics.py - what is said of a front in one number: hypervolume (exact), inner product, sparsity, spacing, Spearman.
 
-N: points   m: dimensions   points: (N, m), larger is better   lams: (N, m) the preference that each point was reached at
+F: points   m: dimensions   points: (F, m), larger is better   lams: (F, m), the preference of each point
 """
 import numpy as np
 
@@ -17,36 +17,36 @@ MOST_PENDING = 1 << 22  # points in sets that wait: above it, small sets are fin
 def hypervolume(points, reference):
     """The volume that is dominated by `points` and dominates `reference`: HV = measure of ∪_i [reference, ξ^i].
 
-    points (N, m), reference (m,); exact, m ≤ 64 (above: ValueError). Points not better than the reference everywhere
+    points (F, m), reference (m,); exact, m ≤ 64 (above: ValueError). Points not better than the reference everywhere
     add nothing. m = 2 is a staircase, m = 3 one staircase a slice, and from m = 4 the algorithm is WFG (While,
     Bradstreet, Barone: A fast way of calculating exact hypervolumes, IEEE TEC 16(1), 2012), see _boxes.
     The cost grows exponentially with m, and depends on the front: hundreds of points at m = 10 are seconds.
     """
-    P, z = np.asarray(points, dtype=float), np.asarray(reference, dtype=float)
-    P = P[(P > z).all(1)] - z
-    if len(P) == 0:
+    Y, z = np.asarray(points, dtype=float), np.asarray(reference, dtype=float)
+    Y = Y[(Y > z).all(1)] - z
+    if len(Y) == 0:
         return 0.0
-    m = P.shape[1]
+    m = Y.shape[1]
     if m > 64:
         raise ValueError(f"hypervolume of {m} dimensions: 64 are the most")
-    P = np.unique(P[nondominated(P)], axis=0)                                 # ascending in the first dimension
+    Y = np.unique(Y[nondominated(Y)], axis=0)                                 # ascending in the first dimension
     if m == 1:
-        return float(P.max())
+        return float(Y.max())
     if m == 2:
-        return float(_staircase(P))
+        return float(_staircase(Y))
     if m == 3:        # a slice between neighbouring values of the first dimension: the points above, in the other two
-        return float(sum(height * _staircase(P[i:, 1:]) for i, height in enumerate(np.diff(P[:, 0], prepend=0.0))))
-    return float(_boxes(P))
+        return float(sum(height * _staircase(Y[i:, 1:]) for i, height in enumerate(np.diff(Y[:, 0], prepend=0.0))))
+    return float(_boxes(Y))
 
 
-def _staircase(P):
+def _staircase(Y):
     """The area over the origin that points (n, 2) dominate."""
-    P = P[np.argsort(-P[:, 0])]
-    return (P[:, 0] * np.diff(np.maximum.accumulate(P[:, 1]), prepend=0.0)).sum()
+    Y = Y[np.argsort(-Y[:, 0])]
+    return (Y[:, 0] * np.diff(np.maximum.accumulate(Y[:, 1]), prepend=0.0)).sum()
 
 
-def _boxes(P):
-    """The volume of the union of the boxes [0, p] for distinct non-dominated points P (n, m), by WFG.
+def _boxes(Y):
+    """The volume of the union of the boxes [0, p] for distinct non-dominated points Y (n, m), by WFG.
 
     In any order of the points, each adds its box less what the later points cover of it:
 
@@ -57,20 +57,20 @@ def _boxes(P):
       differ in. The dimension is chosen for each set: where the fewest of its points have been cut to one value.
     * With bits(a, b) = {dimensions in which a ≤ b} as one integer, min(p_i, p_j) ≤ min(p_i, p_l) everywhere if and only
       if bits(p_i, p_l) | bits(p_j, p_l) is full: one operation, not m, for every i, j, l.
-    A set is the indices of its points in P and one corner `clip`, (m,), that they are cut to. All sets of one size are
+    A set is the indices of its points in Y and one corner `clip`, (m,), that they are cut to. All sets of one size are
     worked on at once, the largest size first, so that those of a size have gathered when it is their turn.
     """
-    n, m = P.shape
-    total, pending, waiting = 0.0, {n: [(np.arange(n)[None], P.max(0)[None], np.ones(1))]}, n     # size -> batches
+    n, m = Y.shape
+    total, pending, waiting = 0.0, {n: [(np.arange(n)[None], Y.max(0)[None], np.ones(1))]}, n     # size -> batches
     while pending:
         size = max(pending) if waiting < MOST_PENDING else min(pending)
         most = 1 + CHUNK // (size ** 2 if size > FEW else 2 ** size)
         which, clip, sign = _take(pending, size, most)                        # (B, size), (B, m), (B,)
         waiting -= which.size
         if size <= FEW:
-            total += sign @ _union_of_few(P, which, clip)
+            total += sign @ _union_of_few(Y, which, clip)
             continue
-        Q = np.minimum(P[which], clip[:, None])                               # (B, size, m)
+        Q = np.minimum(Y[which], clip[:, None])                               # (B, size, m)
         dimension = (Q == Q.max(1, keepdims=True)).sum(1).argmin(1)
         order = np.take_along_axis(Q, dimension[:, None, None], 2)[..., 0].argsort(1)
         which, Q = np.take_along_axis(which, order, 1), np.take_along_axis(Q, order[..., None], 1)
@@ -98,11 +98,11 @@ def _take(pending, size, most):
     return which[:most], clip[:most], sign[:most]
 
 
-def _union_of_few(P, which, clip):
+def _union_of_few(Y, which, clip):
     """Inclusion and exclusion: Σ over all A ≠ ∅ of (−1)^(|A|+1) vol(min of A). which (B, size), clip (B, m) -> (B,)"""
     size = which.shape[1]
     corner, volume, parity = np.empty((2 ** size, len(which))), 1.0, -np.ones(1)
-    for values, bound in zip(P.T, clip.T):
+    for values, bound in zip(Y.T, clip.T):
         corner[0] = bound
         for j in range(size):                                 # A with point j is A without it, cut once more
             np.minimum(corner[:1 << j], values[which[:, j]], out=corner[1 << j:2 << j])
@@ -133,26 +133,26 @@ def _limit_sets(Q):
 # What else is said of a front.
 
 def inner_product(lams, points):
-    """IP = (1/N) Σ_i ⟨λ^i, ξ^i⟩: whether the points follow the preferences."""
+    """IP = (1/F) Σ_i ⟨λ^i, ξ^i⟩: whether the points follow the preferences."""
     return float((np.asarray(lams) * np.asarray(points)).sum(1).mean())
 
 
 def sparsity(points):
-    """1/(m(N−1)) Σ_j Σ_i (gap between neighbours on objective j)²; smaller is denser.
+    """1/(m(F−1)) Σ_j Σ_i (gap between neighbours on objective j)²; smaller is denser.
 
-    For m = 2 and non-dominated points this is 1/(m(N−1)) Σ_i ‖ξ^i − ξ^{i+1}‖²; the form by objectives carries over to
+    For m = 2 and non-dominated points this is 1/(m(F−1)) Σ_i ‖ξ^i − ξ^{i+1}‖²; the form by objectives carries over to
     m > 2, where points have no one order. Dominated points are not removed here. 0 for a single point.
     """
-    P = np.sort(np.asarray(points, dtype=float), axis=0)
-    return float((np.diff(P, axis=0) ** 2).sum() / (P.shape[1] * (len(P) - 1))) if len(P) > 1 else 0.0
+    Y = np.sort(np.asarray(points, dtype=float), axis=0)
+    return float((np.diff(Y, axis=0) ** 2).sum() / (Y.shape[1] * (len(Y) - 1))) if len(Y) > 1 else 0.0
 
 
-def spacing(points, p=2):
-    """sqrt( (1/N) Σ_i (d_i − d̄)² ), d_i the distance to the nearest other point (p-norm); 0 when evenly spread."""
-    P = np.asarray(points, dtype=float)
-    if len(P) < 2:
+def spacing(points):
+    """sqrt( (1/F) Σ_i (d_i − d̄)² ), d_i the Euclidean distance to the nearest other point; 0 when evenly spread."""
+    Y = np.asarray(points, dtype=float)
+    if len(Y) < 2:
         return 0.0
-    distance = np.linalg.norm(P[:, None] - P[None], ord=p, axis=-1) + np.diag(np.full(len(P), np.inf))
+    distance = np.linalg.norm(Y[:, None] - Y[None], axis=-1) + np.diag(np.full(len(Y), np.inf))
     return float(distance.min(1).std())
 
 

@@ -9,14 +9,14 @@ F: preferences   lams: (F, m)   m: dimensions   X: prompts   S: the world's resp
 Q: distinct problems among the prompts   world: measure.World after reference()   logps: (X, S) log π(y|x) of a policy
 o: the objective's dict of config.json
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Callable
 
 import torch
 
 from data import toy
-from data.rewards import Rewards, named_rewards, of_world, world_rewards
+from data.rewards import of_world, rewards_of, world_rewards
 from data.text_rewards import TEXT_REWARDS
 from fronts import optimum
 from fronts.measure import DemonstrationFiles, PreferenceFiles, Samples, World, mean_score_objective, writers
@@ -217,15 +217,12 @@ def measured_on(config, model, tokenizer, device):
     if "rewards" not in config:
         known, rewards, true_rewards = config["flags"]["data"] is None, None, None
     else:
-        names, of = config["rewards"]["names"], {k: config["rewards"][k] for k in ("mean", "std", "scale")}
-        on_world = config["prompts"] is None and of_world(names)
-        rewards = (world_rewards(names, of["scale"]) if on_world else
-                   named_rewards(names, of["scale"], model, device))
-        rewards = Rewards(dims, rewards.raw, **of)            # the statistics that the run was trained with, always
-        known = config["prompts"] is None and set(dims) <= set(toy.DIMS) and not (
-            set(names) & set(TEXT_REWARDS) - set(toy.DIMS))
+        names, on_world = config["rewards"]["names"], config["prompts"] is None
+        rewards = rewards_of(names, config["rewards"]["scale"], on_world, model, device)
+        rewards = replace(rewards, **config["rewards"])       # the statistics that the run was trained with, always
+        known = on_world and set(dims) <= set(toy.DIMS) and not set(names) & set(TEXT_REWARDS) - set(toy.DIMS)
         # behind a trained reward model stand the world's own scores
-        true_rewards = rewards if on_world else world_rewards(dims, None) if known else None
+        true_rewards = rewards if of_world(names) else world_rewards(dims, None) if known else None
     # for every preference of a large grid exact figures are enough
     sampled = not known or row.sampled and len(dims) <= 3
     return (World(dims, tokenizer, device, row.J, true_rewards) if known else None,

@@ -1,8 +1,8 @@
-"""selection.py - Pareto high-quality data (ParetoHqD, arXiv:2504.16628): which of N scored responses a preference is
+"""selection.py - Pareto high-quality data (ParetoHqD, arXiv:2504.16628): which of R scored responses a preference is
 trained on.
 
-N: points   m: dimensions   points: (N, m) scores, larger is better
-A: preferences lams (A, m) on the simplex   k: points for each   X: points normalised so that 1 is ideal
+R: responses, each a point   m: dimensions   points: (R, m) scores, larger is better
+F: preferences lams (F, m) on the simplex   k: points per preference   unit: (R, m) points, 1 being the ideal
 """
 from dataclasses import dataclass
 
@@ -10,17 +10,18 @@ import numpy as np
 
 from fronts.dominance import nondominated_layers
 
+
 @dataclass
 class Selection:
-    """What select_high_quality returns; G preferences, k points for each ("all": N in the place of k)."""
+    """What select_high_quality returns: k points for each of F preferences ("all": R in the place of k)."""
 
-    index: np.ndarray       # (G, k) int64: the chosen points, the best first
-    distance: np.ndarray    # (G, k): from each of them to its preference's direction, in normalised scores
+    index: np.ndarray       # (F, k) int64: the chosen points, the best first
+    distance: np.ndarray    # (F, k): from each of them to its preference's direction, in normalised scores
     pool: np.ndarray        # int64, ascending: the points that were chosen from
     layers: int             # how many non-dominated layers the pool holds; 0 where nothing was sorted
     low: np.ndarray         # (m,) the score that is normalised to 0
     high: np.ndarray        # (m,) to 1: the ideal point
-    overlap: np.ndarray     # (G − 1,) the share of their points that neighbouring preferences have in common
+    overlap: np.ndarray     # (F − 1,) the part of their points that neighbouring preferences have in common
 
 
 def score_ranges(points, quantile=0.0):
@@ -31,70 +32,70 @@ def score_ranges(points, quantile=0.0):
     """
     if not 0 <= quantile < 0.5:
         raise ValueError(f"quantile is {quantile}, must be in [0, 0.5)")
-    P = np.asarray(points, dtype=float)
-    if len(P) == 0:
+    Y = np.asarray(points, dtype=float)
+    if len(Y) == 0:
         raise ValueError("no points: they have no range")
-    low, high = np.quantile(P, [quantile, 1 - quantile], axis=0)
+    low, high = np.quantile(Y, [quantile, 1 - quantile], axis=0)
     for j in np.flatnonzero(~(low < high)):
         raise ValueError(f"objective {j} has no range: low and high are both {low[j]:g}" if low[j] == high[j] else
                          f"objective {j} has no range: a score is not a finite number")
     return low, high
 
 
-def direction_distance(X, lam):
-    """The distance of normalised points from a preference's direction. X (N, m), lam (m,) -> (N,)
+def direction_distance(unit, lam):
+    """The distance of normalised points from a preference's direction. unit (R, m), lam (m,) -> (R,)
 
     The direction is the ray from the ideal point 1 through W(λ) = λ, so v = λ − 1 (r^max and W of the paper after
     (R − r^min) / (r^max − r^min)). The paper has no formula for the distance; # not in paper: the natural one is
 
-        t = max(0, (X − 1)·v / ‖v‖²),   d = ‖(X − 1) − t v‖₂
+        t = max(0, (unit − 1)·v / ‖v‖²),   d = ‖(unit − 1) − t v‖₂
 
-    A point beyond the ideal (robust ranges allow X > 1) is as far as it is from the ideal point: a ray, not a line.
+    A point beyond the ideal (robust ranges allow unit > 1) is as far as it is from the ideal point: a ray, not a line.
     Raises ValueError unless m ≥ 2 and lam is on the simplex.
     """
-    X, lam = np.asarray(X, dtype=float), np.asarray(lam, dtype=float)
-    if lam.shape != X.shape[1:] or len(lam) < 2 or lam.min() < 0 or not abs(lam.sum() - 1) < 1e-6:
-        raise ValueError(f"{lam.tolist()} is not a preference among {X.shape[-1]} objectives: as many weights, two or "
-                         "more, none of them negative, that sum to 1")
-    v, offset = lam - 1, X - 1
+    unit, lam = np.asarray(unit, dtype=float), np.asarray(lam, dtype=float)
+    if lam.shape != unit.shape[1:] or len(lam) < 2 or lam.min() < 0 or not abs(lam.sum() - 1) < 1e-6:
+        raise ValueError(f"{lam.tolist()} is not a preference among {unit.shape[-1]} objectives: as many weights, two "
+                         "or more, none of them negative, that sum to 1")
+    v, offset = lam - 1, unit - 1
     t = np.maximum((offset * v).sum(1) / (v ** 2).sum(), 0)       # not offset @ v: equal rows must give equal numbers
     return np.linalg.norm(offset - t[:, None] * v, axis=1)
 
 
 def select_high_quality(points, lams, k=100, at_least=None, most_layers=None, quantile=0.0, rule="directions"):
-    """The k points that each preference is trained on. points: scores (N, m), lams (G, m) -> Selection
+    """The k points that each preference is trained on. points: scores (R, m), lams (F, m) -> Selection
 
     rule "directions" is ParetoHqD: of the first non-dominated layers of all points (the pool), the k nearest to the
     preference's direction, in scores that are normalised by score_ranges(points, quantile). How many layers the paper
     does not say; # not in paper: layers are peeled until the pool has `at_least` points (default 10 k), or, where
     `most_layers` is given, that many (with both: whichever is first). A pool of fewer than k points takes further
     layers until it has k.
-    The paper's ablations: "linear" takes the k points of all N with the largest Σ λ_i X_i; "all" takes every point, in
-    the order of the data, for every preference: index is then (G, N), a read-only view.
-    Of equally good points (to 12 decimals) those of lower index come first. Raises ValueError if N < k, for an unknown
+    The paper's ablations: "linear" takes the k points of all R with the largest Σ λ_i unit_i; "all" takes every point,
+    in the order of the data, for every preference: index is then (F, R), a read-only view.
+    Of equally good points (to 12 decimals) those of lower index come first. Raises ValueError if R < k, for an unknown
     rule, a NaN, an objective without a range, or lams that are no preferences.
     """
-    P, lams = np.asarray(points, dtype=float), np.atleast_2d(np.asarray(lams, dtype=float))
-    n = len(P)
+    Y, lams = np.asarray(points, dtype=float), np.atleast_2d(np.asarray(lams, dtype=float))
+    n = len(Y)
     if not 1 <= k <= n and rule != "all":
         raise ValueError(f"k = {k} points for a preference out of {n}")
-    low, high = score_ranges(P, quantile)
-    X = (P - low) / (high - low)
+    low, high = score_ranges(Y, quantile)
+    unit = (Y - low) / (high - low)
     pool, layers = np.arange(n), 0
     if rule == "directions":
         at_least = 10 * k if at_least is None and most_layers is None else at_least
-        layer = nondominated_layers(P, at_least, most_layers)
+        layer = nondominated_layers(Y, at_least, most_layers)
         if (layer >= 0).sum() < k:
-            layer = nondominated_layers(P, k)
+            layer = nondominated_layers(Y, k)
         pool, layers = np.flatnonzero(layer >= 0), int(layer.max()) + 1
-        index = np.stack([pool[_smallest(direction_distance(X[pool], lam), k)] for lam in lams])
+        index = np.stack([pool[_smallest(direction_distance(unit[pool], lam), k)] for lam in lams])
     elif rule == "linear":
-        index = np.stack([_smallest(-(X * lam).sum(1), k) for lam in lams])
+        index = np.stack([_smallest(-(unit * lam).sum(1), k) for lam in lams])
     elif rule == "all":
         index = np.broadcast_to(pool, (len(lams), n))
     else:
         raise ValueError(f"rule is {rule!r}, must be 'directions', 'linear' or 'all'")
-    distance = np.stack([direction_distance(X[chosen], lam) for chosen, lam in zip(index, lams)])
+    distance = np.stack([direction_distance(unit[chosen], lam) for chosen, lam in zip(index, lams)])
     overlap = np.array([np.isin(a, b).mean() for a, b in zip(index, index[1:])])
     return Selection(index, distance, pool, layers, low, high, overlap)
 

@@ -68,12 +68,14 @@ def draw_limits_parallel(ax, c, styles, targets, what):
     for n, (r, look) in enumerate(zip(c["runs"], styles)):
         ax.plot(x, reached(*arrays(r)), color=look["color"], marker=look["marker"], alpha=look["alpha"], lw=1.4,
                 zorder=3 + len(styles) - n)
-    ax.plot(x, c["base"], color=BASE, ls="--", lw=1.8, label="Base model")
+    ax.plot(x, c["base"], color=BASE, ls="--", lw=1.8)
+    ax.annotate("base", (x[-1], c["base"][-1]), xytext=(5, 0), va="center", textcoords="offset points", fontsize=8,
+                color=BASE)
+    ax.set_xlim(-0.3, x[-1] + 0.08 * len(x))                                             # room for the texts behind
     ax.set_xticks(x, c["dims"], rotation=25 if len(x) > 6 else 0)
     ax.set_title(f"Reached with {what}", fontsize=10)
     ax.set_ylabel(c["points_are"])
     ax.grid(axis="x", alpha=0.4)
-    ax.legend(fontsize=9)
 
 
 def draw_summaries(shares, distances, runs, styles):
@@ -91,7 +93,7 @@ def draw_summaries(shares, distances, runs, styles):
     for label, look in zip(shares.get_yticklabels(), names):
         label.set(color=look["color"], fontweight="bold")
     shares.set(xlim=(0, 1.2 * max(r["hypervolume_share"] for r in runs) or 1), ylim=(len(names) - 0.4, -0.6),
-               xlabel="share of the hypervolume without a limit", title="How much of the front")
+               xlabel="hypervolume divided by that without a limit", title="How much of the front")
     for r, look in zip(runs, styles):
         distances.plot(np.mean(r["kl"]), r["gain_share"], marker=look["marker"], ms=9, color=look["color"], alpha=0.8)
     distances.axhline(1, color="0.35", lw=1.6)

@@ -38,7 +38,7 @@ def draw_parallel(ax, r):
         E = np.array(r["exact"]["points"])
         ax.fill_between(x, E.min(0), E.max(0), color="0.93", zorder=0, label="Range of the exact front")
         high = max(high, E.max())
-    ax.set_ylim(low - 0.05 * (high - low) - 1e-9, high + 0.05 * (high - low) + 1e-9)
+    ax.set_ylim(low - 0.05 * (high - low) - 1e-9, high + 0.16 * (high - low) + 1e-9)        # room for the legend
     ax.plot(x, Y.T, color="0.6", lw=0.6, alpha=min(0.7, max(0.08, 40 / len(Y))), zorder=1)
     for i in range(m):
         n, color = nearest(lams, np.eye(m)[i]), dimension_color(i)
@@ -55,7 +55,7 @@ def draw_parallel(ax, r):
                                                                   ". Bold, with a dot: all weight on that dimension"))
     ax.grid(axis="x", alpha=0.4)
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(fontsize=9)
+        ax.legend(fontsize=9, loc="upper center", ncols=3)
 
 
 def draw_heat(ax, r):

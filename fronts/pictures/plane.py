@@ -45,8 +45,7 @@ def plane_figure(results):
         ax.set(xlabel=f"{dims[0]}  ({unit}; right is better)", ylabel=f"{dims[1]}  ({unit}; up is better)")
         ax.set_title(title, fontsize=11)
         ax.grid(alpha=0.25)
-        if ax is axes[0] or not world:
-            ax.legend(fontsize=8.5)
+    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=3)
     fig.suptitle(f"Each point is one preference λ = (weight of {dims[0]}, weight of {dims[1]}); "
                  f"small numbers: weight of {dims[0]}", fontsize=11)
     return fig

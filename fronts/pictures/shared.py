@@ -28,7 +28,7 @@ OUTLINE = [patheffects.withStroke(linewidth=2.5, foreground="white")]
 
 def dimension_color(i):
     """The colour of dimension i: a list for the first ten, then hues a golden angle apart, in two brightnesses."""
-    return DIMENSION[i] if i < len(DIMENSION) else colorsys.hsv_to_rgb(0.618034 * i % 1, 0.75, (0.55, 0.85)[i % 2])
+    return DIMENSION[i] if i < len(DIMENSION) else colorsys.hsv_to_rgb((0.618034 * i + 0.07) % 1, 1, (0.6, 0.95)[i % 2])
 
 
 def arrays(r, key="points"):

@@ -8,17 +8,23 @@ import torch
 from aggregate import simplex_lattice
 from data import toy
 from fronts import optimum
-from fronts.optimum import (best_at_kl, dpo_losses, label_probs, ls_front, minimise, rlhf_front, rlhf_objectives,
-                            score_front, tche_front)
+from fronts.optimum import (best_at_kl, dpo_losses, dpo_ls, dpo_tche, most_scores, newton, problems, rlhf_objectives,
+                            rlhf_optimum, win_probs)
 from objectives import dpo_loss
 
 
 def world(Q=2, S=7, m=3, seed=0):
-    """Random scores (Q, S, m), weights (Q,) and label probabilities, small enough for a hundred solves."""
+    """Random scores (Q, S, m), weights (Q,) and wins (Q, m, S), small enough for a hundred solves."""
     g = torch.Generator().manual_seed(seed)
     scores = 1.5 * torch.randn(Q, S, m, generator=g, dtype=torch.float64)
     w = torch.rand(Q, generator=g, dtype=torch.float64) + 0.5
-    return scores, w / w.sum(), label_probs(scores)
+    return scores, w / w.sum(), win_probs(scores).sum(-1)
+
+
+def world_scores(dims):
+    """Scores of the embedded world's evaluation prompts: (X, S, m)"""
+    columns = [toy.DIMS.index(dim) for dim in dims]
+    return torch.stack([toy.scores(x, toy.responses(x))[:, columns] for x in toy.prompts("eval")])
 
 
 def near(h, n=50, size=1e-3, seed=1):
@@ -29,7 +35,7 @@ def near(h, n=50, size=1e-3, seed=1):
 # ---- the losses ----
 
 def test_losses_are_the_expectation_of_dpo_loss(close):
-    scores, _, P = world()
+    scores, _, wins = world()
     h, beta = torch.randn(2, 7, generator=torch.Generator().manual_seed(4), dtype=torch.float64), 0.3
     expected = torch.zeros(2, 3, dtype=torch.float64)
     pairs = [(a, b) for a in range(7) for b in range(a)]
@@ -37,28 +43,20 @@ def test_losses_are_the_expectation_of_dpo_loss(close):
         for better, worse in ((a, b), (b, a)):
             loss = dpo_loss(h[:, better] / beta, h[:, worse] / beta, 0 * h[:, 0], 0 * h[:, 0], beta)[0]
             expected += torch.sigmoid(scores[:, better] - scores[:, worse]) * loss[:, None] / len(pairs)
-    assert close(dpo_losses(h, P), expected, 1e-12)
-    assert close(dpo_losses(torch.stack([h, 0 * h]), P)[0], expected, 1e-12)         # leading dimensions pass through
-    assert close(dpo_losses(0 * h, P), math.log(2) * torch.ones(2, 3, dtype=torch.float64), 1e-12)
-    assert close(dpo_losses(h + 3, P), expected, 1e-12)                  # a constant does not matter
-
-
-def test_the_wins_are_all_that_the_losses_need_of_the_labels(close):
-    _, _, P = world()
-    h = 3 * torch.randn(4, 2, 7, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    assert close(optimum._losses(h, P.sum(-1)), dpo_losses(h, P), 1e-13)
-    assert close(optimum._losses(h[0], P.sum(-1)), dpo_losses(h[0], P), 1e-13)
-    assert not close(optimum._losses(h, P.sum(-2)), dpo_losses(h, P), 0.1)           # wrong: the losses, not the wins
+    assert close(dpo_losses(h, wins), expected, 1e-12)
+    assert close(dpo_losses(torch.stack([h, 0 * h]), wins)[0], expected, 1e-12)     # leading dimensions pass through
+    assert close(dpo_losses(0 * h, wins), math.log(2) * torch.ones(2, 3, dtype=torch.float64), 1e-12)
+    assert close(dpo_losses(h + 3, wins), expected, 1e-12)                  # a constant does not matter
 
 
 def test_derivatives(close):
-    _, _, P = world()
+    _, _, wins = world()
     h = torch.randn(2, 7, generator=torch.Generator().manual_seed(4), dtype=torch.float64).requires_grad_(True)
-    assert torch.autograd.gradcheck(lambda h: dpo_losses(h, P), h)
-    grads, hessian = optimum._derivatives(h.detach(), P.sum(-1))
+    assert torch.autograd.gradcheck(lambda h: dpo_losses(h, wins), h)
+    grads, hessian = optimum._derivatives(h.detach(), wins)
     for q in range(2):
         for i in range(3):
-            loss = lambda x: dpo_losses(x[None], P[q:q + 1])[0, i]
+            loss = lambda x: dpo_losses(x[None], wins[q:q + 1])[0, i]
             assert close(grads[q, i], torch.autograd.functional.jacobian(loss, h[q]), 1e-10)
             flat = hessian[q] - hessian[q].mean()                        # less the constant that fixes h's constant
             assert close(flat, torch.autograd.functional.hessian(loss, h[q]), 1e-10)      # the same for every i
@@ -84,69 +82,69 @@ def slowly(loss, *shape):
 # ---- linear scalarisation ----
 
 def test_at_a_vertex_the_scores_are_the_optimum(close):
-    scores, w, P = world()
+    scores, w, wins = world()
     centred = scores - scores.mean(1, keepdim=True)
     for i, e in enumerate(torch.eye(3, dtype=torch.float64)):
-        h = minimise(e, P, torch.zeros(2, 7, dtype=torch.float64))       # from zero: the front starts at the answer
+        h = newton(torch.einsum("m,qms->qs", e, wins), torch.zeros(2, 7, dtype=torch.float64))
         assert close(h - h.mean(1, keepdim=True), centred[..., i], 1e-8)
-    J, h, residual = ls_front(torch.eye(3), scores, w)
+    J, h, residual = dpo_ls(torch.eye(3), scores, w)
     assert close(h.transpose(0, 1).transpose(1, 2), scores, 1e-12) and residual < 1e-12
-    assert close(-J, torch.stack([w @ dpo_losses(scores[..., i], P) for i in range(3)]), 1e-12)
+    assert close(-J, torch.stack([w @ dpo_losses(scores[..., i], wins) for i in range(3)]), 1e-12)
 
 
 def test_two_responses_by_hand():
     scores, lam = torch.tensor([[[1.0, -2.0], [0.0, 0.0]]], dtype=torch.float64), torch.tensor([[0.25, 0.75]])
     p = 0.25 / (1 + math.exp(-1)) + 0.75 / (1 + math.exp(2))             # the mixed chance that the first is better
-    J, h, _ = ls_front(lam, scores, torch.ones(1, dtype=torch.float64))
+    J, h, _ = dpo_ls(lam, scores, torch.ones(1, dtype=torch.float64))
     assert (h[0, 0, 0] - h[0, 0, 1]).item() == pytest.approx(math.log(p / (1 - p)), rel=1e-10)
     assert (J @ lam[0].double()).item() == pytest.approx(p * math.log(p) + (1 - p) * math.log(1 - p), rel=1e-10)
     assert abs(math.log(p / (1 - p)) - (0.25 - 1.5)) > 0.1               # wrong: the weighted scores
 
 
 def test_ls_front_is_the_minimum():
-    scores, w, P = world()
+    scores, w, wins = world()
     lams = simplex_lattice(3, 4)
-    J, h, residual = ls_front(lams, scores, w)
+    J, h, residual = dpo_ls(lams, scores, w)
     assert J.shape == (15, 3) and h.shape == (15, 2, 7) and residual < 1e-12
     for lam, j, h_lam in zip(lams, J, h):
-        value = dpo_losses(h_lam, P) @ lam                               # (Q,): every problem has its own minimum
-        assert (dpo_losses(near(h_lam), P) @ lam > value).all()
+        value = dpo_losses(h_lam, wins) @ lam                               # (Q,): every problem has its own minimum
+        assert (dpo_losses(near(h_lam), wins) @ lam > value).all()
         assert -j @ lam == pytest.approx((w @ value).item(), rel=1e-12)
     assert (lams @ J.T <= (lams * J).sum(1)[:, None] + 1e-12).all()      # no other λ's solution is better for this λ
 
 
 def test_a_slow_solver_finds_the_same_front(close):
     """LBFGS on the definition; for Tchebycheff on smooth maxima, which lie above the maximum by less and less."""
-    scores, w, P = world(m=4)
+    scores, w, wins = world(m=4)
     lams = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.55, 0.15, 0.3, 0.0]], dtype=torch.float64)
-    J, h, _ = ls_front(lams, scores, w)
+    J, h, _ = dpo_ls(lams, scores, w)
     for n, lam in enumerate(lams):
-        value, where = slowly(lambda h: w @ dpo_losses(h, P) @ lam, 2, 7)
+        value, where = slowly(lambda h: w @ dpo_losses(h, wins) @ lam, 2, 7)
         assert value == pytest.approx(-(J[n] @ lam).item(), abs=1e-11)
         assert close(where, h[n] - h[n].mean(-1, keepdim=True), 1e-5)
-    from_zero = minimise(lams, P, 0 * h)                                             # leading dimensions pass through
+    from_zero = newton(torch.einsum("fm,qms->fqs", lams, wins), 0 * h)                  # leading dimensions pass through
     assert close(from_zero, h - h.mean(-1, keepdim=True), 1e-6)
-    assert close(minimise(lams[0], P, 0 * h[0]), from_zero[0], 1e-6)
     z = torch.tensor([0.1, 0.3, 0.2, 0.0], dtype=torch.float64)
-    J, _, _ = tche_front(lams, scores, w, ideal=z)
+    J, _, _ = dpo_tche(lams, scores, w, z)
     for n, lam in enumerate(lams):
         best = (lam * (-J[n] - z)).amax().item()
         for mu in (1e-2, 1e-3):
-            value, _ = slowly(lambda h: mu * (lam * (w @ dpo_losses(h, P) - z) / mu).logsumexp(-1), 2, 7)
+            value, _ = slowly(lambda h: mu * (lam * (w @ dpo_losses(h, wins) - z) / mu).logsumexp(-1), 2, 7)
             assert best - 1e-10 <= value <= best + mu * math.log(4)
 
 
 def test_single_precision_preferences_do_not_stall_newton(close):
     scores, w, _ = world()
     lam = torch.full((1, 3), 1 / 3) * (1 + 1e-6)
-    J, _, residual = ls_front(lam, scores, w)
-    assert residual < 1e-12 and close(J, ls_front(torch.full((1, 3), 1 / 3, dtype=torch.float64), scores, w)[0], 1e-7)
+    J, _, residual = dpo_ls(lam, scores, w)
+    assert residual < 1e-12 and close(J, dpo_ls(torch.full((1, 3), 1 / 3, dtype=torch.float64), scores, w)[0], 1e-7)
 
 
-def test_minimise_raises_where_it_does_not_arrive():
-    _, _, P = world()
+def test_newton_raises_where_it_does_not_arrive(monkeypatch):
+    _, _, wins = world()
+    monkeypatch.setattr(optimum, "NEWTON_STEPS", 1)
     with pytest.raises(RuntimeError, match="gradient"):
-        minimise(torch.eye(3, dtype=torch.float64)[0], P, torch.zeros(2, 7, dtype=torch.float64), tolerance=0.0)
+        newton(wins[:, 0], torch.zeros(2, 7, dtype=torch.float64))
 
 
 # ---- Tchebycheff ----
@@ -157,41 +155,41 @@ CASES = [dict(m=2), dict(m=2, ideal=True), dict(m=3), dict(m=3, ideal=True)]
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_tche_front_is_the_minimum(case):
     m = case["m"]
-    scores, w, P = world(m=m)
+    scores, w, wins = world(m=m)
     lams = torch.cat([simplex_lattice(m, 6), torch.tensor([[0.9, 0.1], [0.45, 0.55]] if m == 2 else [[0.3, 0.3, 0.4]])])
-    J_ls, *_ = ls_front(simplex_lattice(m, 12), scores, w)
+    J_ls, *_ = dpo_ls(simplex_lattice(m, 12), scores, w)
     own_best = -J_ls.max(0).values                                       # the least loss of every dimension
     z = 0.8 * own_best if case.get("ideal") else torch.zeros(m, dtype=torch.float64)
-    J, h, gap = tche_front(lams, scores, w, ideal=z.tolist() if case.get("ideal") else None)
+    J, h, gap = dpo_tche(lams, scores, w, z.tolist())
     assert gap < 1e-8 and J.shape == lams.shape and h.shape == (len(lams), 2, 7)
     value = lambda lam, losses: (lam * (losses - z)).amax(-1)
     balanced = 0
     for lam, j, h_lam in zip(lams, J, h):
         best, weighted = value(lam, -j), lam * (-j - z)
-        assert torch.allclose(w @ dpo_losses(h_lam, P), -j, atol=1e-12)
-        assert (value(lam, w @ dpo_losses(near(h_lam, size=1e-2), P)) >= best - 1e-9).all()
+        assert torch.allclose(w @ dpo_losses(h_lam, wins), -j, atol=1e-12)
+        assert (value(lam, w @ dpo_losses(near(h_lam, size=1e-2), wins)) >= best - 1e-9).all()
         assert (value(lam, -J_ls) >= best - 1e-9).all() and (value(lam, -J) >= best - 1e-9).all()
         active = weighted > best - 1e-7                                  # equal where more than one is active …
         balanced += active.sum() > 1
         if active.sum() == 1:                                            # … and one alone is as small as it can be
             assert (-j)[active].item() == pytest.approx(own_best[active].item(), abs=1e-6)
     assert balanced >= len(lams) / 3
-    at_same_lam, *_ = ls_front(lams, scores, w)                          # wrong: linear scalarisation at the same λ
+    at_same_lam, *_ = dpo_ls(lams, scores, w)                          # wrong: linear scalarisation at the same λ
     assert (value(lams, -at_same_lam) > 1.02 * value(lams, -J)).any()
 
 
 def test_tche_at_a_vertex_is_the_best_of_that_dimension(close):
     scores, w, _ = world()
-    J, _, gap = tche_front(torch.eye(3), scores, w)
-    best, *_ = ls_front(torch.eye(3), scores, w)
+    J, _, gap = dpo_tche(torch.eye(3), scores, w, [0] * 3)
+    best, *_ = dpo_ls(torch.eye(3), scores, w)
     assert close(J.diag(), best.diag(), 1e-8) and gap < 1e-8
 
 
 def test_both_fronts_of_the_embedded_world():
-    scores, w, _ = optimum.problems(toy.prompts("eval"), ["helpful", "harmless"])
+    scores, w, _ = problems(world_scores(["helpful", "harmless"]))
     lams = torch.tensor([[0.0, 1.0], [0.4, 0.6], [0.6, 0.4]])
-    J_ls, _, residual = ls_front(lams, scores, w)
-    J, _, gap = tche_front(lams, scores, w)
+    J_ls, _, residual = dpo_ls(lams, scores, w)
+    J, _, gap = dpo_tche(lams, scores, w, [0.0] * lams.shape[1])
     assert residual < 1e-12 and gap < 1e-8
     weighted = lams.double() * -J
     assert torch.allclose(weighted[1:, 0], weighted[1:, 1], atol=1e-7)   # both active, so both equal
@@ -203,15 +201,15 @@ def test_both_fronts_of_the_embedded_world():
 def test_a_dimension_without_preference_takes_no_part(close):
     scores, w, _ = world(m=4)
     z = torch.tensor([0.6, 0.1, 0.6, 0.2], dtype=torch.float64)          # above what dimensions 0 and 2 reach
-    J, _, gap = tche_front(torch.tensor([[0.3, 0.0, 0.7, 0.0]]), scores, w, z)
-    few, _, _ = tche_front(torch.tensor([[0.3, 0.7]]), scores[..., [0, 2]], w, z[[0, 2]])
+    J, _, gap = dpo_tche(torch.tensor([[0.3, 0.0, 0.7, 0.0]]), scores, w, z)
+    few, _, _ = dpo_tche(torch.tensor([[0.3, 0.7]]), scores[..., [0, 2]], w, z[[0, 2]])
     assert gap < 1e-9 and close(J[0, [0, 2]], few[0], 1e-7)
 
 
 def test_equal_dimensions():
     scores, w, _ = world()
     twice = torch.cat([scores, scores[..., :2]], dim=-1)
-    J, _, gap = tche_front(torch.tensor([[0.2, 0.2, 0.2, 0.2, 0.2], [0.1, 0.2, 0.3, 0.3, 0.1]]), twice, w)
+    J, _, gap = dpo_tche(torch.tensor([[0.2, 0.2, 0.2, 0.2, 0.2], [0.1, 0.2, 0.3, 0.3, 0.1]]), twice, w, [0] * 5)
     assert gap < 1e-9 and torch.allclose(J[:, :2], J[:, 3:], atol=1e-12)
 
 
@@ -238,13 +236,13 @@ def test_the_quadratic_on_the_simplex(m, rank):
 
 def test_all_ten_dimensions():
     """The embedded world on all its dimensions: vertices, the centre, between them, and one face, for both fronts."""
-    scores, w, _ = optimum.problems(toy.prompts("eval"), toy.DIMS)
+    scores, w, _ = problems(world_scores(toy.DIMS))
     centre, eye = torch.full((1, 10), 0.1, dtype=torch.float64), torch.eye(10, dtype=torch.float64)
     face = torch.tensor([[0.2, 0, 0.1, 0, 0.3, 0, 0, 0.25, 0, 0.15]], dtype=torch.float64)
     lams = torch.cat([eye[:2], (eye[:3] + centre) / 2, centre, face])
-    J_ls, h, residual = ls_front(lams, scores, w)
-    J, _, gap = tche_front(lams, scores, w)
-    assert residual < 1e-12 and gap < 1e-8 and h.shape == (7, 8, 160)
+    J_ls, h, residual = dpo_ls(lams, scores, w)
+    J, _, gap = dpo_tche(lams, scores, w, [0.0] * lams.shape[1])
+    assert residual < 1e-12 and gap < 1e-8 and h.shape == (len(lams), len(w), 160)
     assert ((lams @ J_ls.T).amax(1) <= (lams * J_ls).sum(1) + 1e-12).all()           # no other is better for this λ
     value = lambda lam, J: (lam * -J).amax(-1)
     for lam, j in zip(lams, J):
@@ -265,7 +263,7 @@ def kl_problem(X=3, S=7, m=3, seed=0):
 def test_score_front_meets_its_budgets_and_rises_with_them(close):
     scores, ref = kl_problem()
     lams, budgets = simplex_lattice(3, 3), [0, 1e-4, 0.02, 0.1, 0.3, 1.0, 50.0, None]
-    r, kl, beta = score_front(lams, scores, ref, budgets)
+    r, kl, beta = most_scores(lams, scores, ref, budgets)
     assert r.shape == (8, 10, 3) and kl.shape == beta.shape == (8, 10)
     value = torch.einsum("knm,nm->kn", r, lams)
     assert (value.diff(dim=0) >= -1e-12).all() and (value[:6].diff(dim=0) > 1e-3).all()
@@ -277,15 +275,15 @@ def test_score_front_meets_its_budgets_and_rises_with_them(close):
     highest = torch.einsum("nm,xsm->nxs", lams, scores).amax(-1).mean(-1)
     for k in (6, 7):                                                     # more than the maximum needs: the maximum
         assert torch.allclose(value[k], highest, atol=1e-7) and (kl[k] < 50).all()
-    assert torch.equal(score_front(lams, scores, ref, [math.inf])[0][0], r[7])
+    assert torch.equal(most_scores(lams, scores, ref, [math.inf])[0][0], r[7])
 
 
 def test_score_front_is_the_rlhf_optimum_at_its_beta(close):
     scores, ref = kl_problem()
     lams = simplex_lattice(3, 3)
-    r, kl, beta = score_front(lams, scores, ref, [0.2])
+    r, kl, beta = most_scores(lams, scores, ref, [0.2])
     for n, lam in enumerate(lams):
-        J, logps = rlhf_front(lam[None], scores, ref, beta[0, n].item())
+        J, logps = rlhf_optimum(lam[None], scores, ref, beta[0, n].item())
         free, spent = rlhf_objectives(logps, ref, scores, 0.0)
         assert close(r[0, n], free[0], 1e-9) and spent.item() == pytest.approx(0.2, abs=1e-6)
 
@@ -293,9 +291,9 @@ def test_score_front_is_the_rlhf_optimum_at_its_beta(close):
 def test_no_policy_scores_higher_within_the_budget():
     scores, ref = kl_problem()
     lams, budget = simplex_lattice(3, 3), 0.2
-    r, _, beta = score_front(lams, scores, ref, [budget])
+    r, _, beta = most_scores(lams, scores, ref, [budget])
     best = (lams * r[0]).sum(1)
-    optima = torch.stack([rlhf_front(lam[None], scores, ref, b.item())[1][0] for lam, b in zip(lams, beta[0])])
+    optima = torch.stack([rlhf_optimum(lam[None], scores, ref, b.item())[1][0] for lam, b in zip(lams, beta[0])])
     g = torch.Generator().manual_seed(5)
     within = 0
     for size in (1e-3, 0.1, 1.0):
@@ -309,16 +307,16 @@ def test_no_policy_scores_higher_within_the_budget():
         assert (flat > (reached[:20] * lams).sum(-1).flatten()).all()
     assert within > 500
     # wrong: the same budget for every prompt
-    alone = torch.stack([score_front(lams, scores[x:x + 1], ref[x:x + 1], [budget])[0][0] for x in range(3)]).mean(0)
+    alone = torch.stack([most_scores(lams, scores[x:x + 1], ref[x:x + 1], [budget])[0][0] for x in range(3)]).mean(0)
     assert ((alone * lams).sum(1) < best - 0.03).all()
 
 
 def test_few_preferences_at_once(monkeypatch):
     scores, ref = kl_problem()
     lams, budgets = simplex_lattice(3, 3), [0.1, 1.0, None]
-    whole = score_front(lams, scores, ref, budgets), best_at_kl(lams, [0.3] * 10, scores, ref)
+    whole = most_scores(lams, scores, ref, budgets), best_at_kl(lams, [0.3] * 10, scores, ref)
     monkeypatch.setattr(optimum, "AT_ONCE", 4 * ref.numel())             # 4, 4 and 2 preferences
-    for a, b in zip(whole[0], score_front(lams, scores, ref, budgets)):
+    for a, b in zip(whole[0], most_scores(lams, scores, ref, budgets)):
         assert torch.allclose(a, b, rtol=1e-9, atol=0)
     assert torch.allclose(whole[1], best_at_kl(lams, [0.3] * 10, scores, ref))
 
@@ -326,11 +324,11 @@ def test_few_preferences_at_once(monkeypatch):
 def test_best_at_kl(close):
     scores, ref = kl_problem()
     lams, kls = simplex_lattice(3, 3)[:4], torch.tensor([0.0, 0.05, 0.5, 1e3])
-    r, _, _ = score_front(lams, scores, ref, kls.tolist())
+    r, _, _ = most_scores(lams, scores, ref, kls.tolist())
     assert close(best_at_kl(lams, kls, scores, ref), (r.diagonal().T * lams).sum(1), 1e-12)
     assert best_at_kl(lams.float(), kls.tolist(), scores, ref).dtype == torch.float64
     flat = torch.ones(3, 7, 3, dtype=torch.float64)                      # nothing to gain, nothing to spend
-    r, kl, _ = score_front(lams, flat, ref, [0, 1.0, None])
+    r, kl, _ = most_scores(lams, flat, ref, [0, 1.0, None])
     assert torch.allclose(r, torch.ones_like(r)) and kl.abs().max() == 0
 
 
@@ -339,7 +337,7 @@ def test_best_at_kl(close):
 @pytest.mark.parametrize("dims", [["helpful", "harmless"], ["harmless", "concise", "warm"]])
 def test_problems(dims):
     prompts = toy.prompts("eval")
-    scores, w, index = optimum.problems(prompts, dims)
+    scores, w, index = problems(world_scores(dims))
     assert w.sum().item() == pytest.approx(1, abs=1e-12)
     assert scores.shape == (len(w), 160, len(dims)) and len(w) < len(prompts)
     columns = [toy.DIMS.index(dim) for dim in dims]
@@ -349,10 +347,10 @@ def test_problems(dims):
     assert len({tuple(s.flatten().tolist()) for s in scores}) == len(w)  # no problem twice
 
 
-def test_label_probs_by_hand():
-    P = label_probs(torch.tensor([[[2.0], [0.0]]], dtype=torch.float64))
+def test_win_probs_by_hand():
+    win_prob = win_probs(torch.tensor([[[2.0], [0.0]]], dtype=torch.float64))
     up = 1 / (1 + math.exp(-2))
-    assert torch.allclose(P, torch.tensor([[[[0, up], [1 - up, 0]]]], dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(win_prob, torch.tensor([[[[0, up], [1 - up, 0]]]], dtype=torch.float64), atol=1e-12)
 
 
 @pytest.mark.parametrize("m, parts, count", [(2, 10, 11), (3, 10, 66), (4, 10, 286), (3, 5, 21)])

@@ -1,4 +1,4 @@
-"""test_sft_front.py - the exact SFT fronts: mixtures of demonstrators, and their Tchebycheff weights."""
+"""test_optimum_sft.py - the exact SFT fronts: mixtures of demonstrators, and their Tchebycheff weights."""
 import math
 
 import pytest
@@ -6,7 +6,7 @@ import torch
 
 from aggregate import simplex_lattice
 from data import toy
-from fronts.optimum import sft_front, sft_losses
+from fronts.optimum import sft_entropies, sft_losses, sft_ls, sft_tche
 
 
 def demonstrators(X=3, S=8, m=3, seed=0, sharp=1.5):
@@ -64,8 +64,8 @@ def test_a_response_that_the_policy_lacks():
 
 def test_the_mixture_is_the_optimum_of_ls():
     demos, lams = demonstrators(), simplex_lattice(3, 4)
-    J, logps, residual = sft_front(lams, demos)
-    assert J.shape == (15, 3) and logps.shape == (15, 3, 8) and residual == 0
+    J, logps = sft_ls(lams, demos)
+    assert J.shape == (15, 3) and logps.shape == (15, 3, 8)
     assert (logps.exp().sum(-1) - 1).abs().max() < 1e-12
     assert torch.allclose(-J, sft_losses(logps, demos), atol=1e-12)
     for lam, j, policy in zip(lams, J, logps):
@@ -88,15 +88,15 @@ def test_numerical_optimisation_finds_the_mixture(close):
         return value
 
     optimizer.step(loss)
-    J, logps, _ = sft_front(lam, demos)
+    J, logps = sft_ls(lam, demos)
     assert close(logits.detach().softmax(-1), logps[0].exp(), 1e-6)
     assert close(-sft_losses(logits.detach().log_softmax(-1), demos), J[0], 1e-6)
 
 
 def test_preferences_in_single_precision_still_give_policies():
     lams = torch.full((1, 3), 1 / 3) * (1 + 1e-6)
-    for aggregate in ("ls", "tche"):
-        J, logps, _ = sft_front(lams, demonstrators(), aggregate)
+    demos = demonstrators()
+    for J, logps, *_ in (sft_ls(lams, demos), sft_tche(lams, demos, entropies(demos))):
         assert J.dtype == torch.float64 and (logps.exp().sum(-1) - 1).abs().max() < 1e-12
 
 
@@ -107,7 +107,7 @@ def test_preferences_in_single_precision_still_give_policies():
 def test_tche_is_the_minimum(m, zero):
     demos, lams = demonstrators(m=m, sharp=1.0), preferences(m)
     z = torch.zeros(m, dtype=torch.float64) if zero else entropies(demos)
-    J, logps, gap = sft_front(lams, demos, "tche", ideal=z.tolist() if zero else None)
+    J, logps, gap = sft_tche(lams, demos, z.tolist() if zero else sft_entropies(demos))
     assert 0 <= gap + 1e-15 and gap < 1e-9
     assert J.shape == (len(lams), m) and logps.shape == (len(lams), 3, 8)
     assert (logps.exp().sum(-1) - 1).abs().max() < 1e-12 and torch.allclose(-J, sft_losses(logps, demos), atol=1e-12)
@@ -123,14 +123,13 @@ def test_tche_is_the_minimum(m, zero):
         assert (terms[(weights > 1e-6) & (lam > 0)] > best - 1e-7).all()
         several += (weights > 1e-6).sum() > 1
     assert several >= (2 if zero else 6)
-    at_same_lam = sft_losses(sft_front(lams, demos)[1], demos)           # wrong: linear scalarisation at the same λ
+    at_same_lam = sft_losses(sft_ls(lams, demos)[1], demos)           # wrong: linear scalarisation at the same λ
     assert (value(lams, at_same_lam) > 1.02 * value(lams, -J)).sum() >= (2 if zero else 4)
 
 
 def test_vertices_are_the_demonstrators(close):
     demos = demonstrators(m=4)
-    for aggregate in ("ls", "tche"):
-        J, logps, _ = sft_front(torch.eye(4), demos, aggregate)
+    for J, logps, *_ in (sft_ls(torch.eye(4), demos), sft_tche(torch.eye(4), demos, entropies(demos))):
         assert close(logps.exp().movedim(0, -1), demos, 1e-12)
         assert close(-J.diagonal(), entropies(demos), 1e-12)
 
@@ -150,7 +149,7 @@ def blahut_arimoto(demos, steps):
 def test_at_equal_preferences_it_is_the_channel_capacity(m, close):
     demos = demonstrators(m=m)
     capacity, c = blahut_arimoto(demos, 3000)
-    J, logps, gap = sft_front(torch.full((1, m), 1 / m), demos, "tche")
+    J, logps, gap = sft_tche(torch.full((1, m), 1 / m), demos, entropies(demos))
     terms = -J[0] - entropies(demos)                                     # KL(p_i ‖ π): the radius, the same for all
     assert terms.max().item() == pytest.approx(capacity, rel=1e-7)
     assert close(logps[0].exp(), demos @ c, 1e-4) and c.min() > 0.05
@@ -163,18 +162,18 @@ def test_the_maximum_is_of_means_over_prompts():
     demos, lam = demonstrators(seed=4), torch.tensor([[0.5, 0.2, 0.3]], dtype=torch.float64)
     z = entropies(demos)
     value = lambda logps: (lam[0] * (sft_losses(logps, demos) - z)).amax(-1)
-    right = sft_front(lam, demos, "tche")[1][0]
-    alone = torch.cat([sft_front(lam, demos[x:x + 1], "tche")[1][0] for x in range(3)])
+    right = sft_tche(lam, demos, z)[1][0]
+    alone = torch.cat([sft_tche(lam, demos[x:x + 1], entropies(demos[x:x + 1]))[1][0] for x in range(3)])
     assert value(alone) > value(right) + 1e-3
-    without = sft_front(lam, demos, "tche", ideal=[0, 0, 0])[1][0]       # wrong: without z
+    without = sft_tche(lam, demos, [0, 0, 0])[1][0]       # wrong: without z
     assert value(without) > value(right) + 1e-2
 
 
 def test_a_dimension_without_preference_takes_no_part(close):
     demos, lams = demonstrators(m=4), torch.tensor([[0.3, 0.0, 0.7, 0.0], [0.0, 0.5, 0.5, 0.0]], dtype=torch.float64)
-    J, logps, _ = sft_front(lams, demos, "tche")
+    J, logps, _ = sft_tche(lams, demos, entropies(demos))
     for n, kept in enumerate(([0, 2], [1, 2])):
-        few, policy, _ = sft_front(lams[n:n + 1, kept], demos[..., kept], "tche")
+        few, policy, _ = sft_tche(lams[n:n + 1, kept], demos[..., kept], entropies(demos[..., kept]))
         assert close(J[n, kept], few[0], 1e-8) and close(logps[n].exp(), policy[0].exp(), 1e-6)
 
 
@@ -182,11 +181,11 @@ def test_demonstrators_that_are_equal_or_share_nothing():
     demos = demonstrators(m=3)
     twice = torch.cat([demos, demos[..., :2]], dim=-1)                   # dimensions 3 and 4 are 0 and 1 again
     lams = torch.cat([torch.full((1, 5), 0.2), torch.tensor([[0.1, 0.2, 0.3, 0.1, 0.3]])]).double()
-    J, _, gap = sft_front(lams, twice, "tche")
+    J, _, gap = sft_tche(lams, twice, entropies(twice))
     assert gap < 1e-9 and torch.allclose(J[:, :2], J[:, 3:], atol=1e-12)
     apart = torch.eye(3, dtype=torch.float64)[None]                      # each has one response of its own
     lams = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 2, 4]]) / torch.tensor([[3], [2], [7]])
-    J, logps, gap = sft_front(lams, apart, "tche")
+    J, logps, gap = sft_tche(lams, apart, [0, 0, 0])
     assert gap < 1e-9 and torch.allclose(logps[0].exp(), torch.full((1, 3), 1 / 3, dtype=torch.float64))
     assert J[1].tolist() == pytest.approx([-math.inf, -math.log(2), -math.log(2)])
     terms = torch.tensor([1, 2, 4]) * -J[2]                              # λ_i log(1 / π_i), all the same
@@ -204,10 +203,10 @@ def test_all_ten_dimensions_of_the_embedded_world(sharp, towards_the_centre):
     eye = torch.eye(10, dtype=torch.float64)
     lams = torch.cat([preferences(10), eye + towards_the_centre * (0.1 - eye)])
     for z in (entropies(demos), torch.zeros(10)):
-        J, _, gap = sft_front(lams, demos, "tche", ideal=z)
+        J, _, gap = sft_tche(lams, demos, z)
         terms = lams * (-J - z)
         assert gap < 1e-9 and J.isfinite().all() and (terms >= -1e-12).all()
-    J, _, _ = sft_front(lams[:11], demos, "tche")                        # without `ideal`, z are the entropies
+    J, _, _ = sft_tche(lams[:11], demos, sft_entropies(demos))
     terms = lams[:11] * (-J - entropies(demos))
     assert (terms[:10].amax(1) < 1e-9).all()                             # vertices: nothing is lost
     assert terms[10].max() - terms[10].topk(3).values.min() < 1e-8       # the centre: several hold each other

@@ -1,0 +1,179 @@
+"""test_measure.py - World measures policies exactly: against loops over responses, on a small world; stationarity."""
+import math
+
+import pytest
+import torch
+
+from aggregate import simplex_lattice
+from data import toy
+from data.rewards import Rewards, world_rewards
+from data.tokenizers import load_tokenizer, tokenize
+from data.trees import batch_logprobs
+from fronts import measure
+from fronts.objective import OBJECTIVES
+from fronts.optimum import rlhf_objectives, rlhf_optimum, with_outside
+from fronts.stationarity import min_norm
+from model import Config, Transformer
+
+BETA = 0.4
+SLOTS = dict(OPENINGS=("plain", "formal", "joke", "warm"), BODIES=("full", "hint", "safer", "refuse"),
+             CAUTIONS=("none",), CLOSINGS=("none", "cheer"))
+
+
+def shrink(monkeypatch, every, **slots):
+    """Cuts the embedded world down, for as long as monkeypatch lasts: each `every`-th prompt of a split, and of each
+    slot the options given. Call toy._world.cache_clear() after monkeypatch.undo()."""
+    prompts, probs = toy.prompts, toy.base_probs
+    for name, kept in slots.items():
+        monkeypatch.setattr(toy, name, {key: getattr(toy, name)[key] for key in kept})
+    monkeypatch.setattr(toy, "N_RESPONSES", math.prod(map(len, slots.values())))
+    monkeypatch.setattr(toy, "prompts", lambda split: prompts(split)[::every[split]])
+    monkeypatch.setattr(toy, "base_probs", lambda prompt: probs(prompt) / probs(prompt).sum())
+    toy._world.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A world of 2 prompts, one of them risky, and 32 responses; a tiny base model that knows it roughly."""
+    patch = pytest.MonkeyPatch()
+    shrink(patch, dict(train=80, eval=23), **SLOTS)
+    tokenizer = load_tokenizer("toy")
+    prompts = toy.prompts("eval")
+    assert [toy._tasks()[x][0].risky for x in prompts] == [False, True]
+    config = Config(tokenizer.vocab_size, 64, n_layer=2, n_head=2, d_model=32)
+    model = Transformer(config).init_weights(torch.Generator().manual_seed(0))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    (batch,) = measure.world_batches(prompts, tokenizer, "cpu")
+    probs = torch.stack([toy.base_probs(x) for x in prompts]).float()
+    for _ in range(120):
+        loss = -(probs * batch_logprobs(model, batch).view(2, 32)).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    raw = world_rewards(["helpful", "harmless"], None).raw
+    rewards = Rewards(["helpful", "harmless"], ["helpful", "harmless"], raw, [0.3, -0.2], [1.5, 2.0], [1.0, 3.0])
+    yield model, rewards, tokenizer
+    patch.undo()
+    toy._world.cache_clear()
+
+
+def world(small):
+    """A fresh World for RLHF, the base measured, and a policy that differs from the base."""
+    model, rewards, tokenizer = small
+    data = measure.World(rewards.dims, tokenizer, "cpu", OBJECTIVES["rlhf"].J, rewards)
+    data.reference(model)
+    policy = Transformer(model.config)
+    g = torch.Generator().manual_seed(1)
+    policy.load_state_dict({k: v + 0.01 * torch.randn(v.shape, generator=g) for k, v in model.state_dict().items()})
+    return data, policy
+
+
+def by_loops(policy, model, small):
+    """J (m,), mean scores (m,), KL and outside mass, one response after the other: the gradient reaches the policy."""
+    _, rewards, tokenizer = small
+    J, scores, kl, outside = [0.0, 0.0], [0.0, 0.0], 0.0, 0.0
+    prompts = toy.prompts("eval")
+    for x in prompts:
+        (row,), _ = tokenize([toy.as_row(x, toy.responses(x))], tokenizer, 64)
+        logps = {}
+        for key, net in (("pi", policy), ("ref", model)):
+            each = []
+            for y in row.responses:
+                every = net(torch.tensor([row.prompt + y]))[0, len(row.prompt) - 1:-1].log_softmax(-1)
+                each.append(every[torch.arange(len(y)), torch.tensor(y)].double().sum())
+            rest = 1 - sum(v.exp() for v in each)
+            logps[key] = [*each, rest.log()]
+        raw = [toy.scores(x, [text])[0] for text in [*toy.responses(x), "anything else"]]
+        cost = sum(p.exp() * (p - q.detach()) for p, q in zip(logps["pi"], logps["ref"]))
+        kl, outside = kl + cost / len(prompts), outside + logps["pi"][-1].exp() / len(prompts)
+        for i, (mean, std, scale) in enumerate(zip(rewards.mean, rewards.std, rewards.scale)):
+            r = [scale * (s[i].item() - mean) / std for s in raw]
+            J[i] = J[i] + (sum(p.exp() * v for p, v in zip(logps["pi"], r)) - BETA * cost) / len(prompts)
+            inside = sum(p.exp() * s[i].item() for p, s in zip(logps["pi"][:-1], raw))
+            scores[i] += (inside / sum(p.exp() for p in logps["pi"][:-1])).item() / len(prompts)
+    return torch.stack(J), scores, kl, outside
+
+
+def test_the_base_has_no_kl_and_its_mean_reward(small):
+    data, _ = world(small)
+    got = data.measure(small[0], BETA)
+    assert got["kl"] == got["kl_all"] == 0 and 0.02 < got["outside_mass"] < 0.6
+    for J, ref, r in ((got["J"], data.ref, data.r_all[:, :-1]), (got["J_all"], data.ref_all, data.r_all)):
+        assert torch.allclose(ref.exp().sum(-1), torch.ones(2, dtype=torch.float64))
+        assert J == pytest.approx((ref.exp()[..., None] * r).sum(1).mean(0).tolist(), rel=1e-9)
+    assert (data.r_all[:, -1] < data.r_all[:, :-1].amin((0, 1))).all()         # "any other text" is the worst there is
+
+
+def test_measure_equals_a_loop_over_responses(small):
+    data, policy = world(small)
+    got = data.measure(policy, BETA)
+    J, scores, kl, outside = by_loops(policy, small[0], small)
+    assert got["J_all"] == pytest.approx(J.tolist(), rel=1e-4)
+    assert got["scores"] == pytest.approx(scores, rel=1e-4)              # of the world's responses, in raw units
+    assert got["kl_all"] == pytest.approx(kl.item(), rel=1e-3) and kl > 0.05
+    assert got["outside_mass"] == pytest.approx(outside.item(), rel=1e-3)
+    narrow = small[1].normalise(torch.tensor(got["scores"]))             # over the world's own responses alone
+    assert (torch.tensor(got["J"]) + BETA * got["kl"]).tolist() == pytest.approx(narrow.tolist(), rel=1e-5)
+    free = torch.tensor(got["J_all"]) + BETA * got["kl_all"]             # wrong: the one for the other
+    assert ((free - narrow).abs() > 0.05 * narrow.abs()).all()
+
+
+def test_no_policy_is_measured_above_the_exact_front(small):
+    data, policy = world(small)
+    lams = simplex_lattice(2, 10)
+    for key, r, ref in (("J", data.r_all[:, :-1], data.ref), ("J_all", data.r_all, data.ref_all)):
+        J, logps = rlhf_optimum(lams, r, ref, BETA)
+        for net in (policy, small[0]):
+            reached = torch.tensor(data.measure(net, BETA)[key], dtype=torch.float64)
+            assert (lams @ reached < (lams * J).sum(1) - 0.01).all()
+        assert torch.allclose(rlhf_objectives(logps, ref, r, BETA)[0], J)
+
+
+def gradients(policy, small):
+    """∇J_i with respect to the blocks' matrices, by autograd through the loop. (m, d)"""
+    matrices = [p for p in policy.blocks.parameters() if p.ndim == 2]
+    policy.requires_grad_(True)
+    J, *_ = by_loops(policy, small[0], small)
+    return torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(value, matrices, retain_graph=True)])
+                        for value in J]).double(), matrices
+
+
+@pytest.mark.parametrize("rows", [40, 1])
+def test_stationarity(small, rows, close):
+    data, policy = world(small)
+    data.batches = measure.world_batches(toy.prompts("eval"), small[2], "cpu", rows=rows)
+    assert len(data.batches) == (1 if rows == 40 else 2)
+    norm, c, single = min_norm(data, policy, BETA)
+    G, matrices = gradients(policy, small)
+    assert close(single, G.norm(dim=1), 1e-3) and min(single) > 0.01
+    # the gradients themselves, by finite differences along a random direction
+    direction = torch.randn(G.shape[1], generator=torch.Generator().manual_seed(2)).double()
+    moved, eps = [], 1e-3
+    for sign in (1, -2):                                                 # to +ε, and from there to −ε
+        with torch.no_grad():
+            for p, step in zip(matrices, direction.split([p.numel() for p in matrices])):
+                p += sign * eps * step.view(p.shape)
+        moved.append(torch.tensor(data.measure(policy, BETA)["J_all"]).double())
+    assert close((moved[0] - moved[1]) / (2 * eps), G @ direction, 0.02)
+    # c solves the problem: no other mixture of the gradients is shorter
+    mixtures = (simplex_lattice(2, 1000) @ G).norm(dim=1)
+    mixed = (torch.tensor(c, dtype=torch.float64) @ G).norm().item()
+    assert norm <= mixtures.min() * (1 + 1e-3) and norm == pytest.approx(mixed, rel=1e-3)
+    assert min(c) >= 0 and sum(c) == pytest.approx(1) and norm < 0.9 * mixtures[500]     # wrong: equal weights
+
+
+def test_stationarity_falls_towards_the_front(small):
+    data, policy = world(small)
+    before, *_ = min_norm(data, policy, BETA)
+    matrices = [p for p in policy.blocks.parameters() if p.ndim == 2]
+    optimizer = torch.optim.Adam(matrices, lr=3e-3)
+    (batch,) = data.batches
+    for step in range(80):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 80)
+        logps = with_outside(batch_logprobs(policy, batch).double().view(2, 32))
+        loss = -rlhf_objectives(logps, data.ref_all, data.r_all, BETA)[0].mean()
+        grads = torch.autograd.grad(loss, matrices)
+        for p, g in zip(matrices, grads):
+            p.grad = g
+        optimizer.step()
+    assert min_norm(data, policy, BETA)[0] < 0.3 * before
