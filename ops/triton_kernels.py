@@ -29,6 +29,7 @@ import triton.language as tl
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 FLAT_BLOCK = 1024           # elementwise: 8 elements per thread, which in bf16 is one load of 16 bytes
 VOCAB_BLOCK = 8192          # logits at a time
+FEW_ROWS, MANY_ROWS = 2 ** 12, 2 ** 14                        # svd_lora_down: below these, a program takes 16, 32 rows
 PARTIAL_SUMS = 512          # programs of rms_norm_backward: enough for any GPU, few beside its rows
 DECODE_ROWS, DECODE_RANK = 64, 64                             # the most that svd_lora_decode takes
 DECODE_OUTPUTS = 2 ** 14    # of one launch of it: below that, d_in is split
@@ -90,7 +91,7 @@ def svd_lora_down(x, V, d, rows):
     assert not per_row or len(d) * rows == N, f"{N} tokens are not {len(d)} rows of {rows}"
     # Where there are few rows, a program gets few, so that there are enough programs; where there are many it gets
     # more, since every program reads all of V.
-    block = 16 if N < 2 ** 12 else 32 if N < 2 ** 14 else 64
+    block = 16 if N < FEW_ROWS else 32 if N < MANY_ROWS else 64
     BR = max(16, triton.next_power_of_2(r))
     _down_kernel[(triton.cdiv(N, block),)](
         x, V, d, h, N, d_in, r, rows if per_row else 1, x.stride(0), V.stride(0), d.stride(0) if per_row else 0,

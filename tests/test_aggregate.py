@@ -5,8 +5,17 @@ import math
 import pytest
 import torch
 
-from aggregate import (linear_scalarization, min_norm_weights, models_of, pama_advantages, pama_weights,
-                       sample_preference, scalar_reward, simplex_lattice, tchebycheff)
+from aggregate import (
+    linear_scalarization,
+    min_norm_weights,
+    models_of,
+    pama_advantages,
+    pama_weights,
+    sample_preference,
+    scalar_reward,
+    simplex_lattice,
+    tchebycheff,
+)
 from objectives import noon
 
 both = pytest.mark.parametrize("aggregate", [linear_scalarization, tchebycheff])

@@ -13,9 +13,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runs.files import UserError
+from data.tokenizers import TokenRow
+from data.trees import batch_logprobs, pack
+from model import SIZES, Config, Transformer, config_from_hf, config_to_hf, generate
 from ops.fused import rope_
-from model import SIZES, Config, KVCache, Transformer, config_from_hf, config_to_hf, generate
+from ops.generation import KVCache
+from runs.files import UserError
+from svd_lora import inject_svd_lora, set_preference
 
 SHARED = Path(__file__).parents[2] / "shared"
 HF = SHARED / "oracles" / "data" / "hf"
@@ -149,7 +153,7 @@ def test_round_trip_is_bit_equal(family, tied, dtype, tiny, tmp_path):
 
 
 @families
-def test_shards(family, tiny, tmp_path):
+def test_shards_that_we_write(family, tiny, tmp_path):
     model = tiny(family)
     model.save_pretrained(tmp_path, shard_bytes=20_000)
     files = sorted(tmp_path.glob("*.safetensors"))
@@ -206,7 +210,7 @@ def shard(path, index=True):
 
 
 @pytest.mark.parametrize("index", [True, False])
-def test_shards(index, tiny, tmp_path):
+def test_shards_of_others(index, tiny, tmp_path):
     model = tiny("llama")
     model.save_pretrained(tmp_path)
     shard(tmp_path, index)
@@ -509,3 +513,66 @@ def test_the_context_ends(family, tiny):
     model(tokens_for(model, 1, 32))
     with pytest.raises(AssertionError, match="33 tokens, context 32"):
         model(tokens_for(model, 1, 33))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ways to run the blocks that must not change what they compute: checkpointing, padding, compilation.
+
+LAM = torch.tensor([[1.0, 0.0], [0.3, 0.7], [0.5, 0.5]])
+ROWS = [TokenRow([3, 4, 5][:n + 1], [[6, 7, 8, 9], [6, 7, 10], [11, 12]]) for n in range(3)]
+
+
+def adapted(tiny, family, **more):
+    """A tiny model with an adapter that is not fresh."""
+    model = inject_svd_lora(tiny(family, **more), 4, 2, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and p.ndim < 2:
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) * 0.01)
+    return model
+
+
+def step(model, multiple=1, lam=LAM):
+    """(log-probs, {name: gradient}) of one step."""
+    set_preference(model, lam)
+    logps = batch_logprobs(model, pack(ROWS, multiple))
+    (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    return logps.detach(), gradients
+
+
+def same(a, b, close, tolerance=1e-5):
+    return close(a[0], b[0], tolerance) and all(close(a[1][name], b[1][name], tolerance) for name in b[1])
+
+
+@families
+def test_checkpointing_changes_no_bit_and_keeps_less(family, tiny, close):
+    model = adapted(tiny, family)
+    kept = {}
+    for model.checkpoint_blocks in (False, True):
+        sizes = kept.setdefault(model.checkpoint_blocks, [])
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.nbytes), t)[1], lambda t: t):
+            result = step(model)
+        if not model.checkpoint_blocks:
+            expected = result
+    assert same(result, expected, close, 0)
+    assert not same(step(model, lam=LAM.flip(1)), expected, close, 1e-3)              # the comparison can fail
+    assert sum(kept[True]) < sum(kept[False]) / 3
+
+
+@families
+def test_padding_to_a_multiple_changes_nothing(family, tiny, close):
+    model = adapted(tiny, family)
+    assert pack(ROWS, 8).tokens.shape[1] % 8 == 0 != pack(ROWS).tokens.shape[1] % 8
+    assert same(step(model, 8), step(model), close, 1e-4)             # sums over keys in another order
+
+
+@pytest.mark.slow
+@families
+def test_compiled_blocks_compute_the_same_for_every_preference(family, tiny, close):
+    model, compiled = adapted(tiny, family), adapted(tiny, family)
+    for block in compiled.blocks:
+        block.compile(dynamic=False)                          # as train_dpo.py --compile does
+    for lam in (LAM, LAM.flip(1)):
+        assert same(step(compiled, 8, lam), step(model, 8, lam), close, 1e-4)

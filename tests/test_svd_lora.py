@@ -7,11 +7,25 @@ import torch.nn as nn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from model import Transformer
 from runs.files import UserError
-from model import Transformer, generate
-from svd_lora import (SVDLoRALinear, adapter_state, adapters_off, choose_adapter, clip_adapters, export_peft,
-                      fingerprint, inject_svd_lora, load_adapter, merged_state_dict, orthogonality_penalty,
-                      parameter_groups, read_adapter_header, save_adapter, set_preference, shared_base, svd_lora_layers)
+from svd_lora import (
+    SVDLoRALinear,
+    adapter_state,
+    adapters_off,
+    export_peft,
+    fingerprint,
+    inject_svd_lora,
+    load_adapter,
+    merged_state_dict,
+    orthogonality_penalty,
+    parameter_groups,
+    read_adapter_header,
+    save_adapter,
+    set_preference,
+    shared_base,
+    svd_lora_layers,
+)
 
 LAMS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.3, 0.7]]
 TOKENS = torch.randint(0, 61, (4, 9), generator=torch.Generator().manual_seed(5))
@@ -289,109 +303,6 @@ def test_injecting_again_starts_afresh(tiny):
     inject_svd_lora(model, k=3, m=3)
     assert torch.equal(at(model, [0.2, 0.3, 0.5]), tiny()(TOKENS))
     assert {(layer.k, layer.m) for layer in svd_lora_layers(model).values()} == {(3, 3)}
-
-
-# ---- several adapters side by side ----
-
-def alone(model, a, k=3):
-    """Adapter a by itself, with values as if it had been trained."""
-    inject_svd_lora(model, k, 0, 64.0, generator=torch.Generator().manual_seed(a))
-    with torch.no_grad():
-        for layer in svd_lora_layers(model).values():
-            layer.sigma.normal_(0, 3.0, generator=torch.Generator().manual_seed(10 + a))
-    return model
-
-
-def side_by_side(model, tmp_path, A=3, k=3):
-    """Those of alone(0 … A − 1) side by side in one model, by way of their files."""
-    inject_svd_lora(model, k, 0, 64.0, generator=[torch.Generator().manual_seed(a) for a in range(A)], adapters=A)
-    for a in range(A):
-        load_adapter(model, tmp_path / f"{a}.safetensors", only=a)
-    return model
-
-
-@pytest.fixture
-def three(tiny, tmp_path):
-    """three(family): a model with three adapters side by side, and the three models with one each."""
-    def build(family="gpt2"):
-        ones = [alone(tiny(family), a) for a in range(3)]
-        for a, model in enumerate(ones):
-            save_adapter(model, tmp_path / f"{a}.safetensors", ["x", "y"], lam=[0.0, 1.0])
-        return side_by_side(tiny(family), tmp_path), ones
-    return build
-
-
-def test_adapters_side_by_side_begin_as_each_would_alone(tiny):
-    generators = [torch.Generator().manual_seed(a) for a in range(3)]
-    model = inject_svd_lora(tiny(), 3, 0, 64.0, generator=generators, adapters=3)
-    for a in range(3):
-        one = inject_svd_lora(tiny(), 3, 0, 64.0, generator=torch.Generator().manual_seed(a))
-        ours, theirs = adapter_state(model, a), adapter_state(one)
-        assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert {layer.gain for layer in svd_lora_layers(model).values()} == {64 / 3}         # not 64 / 9
-
-
-@families
-def test_every_row_has_the_adapter_that_it_chose(three, close, family):
-    model, ones = three(family)
-    with pytest.raises(RuntimeError, match="choose_adapter"):
-        model(TOKENS)                                                    # wrong: the sum of all
-    index = [2, 0, 1, 2]
-    choose_adapter(model, index)
-    logits = model(TOKENS)
-    for b, a in enumerate(index):
-        assert close(logits[b], ones[a](TOKENS)[b], 1e-5)
-        assert not close(logits[b], ones[(a + 1) % 3](TOKENS)[b], 0.01)
-    for bad in ([0, 3], [-1, 0], 1):
-        with pytest.raises(ValueError, match="from 0 to 2"):
-            choose_adapter(model, bad)
-
-
-@families
-def test_gradients_and_clipping_of_each_by_itself(three, close, family):
-    model, ones = three(family)
-    index, weight = torch.tensor([2, 0, 2, 0]), torch.tensor([1.0, 30.0, 1.0, 30.0])     # adapter 1 has no row
-    choose_adapter(model, index)
-    (model(TOKENS).square().mean((1, 2)) * weight).sum().backward()
-    before = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    norms = clip_adapters(model, 0.05)
-    assert close(norms.square().sum().sqrt(), before, 1e-5) and norms[1] == 0
-    for a in (0, 2):
-        (ones[a](TOKENS[index == a]).square().mean((1, 2)) * weight[index == a]).sum().backward()
-        alone = [p for p in ones[a].parameters() if p.grad is not None]
-        assert close(norms[a], torch.nn.utils.clip_grad_norm_(alone, 0.05), 1e-4)
-        assert norms[a] > 0.06                                           # or nothing would be clipped
-        for name, layer in svd_lora_layers(model).items():
-            one = ones[a].get_submodule(name)
-            for part in ("U", "V", "sigma"):
-                ours = getattr(layer, part).grad[..., 3 * a:3 * a + 3]
-                assert close(ours, getattr(one, part).grad, 1e-4)        # wrong: clipped by the norm of all together
-                assert not getattr(layer, part).grad[..., 3:6].any()     # wrong: a gradient from another one's rows
-    assert norms[0] > 2 * norms[2]
-
-
-def test_one_of_several_is_saved_as_an_adapter_like_any_other(three, tiny, tmp_path, close):
-    model, ones = three()
-    save_adapter(model, tmp_path / "one.safetensors", ["x", "y"], only=1, lam=[0.0, 1.0])
-    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()
-    plain = tiny()
-    load_adapter(plain, tmp_path / "one.safetensors")
-    assert torch.equal(plain(TOKENS), ones[1](TOKENS))
-    with pytest.raises(UserError, match="k = 3, m = 0; .* k = 4, m = 2"):
-        load_adapter(adapted(tiny()), tmp_path / "one.safetensors")
-    for use in (lambda: save_adapter(model, tmp_path / "all.safetensors"),
-                lambda: load_adapter(model, tmp_path / "one.safetensors"), lambda: merged_state_dict(model)):
-        with pytest.raises(AssertionError, match="several adapters"):
-            use()
-
-
-def test_adapters_side_by_side_generate_as_each_would_alone(three):
-    model, ones = three()
-    prompts, index = [[5, 9], [7], [3, 4, 5]], [1, 0, 2]
-    choose_adapter(model, index)
-    together = generate(model, prompts, 8, temperature=0, eos_id=-1)
-    assert together == [generate(ones[a], [x], 8, temperature=0, eos_id=-1)[0] for a, x in zip(index, prompts)]
-    assert together != [generate(ones[0], [x], 8, temperature=0, eos_id=-1)[0] for x in prompts]
 
 
 # ---- files ----

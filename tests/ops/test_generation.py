@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from model import SIZES, Transformer, generate
 from ops import generation
 from ops.generation import Decoder, FastLinear, sample_token
-from model import SIZES, Transformer, generate
 from svd_lora import SVDLoRALinear, adapters_off, inject_svd_lora, set_preference, svd_lora_layers
 
-HF = Path(__file__).parents[2] / "shared" / "oracles" / "data" / "hf"
+HF = Path(__file__).parents[3] / "shared" / "oracles" / "data" / "hf"
 families = pytest.mark.parametrize("family", ["gpt2", "llama"])
 PROMPTS = [[3], [4, 5, 6, 7, 8, 9, 10], [11, 12, 13], [3, 4]]
 LAM = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5], [0.2, 0.8]])                  # one preference for each prompt

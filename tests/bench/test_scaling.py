@@ -1,15 +1,13 @@
 """bench/scaling.py: its formulas against real models, and docs/scaling.md against its output."""
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
-import scaling
+from bench import scaling
 from model import SIZES, Transformer
+from ops.quantize import quantize_weight
+from runs.files import ROOT
 from svd_lora import inject_svd_lora
 
 SMALL = {"gpt2": replace(SIZES["125m"], vocab_size=64, d_model=96, d_ff=384, head_dim=8),
@@ -46,7 +44,6 @@ def test_weights_and_adapter(family):
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_quantised_bytes(kind):
-    from ops.quantize import quantize_weight
     weight = quantize_weight(torch.randn(96, 256), kind)
     codes = sum(t.nbytes for t in weight.buffers())
     assert abs(scaling.BYTES[kind] * 96 * 256 / codes - 1) < 0.02      # int8 has a scale an output besides

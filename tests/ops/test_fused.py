@@ -6,13 +6,24 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ops import fused
-from ops.fused import (linear, linear_logprob, linear_logprob_plain, rms_norm, rms_norm_plain, rope_, rope_plain,
-                       svd_lora_linear, svd_lora_linear_plain, swiglu, swiglu_plain)
+from ops.fused import (
+    linear,
+    linear_logprob,
+    linear_logprob_plain,
+    rms_norm,
+    rms_norm_plain,
+    rope_,
+    rope_plain,
+    svd_lora_linear,
+    svd_lora_linear_plain,
+    swiglu,
+    swiglu_plain,
+)
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 DTYPES = list(TOLERANCE)
-# set by test_kernels.py, which runs this file in Triton's interpreter: everything then goes the way it goes on CUDA.
-# Large cases would take minutes there; bf16 is cut instead of rounded there, so fp32 has to do.
+# Set by test_triton_kernels.py, which runs this file in Triton's interpreter: everything then runs as it does on CUDA.
+# Large cases would take minutes there, and it cuts numbers to bf16 instead of rounding them: so small cases in fp32.
 if KERNELS := os.environ.get("FUSED_THROUGH_KERNELS") == "1":
     fused.use_kernels = lambda x: x.dtype != torch.float64
     DTYPES = [torch.float32]
@@ -55,6 +66,7 @@ def compare(op, plain, tensors, constants=(), dtype=torch.float32):
 
 # (B, T, d_in, d_out, r): small and odd; above and below the size from which oneDNN multiplies; rank 1
 SHAPES = [(3, 7, 33, 17, 10), (2, 9, 300, 257, 4), (1, 61, 129, 512, 1), (4, 45, 384, 130, 20)]
+SHAPES = [(3, 7, 33, 17, 10), (2, 9, 70, 67, 20), (1, 9, 33, 65, 1)] if KERNELS else SHAPES
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,15 +89,17 @@ def test_svd_lora_linear(shape, per_row, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_svd_lora_linear_takes_any_strides_and_no_rows(dtype):
-    x = normal(384, 40, 3, dtype=dtype).permute(2, 1, 0)                              # (B, T, d_in), not contiguous
-    W, U, V, d = normal(257, 384, scale=0.05, dtype=dtype), normal(10, 257).T, normal(10, 384).T, normal(3, 1, 10)
+    d_in, d_out, T = (70, 67, 7) if KERNELS else (384, 257, 40)
+    x = normal(d_in, T, 3, dtype=dtype).permute(2, 1, 0)                              # (B, T, d_in), not contiguous
+    W, U, V = normal(d_out, d_in, scale=0.05, dtype=dtype), normal(10, d_out).T, normal(10, d_in).T
+    d = normal(3, 1, 10)
     errors, _ = compare(lambda *a: svd_lora_linear(a[0], W, *a[1:]),
                         lambda *a: svd_lora_linear_plain(a[0], W.double(), *a[1:]), (x, U, V, d), dtype=dtype)
     assert max(errors) < TOLERANCE[dtype], errors
-    x = torch.zeros(2, 0, 384, dtype=dtype, requires_grad=True)
+    x = torch.zeros(2, 0, d_in, dtype=dtype, requires_grad=True)
     U, V, d = (t.detach().clone().requires_grad_(True) for t in (U, V, normal(10)))
     y = svd_lora_linear(x, W, U, V, d)
-    assert y.shape == (2, 0, 257)
+    assert y.shape == (2, 0, d_out)
     gradients = torch.autograd.grad(y.sum(), (x, U, V, d))
     assert [g.shape for g in gradients] == [x.shape, U.shape, V.shape, d.shape]
     assert all((g == 0).all() for g in gradients)
@@ -120,7 +134,7 @@ def test_linear(dtype):
 
 
 # (N, D, V): fewer and more tokens than a chunk, vocabularies that are no multiple of a tile; one token
-VOCABULARIES = [(37, 96, 501), (1, 33, 7)] + [(1500, 64, 4099)] * (not KERNELS)
+VOCABULARIES = [(37, 96, 501), (1, 33, 7)] + [(1100, 16, 2100)] * (not KERNELS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -132,13 +146,10 @@ def test_linear_logprob(N, D, V, dtype):
     assert error(torch.zeros_like(logp), logp64) > 0.9
     if N > 1:                                                                         # else it may be close by chance
         assert error(linear_logprob(h, W, (y + 1) % V), logp64) > 0.1                 # wrong: the next token's
-    errors, _ = compare(lambda *a: linear_logprob(*a, True)[1], lambda *a: linear_logprob_plain(*a, True)[1],
-                        (h,), (W, y), torch.float32)
-    assert max(errors) < TOLERANCE[dtype], errors             # the entropy and its gradient
 
 
 def test_linear_logprob_of_a_trained_head():
-    N = 70 if KERNELS else 1100
+    N = 20 if KERNELS else 1100
     h, W, y = normal(N, 40), normal(333, 40), torch.randint(333, (N,))
     errors, _ = compare(linear_logprob, linear_logprob_plain, (h, W), (y,))
     assert max(errors) < 1e-5, errors
@@ -177,7 +188,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.skipif(KERNELS, reason="on CUDA some rows of the logits are held")
 def test_linear_logprob_never_holds_the_logits_and_makes_none_twice():
-    N, D, V = 3000, 16, 9000
+    N, D, V = 2100, 16, 2100
     h, W, y = normal(N, D).requires_grad_(True), normal(V, D), torch.randint(V, (N,))
     with Largest() as forward:
         logp = linear_logprob(h, W, y)

@@ -1,16 +1,19 @@
-"""test_kernels.py - every Triton kernel against its definition in float64: in Triton's interpreter, which needs no GPU,
-and on the GPU where there is one.
+"""test_triton_kernels.py - every Triton kernel against its definition in float64, and test_fused.py once more on top of
+the kernels: in Triton's interpreter, which needs no GPU, and on the GPU where there is one.
 
 A check is a generator of cases (got, want, tolerance, wrong ones): the relative error of `got` is below the tolerance,
-and that of zeros and of every wrong one is not: so the comparison would have noticed. Triton settles at its import
+and that of zeros and of every wrong one is not: so the comparison would have noticed. Triton decides at its import
 whether it interprets, so the checks run in a process of their own:
 
-    TRITON_INTERPRET=1 python tests/test_kernels.py interpreter          or: cuda; prints what failed, as JSON
+    TRITON_INTERPRET=1 python tests/ops/test_triton_kernels.py interpreter     or: cuda; prints what failed, as JSON
 
 With "compile" nothing is computed: every launch is compiled to a cubin for a GPU that need not be there.
+The interpreter's time is that of its Python calls, so what counts is the number of programs and loop turns, not sizes.
 """
+import contextlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -28,6 +31,7 @@ if importlib.util.find_spec("triton") is None:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 SAME_BITS = 1e-30
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Inputs:
@@ -72,99 +76,91 @@ def gradients(f, g, *inputs):
 # ---------------------------------------------------------------------------------------------------------------------
 # The checks.
 
-def svd_lora_down(K, new):
-    for r in (1, 10, 20):
-        B, rows, d_in = 6, 7, 150
+def svd_lora_down(kernels, new):
+    for r in (1, 20):
+        B, rows, d_in = 5, 4, 70
         x, d = new.randn(B * rows, d_in), new.randn(B, r, dtype=torch.float32)
         for V in (new.randn(d_in, r), new.randn(d_in, r, dtype=torch.float32)):
             plain = x.double() @ V.double()
             # V is rounded to x's dtype; where it is of it already, the products are exact and the sums in fp32
             tolerance = 1e-5 if V.dtype == x.dtype else new.tolerance
             of_token = d.double().repeat_interleave(rows, 0)
-            yield K.svd_lora_down(x, V, None, 1), plain, tolerance, plain.roll(1, 0)
-            yield K.svd_lora_down(apart(x), V, d[2], 0), plain * d[2], tolerance, plain, plain * d[3]
-            yield (K.svd_lora_down(turned(x), apart(V), apart(d), rows), plain * of_token, tolerance, plain,
+            yield kernels.svd_lora_down(x, V, None, 1), plain, tolerance, plain.roll(1, 0)
+            yield kernels.svd_lora_down(apart(x), V, d[2], 0), plain * d[2], tolerance, plain, plain * d[3]
+            yield (kernels.svd_lora_down(turned(x), apart(V), apart(d), rows), plain * of_token, tolerance, plain,
                    plain * of_token.roll(rows, 0), plain * d.double().repeat(rows, 1), plain * of_token.roll(1, 0))
-    N = 2 ** 14 + 4                                                                   # larger blocks for so many rows
-    x, V, d = new.randn(N, 9), new.randn(9, 3), new.randn(N // 4, 3, dtype=torch.float32)
-    plain = x.double() @ V.double()
-    yield K.svd_lora_down(x, V, d, 4), plain * d.double().repeat_interleave(4, 0), 1e-5, plain
+    few, many = kernels.FEW_ROWS, kernels.MANY_ROWS
+    for kernels.FEW_ROWS, kernels.MANY_ROWS in ((0, many), (0, 0)):                   # larger blocks, as for many rows
+        x, V, d = new.randn(132, 9), new.randn(9, 3), new.randn(33, 3, dtype=torch.float32)
+        plain = x.double() @ V.double()
+        yield kernels.svd_lora_down(x, V, d, 4), plain * d.double().repeat_interleave(4, 0), 1e-5, plain
+    kernels.FEW_ROWS, kernels.MANY_ROWS = few, many
     try:
-        K.svd_lora_down(x, V, d, 3)
+        kernels.svd_lora_down(x, V, d, 3)
     except AssertionError:
         return
     raise ValueError("d of another batch was taken")
 
 
-def svd_lora_up_(K, new):
-    for r, bias in ((1, None), (10, None), (20, new.randn(150)), (64, new.randn(150, dtype=torch.float32))):
-        y, h, U = new.randn(70, 150), new.randn(70, r, dtype=torch.float32), new.randn(150, r, dtype=torch.float32)
+def svd_lora_up_(kernels, new):
+    for r, bias in ((1, None), (10, None), (20, new.randn(70)), (33, new.randn(70, dtype=torch.float32))):
+        y, h, U = new.randn(66, 70), new.randn(66, r, dtype=torch.float32), new.randn(70, r, dtype=torch.float32)
         added = h.double() @ U.double().T + (0 if bias is None else bias.double())
         wrong = [y.double() + added.roll(1, 0), y.double() + added.roll(1, 1), added, y.double() - added]
         for form in (torch.clone, apart, turned):
             out, args = form(y), (h, U) if form is torch.clone else (turned(h), apart(U))
-            assert K.svd_lora_up_(out, *args, bias) is out and (form is not apart or untouched(out))
+            assert kernels.svd_lora_up_(out, *args, bias) is out and (form is not apart or untouched(out))
             yield out, y.double() + added, new.tolerance, y, *wrong
 
 
-def logprob_rows(K, new):
-    K.VOCAB_BLOCK = 128                                                               # so that 301 entries are 3 blocks
+def logprob_rows(kernels, new):
+    kernels.VOCAB_BLOCK = 128                                                         # so that 301 entries are 3 blocks
     offset = new.randn(6, 1) * 20
     logits, target = new.randn(6, 301) * 3 + offset, new.randint(0, 301, (6,))
     logits[3, 5:200], target[3:6] = -float("inf"), torch.tensor([0, 200, 300])
-    l = logits.double().clamp(min=-1e4).requires_grad_()                              # as good as −inf, but no NaN here
-    logps = l.log_softmax(1)
-    logp, p = logps.gather(1, target[:, None])[:, 0], logps.exp()
-    H = -(p * logps).sum(1)
-    dlogp, dH = (torch.autograd.grad(x.sum(), l, retain_graph=True)[0] for x in (logp, H))
-    wrong_logp, wrong_dH = logps.gather(1, (target[:, None] + 1) % 301)[:, 0], -p * logps
+    logps = logits.double().clamp(min=-1e4).log_softmax(1)                            # as good as −inf, but no NaN here
+    onehot = F.one_hot(target, 301).double()
+    logp, dlogp = (logps * onehot).sum(1), onehot - logps.exp()
+    wrong_logp = logps.gather(1, (target[:, None] + 1) % 301)[:, 0]
     for grad_dtype in DTYPES.values():
-        tolerance = TOLERANCE[grad_dtype]
         for want_grad in (False, True):
-            for want_entropy in (False, True):
-                for form in (apart, turned):
-                    given = form(logits)
-                    out = K.logprob_rows(given, target, want_grad, want_entropy, grad_dtype)
-                    assert [x is not None for x in out] == [True, want_entropy, want_grad, want_grad and want_entropy]
-                    assert form is not apart or untouched(given)
-                    yield out[0], logp, 1e-5, wrong_logp, logp + 1e-3
-                    if want_entropy:
-                        yield out[1], H, 1e-5, H.roll(1, 0), H + 1e-3
-                    if want_grad:
-                        assert out[2].dtype == grad_dtype
-                        assert (out[2] is given) == (logits.dtype == grad_dtype and form is apart)
-                        yield out[2], dlogp, tolerance, -dlogp, -p, dlogp.roll(1, 1)
-                    if want_grad and want_entropy:
-                        assert out[3].dtype == grad_dtype
-                        yield out[3], dH, tolerance, wrong_dH, -dH
+            for form in (apart, turned):
+                given = form(logits)
+                got, grad = kernels.logprob_rows(given, target, want_grad, grad_dtype)
+                assert (grad is not None) == want_grad and (form is not apart or untouched(given))
+                yield got, logp, 1e-5, wrong_logp, logp + 1e-3
+                if want_grad:
+                    assert grad.dtype == grad_dtype
+                    assert (grad is given) == (logits.dtype == grad_dtype and form is apart)
+                    yield grad, dlogp, TOLERANCE[grad_dtype], -dlogp, -logps.exp(), dlogp.roll(1, 1)
 
 
-def rms_norm(K, new):
-    K.PARTIAL_SUMS = 4                                                                # so that 11 rows are 4 programs
+def rms_norm(kernels, new):
+    kernels.PARTIAL_SUMS = 2                                                          # so that 3 rows are 2 programs
     for D in (3, 300):
-        x, weight, g, eps = new.randn(11, D), 1 + 0.5 * new.randn(D, dtype=torch.float32), new.randn(11, D), 0.1
+        x, weight, g, eps = new.randn(3, D), 1 + 0.5 * new.randn(D, dtype=torch.float32), new.randn(3, D), 0.1
         f = lambda x, weight: F.rms_norm(x, (D,), weight, eps)
         y, (dx, dweight) = f(x.double(), weight.double()), gradients(f, g, x, weight)
         rstd = (x.double().square().mean(1) + eps).rsqrt()
         no_projection = g.double() * weight.double() * rstd[:, None]
         for form in (torch.clone, apart, turned):
-            out, scale = K.rms_norm_forward(form(x), weight, eps)
+            out, scale = kernels.rms_norm_forward(form(x), weight, eps)
             assert out.dtype == x.dtype
             yield out, y, new.tolerance, f(x.double(), torch.ones_like(weight).double()), x.double() * weight, -y
             yield scale, rstd, 1e-5, 1 / rstd, rstd.roll(1, 0)
             for want in (False, True):
-                grads = K.rms_norm_backward(form(g), form(x), weight, rstd.float(), want)
+                grads = kernels.rms_norm_backward(form(g), form(x), weight, rstd.float(), want)
                 assert grads[0].dtype == x.dtype and (grads[1] is not None) == want
                 yield grads[0], dx, new.tolerance, no_projection, -dx
                 if want:
-                    first_rows = gradients(f, g[:10], x[:10], weight)[1]
+                    first_rows = gradients(f, g[:2], x[:2], weight)[1]
                     yield grads[1], dweight, 1e-5, first_rows, -dweight
-                    again = K.rms_norm_backward(form(g), form(x), weight, rstd.float(), True)[1]
+                    again = kernels.rms_norm_backward(form(g), form(x), weight, rstd.float(), True)[1]
                     yield again, grads[1], SAME_BITS
 
 
-def rotate_(K, new):
-    for B, T, H, C in ((2, 5, 3, 6), (2, 3, 5, 20), (1, 2, 40, 128)):
+def rotate_(kernels, new):
+    for B, T, H, C in ((2, 2, 3, 6), (1, 2, 40, 128)):
         for rows in {1, B}:
             angle = new.randn(rows, T, C // 2, dtype=torch.float32) * 3
             turn = torch.polar(torch.ones_like(angle).double(), angle.double())[:, :, None]                  # of a + ib
@@ -179,41 +175,41 @@ def rotate_(K, new):
             other_layout = torch.view_as_real(pairs).flatten(-2)
             for sign, right, wrong in ((1, want, back), (-1, back, want)):
                 heads = x.transpose(1, 2).contiguous().transpose(1, 2)
-                K.rotate_(heads, angle.cos(), turned(angle.sin()), sign)
+                kernels.rotate_(heads, angle.cos(), turned(angle.sin()), sign)
                 yield heads, right, new.tolerance, wrong, x, other_layout
-            assert K.rotate_(x, angle.cos(), angle.sin(), 1) is x
+            assert kernels.rotate_(x, angle.cos(), angle.sin(), 1) is x
             yield projection, whole, new.tolerance
-            yield K.rotate_(x, angle.cos(), angle.sin(), -1), halves(complex_x), new.tolerance, want
+            yield kernels.rotate_(x, angle.cos(), angle.sin(), -1), halves(complex_x), new.tolerance, want
 
 
-def swiglu(K, new):
+def swiglu(kernels, new):
     f = lambda gate, up: F.silu(gate) * up
     gate, up, g = new.randn(5, 300) * 2, new.randn(5, 300), new.randn(5, 300)
     dgate, dup = gradients(f, g, gate, up)
     y = f(gate.double(), up.double())
     for form in (torch.clone, apart, turned):
-        yield K.swiglu_forward(form(gate), up), y, new.tolerance, f(up.double(), gate.double()), gate * up
-        got = K.swiglu_backward(g, gate, form(up))
+        yield kernels.swiglu_forward(form(gate), up), y, new.tolerance, f(up.double(), gate.double()), gate * up
+        got = kernels.swiglu_backward(g, gate, form(up))
         yield got[0], dgate, new.tolerance, dup, g.double() * up.double() * gate.double().sigmoid()
         yield got[1], dup, new.tolerance, dgate, g.double() * gate.double().sigmoid()
     far = torch.tensor([-200.0, 200.0], device=new.device, dtype=new.dtype)
-    yield K.swiglu_forward(far, far), F.silu(far.double()) * far.double(), new.tolerance
-    yield K.swiglu_backward(torch.ones_like(far), far, far)[0], far.double().relu(), new.tolerance
+    yield kernels.swiglu_forward(far, far), F.silu(far.double()) * far.double(), new.tolerance
+    yield kernels.swiglu_backward(torch.ones_like(far), far, far)[0], far.double().relu(), new.tolerance
 
 
-def dequantize_int8(K, new):
+def dequantize_int8(kernels, new):
     for d_out, d_in in ((13, 301), (3, 4099)):
         codes, scales = new.randint(-127, 128, (d_out, d_in), torch.int8), new.randn(d_out, dtype=torch.float32).abs()
         want = codes.double() * scales.double()[:, None]
         for form in (torch.clone, apart, turned):
-            out = K.dequantize_int8(form(codes), scales, new.dtype)
+            out = kernels.dequantize_int8(form(codes), scales, new.dtype)
             assert out.dtype == new.dtype
             yield out, want, new.tolerance, codes.double() * scales.double().roll(1)[:, None], -want
             if new.rounds:
                 yield out, (codes * scales[:, None]).to(new.dtype), SAME_BITS
 
 
-def dequantize_4bit(K, new):
+def dequantize_4bit(kernels, new):
     for d_out, d_in, group, kind in ((13, 301, 64, torch.bfloat16), (13, 300, 10, torch.float16),
                                      (3, 4099, 64, torch.float32)):
         codes = new.randint(0, 256, (d_out, (d_in + 1) // 2), torch.uint8)
@@ -223,7 +219,7 @@ def dequantize_4bit(K, new):
         of_column = scales.float().repeat_interleave(group, 1)
         want, swapped = (interleaved(*x) * of_column[:, :d_in] for x in ((low, high), (high, low)))
         for form in (torch.clone, apart, turned):
-            out = K.dequantize_4bit(form(codes), form(scales), table, group, d_in, new.dtype)
+            out = kernels.dequantize_4bit(form(codes), form(scales), table, group, d_in, new.dtype)
             assert out.dtype == new.dtype
             yield (out, want, new.tolerance, swapped, interleaved(low, high) * of_column.roll(2, 1)[:, :d_in],
                    torch.cat([low, high], 1)[:, :d_in] * of_column[:, :d_in])
@@ -253,57 +249,60 @@ def quantised(new, kind, sizes, d_in):
     return W, unpack(1, 0), [unpack(-1, 0), unpack(1, 1)], dict(scales=scales, table=table, group=64)
 
 
-def svd_lora_decode(K, new):
-    outputs = K.DECODE_OUTPUTS
+def svd_lora_decode(kernels, new):
+    outputs = kernels.DECODE_OUTPUTS
     for sizes, N, d_in, r, one_d, bias, form, split in (
-            ((37,), 5, 151, 10, False, True, turned, True), ((130, 64), 1, 300, 16, True, True, apart, True),
-            ((37, 144, 16), 64, 192, 20, False, False, torch.clone, True),
-            ((144,), 20, 256, 1, False, True, apart, False), ((50,), 3, 80, 0, False, True, torch.clone, False)):
-        K.DECODE_OUTPUTS = outputs if split else 1
-        L, R, all_out = len(sizes), 32 if r > 16 else 16, sum(sizes)
+            ((37,), 5, 151, 10, False, True, turned, True), ((66, 40), 1, 70, 16, True, True, apart, True),
+            ((37, 130, 16), 64, 72, 20, False, False, torch.clone, True),
+            ((70,), 20, 130, 1, False, True, apart, False), ((50,), 3, 80, 0, False, True, torch.clone, False)):
+        kernels.DECODE_OUTPUTS = outputs if split else 1
+        layers, rank, all_out = len(sizes), 32 if r > 16 else 16, sum(sizes)
         for kind in ("dense", "int8", "nf4") if r > 0 else ("int8", "nf4"):
             W, dense, others, more = quantised(new, kind, sizes, d_in)
             x, b = new.randn(N, d_in), new.randn(all_out) * 30 if bias else None
             product = lambda W: torch.cat([x.double() @ w.double().T for w in W], 1) + (b if bias else 0)
             branch, without = torch.zeros_like(product(dense)), []
             if r > 0:
-                V, U = new.randn(L, d_in, r), new.randn(all_out, r)
-                d = 0.5 + new.randn(*((L, r) if one_d else (L, N, r)), dtype=torch.float32).abs()
+                V, U = new.randn(layers, d_in, r), new.randn(all_out, r)
+                d = 0.5 + new.randn(*((layers, r) if one_d else (layers, N, r)), dtype=torch.float32).abs()
                 added = lambda V, d: torch.cat([((x.double() @ v.double()) * e) @ u.double().T
                                                 for v, e, u in zip(V, d.double(), U.split(sizes))], 1)
                 branch, without = added(V, d), [branch]
                 without += [added(V, d.roll(1, -1))] if r > 1 else []                 # d of another singular value
                 without += [added(V, d.roll(1, 1))] if N > 1 else []                  # of the neighbouring row
-                without += [added(V.roll(1, 0), d)] if L > 1 else []                  # V of another layer
-                factors = F.pad(V.mT, (0, 0, 0, R - r)).contiguous(), d, F.pad(U, (0, R - r))         # (L, R, d_in)
+                without += [added(V.roll(1, 0), d)] if layers > 1 else []             # V of another layer
+                factors = F.pad(V.mT, (0, 0, 0, rank - r)).contiguous(), d, F.pad(U, (0, rank - r))
             right = product(dense) + branch
             wrong = [product(other) + branch for other in others] + [product(dense) + other for other in without]
             wrong += [right - b] if bias else []
             finished = new.randint(0, 1, (all_out,), torch.int32)
-            layers = [w.clone() if form is turned else form(w) for w in W]            # columns of W lie side by side
+            given = [w.clone() if form is turned else form(w) for w in W]             # columns of W lie side by side
             args = *(factors if r > 0 else (None,) * 3), b, finished
-            run = lambda: K.svd_lora_decode(form(x), layers, *args, **more)
+            run = lambda: kernels.svd_lora_decode(form(x), given, *args, **more)
             got = run()
-            assert len(got) == L and all(y.is_contiguous() and y.dtype == x.dtype for y in got) and not finished.any()
+            assert len(got) == layers and not finished.any()
+            assert all(y.is_contiguous() and y.dtype == x.dtype for y in got)
             for y, again, *parts in zip(got, run(), *(want.split(sizes, 1) for want in (right, *wrong))):
                 yield y, parts[0], new.tolerance, *parts[1:]
                 yield again, y, SAME_BITS
-    K.DECODE_OUTPUTS = outputs
+    kernels.DECODE_OUTPUTS = outputs
 
 
-def decode_steps(K, new):
-    """Steps of tiny models with one preference a row, before and after a row is dropped, on the kernels and without."""
-    from ops import fused
+def decode_steps(kernels, new):
+    """Steps of tiny models with one preference per row, before and after a row is dropped, by the kernels and without.
+    The prompts are read by the kernels too in fp32 alone."""
     from conftest import SHAPES
-    from ops.generation import Decoder
+
     from model import Config, Transformer
+    from ops import fused
+    from ops.generation import Decoder
     from ops.quantize import QuantizedLinear, quantize_weight
     from svd_lora import inject_svd_lora, set_preference
-    on_kernels, launches, launch = fused.use_kernels, [], K.svd_lora_decode
-    K.svd_lora_decode = lambda x, W, *args, **kw: (launches.append(len(W)), launch(x, W, *args, **kw))[1]
+    on_kernels, launches, launch = fused.use_kernels, [], kernels.svd_lora_decode
+    kernels.svd_lora_decode = lambda x, W, *args, **kw: (launches.append(len(W)), launch(x, W, *args, **kw))[1]
     lam = torch.tensor([[0.0, 1.0], [0.7, 0.3], [0.5, 0.5]])
     for family, kind in (("llama", None), ("llama", "nf4"), ("gpt2", None), ("gpt2", "int8")):
-        model, generator = Transformer(Config(61, 32, 1, 4, 32, **SHAPES[family])), torch.Generator().manual_seed(0)
+        model, generator = Transformer(Config(61, 32, 1, 4, 16, **SHAPES[family])), torch.Generator().manual_seed(0)
         for p in model.parameters():
             torch.nn.init.normal_(p, 0.5 if p.ndim == 1 else 0.0, 0.2, generator=generator)
         model = model.to(new.device, new.dtype)
@@ -320,7 +319,9 @@ def decode_steps(K, new):
             fused.use_kernels = lambda x: kernels
             set_preference(model, lam)
             decoder = Decoder(model, [[3], [4, 5, 6], [7, 8]], 2)
+            fused.use_kernels = lambda x: kernels and new.dtype == torch.float32
             decoder.prefill()
+            fused.use_kernels = lambda x: kernels
             first = decoder.step(torch.tensor([9, 10, 11]).to(new.device)).clone()
             decoder.keep(torch.tensor([2, 0]).to(new.device))
             return torch.cat([first, decoder.step(torch.tensor([12, 13]).to(new.device))])
@@ -331,28 +332,27 @@ def decode_steps(K, new):
         assert launches == [3, 1, 2 if family == "llama" else 1, 1] * 2               # q k v, o, gate up, down
         launches.clear()
         yield got, want, 1e-5 if new.dtype == torch.float32 else 0.03, wrong
-    fused.use_kernels, K.svd_lora_decode = on_kernels, launch
+    fused.use_kernels, kernels.svd_lora_decode = on_kernels, launch
 
 
-def no_rows(K, new):
+def no_rows(kernels, new):
     D, r = 24, 5
     x, row = new.randn(0, D), new.randn(D)
     V, empty = new.randn(D, r), new.randn(0)
     shapes = lambda *tensors: [tuple(t.shape) for t in tensors]
-    assert shapes(K.svd_lora_down(x, V, new.randn(0, r), 3), K.svd_lora_down(x, V, None, 1)) == [(0, r)] * 2
-    assert shapes(K.svd_lora_up_(x, new.randn(0, r), V)) == [(0, D)]
-    out = K.logprob_rows(x, new.randint(0, D, (0,)), True, True, new.dtype)
-    assert shapes(*out) == [(0,), (0,), (0, D), (0, D)]
+    assert shapes(kernels.svd_lora_down(x, V, new.randn(0, r), 3), kernels.svd_lora_down(x, V, None, 1)) == [(0, r)] * 2
+    assert shapes(kernels.svd_lora_up_(x, new.randn(0, r), V)) == [(0, D)]
+    assert shapes(*kernels.logprob_rows(x, new.randint(0, D, (0,)), True, new.dtype)) == [(0,), (0, D)]
     factors = new.randn(2, 16, D), new.randn(2, 0, r), new.randn(2 * D, 16)
-    assert shapes(*K.svd_lora_decode(x, [new.randn(D, D)] * 2, *factors)) == [(0, D)] * 2
-    assert shapes(*K.rms_norm_forward(x, row, 1e-5)) == [(0, D), (0,)]
-    dx, dweight = K.rms_norm_backward(x, x, row, empty, True)
+    assert shapes(*kernels.svd_lora_decode(x, [new.randn(D, D)] * 2, *factors)) == [(0, D)] * 2
+    assert shapes(*kernels.rms_norm_forward(x, row, 1e-5)) == [(0, D), (0,)]
+    dx, dweight = kernels.rms_norm_backward(x, x, row, empty, True)
     assert shapes(dx, dweight) == [(0, D), (D,)] and not dweight.any()
-    K.rotate_(new.randn(0, 3, 2, 8), new.randn(1, 3, 4), new.randn(1, 3, 4), 1)
-    assert shapes(K.swiglu_forward(x, x), *K.swiglu_backward(x, x, x)) == [(0, D)] * 3
-    assert shapes(K.dequantize_int8(new.randint(0, 9, (0, D), torch.int8), empty, new.dtype)) == [(0, D)]
+    kernels.rotate_(new.randn(0, 3, 2, 8), new.randn(1, 3, 4), new.randn(1, 3, 4), 1)
+    assert shapes(kernels.swiglu_forward(x, x), *kernels.swiglu_backward(x, x, x)) == [(0, D)] * 3
+    assert shapes(kernels.dequantize_int8(new.randint(0, 9, (0, D), torch.int8), empty, new.dtype)) == [(0, D)]
     codes = new.randint(0, 9, (0, D // 2), torch.uint8)
-    assert shapes(K.dequantize_4bit(codes, new.randn(0, 1), new.randn(16), 64, D, new.dtype)) == [(0, D)]
+    assert shapes(kernels.dequantize_4bit(codes, new.randn(0, 1), new.randn(16), 64, D, new.dtype)) == [(0, D)]
     return iter(())
 
 
@@ -408,7 +408,7 @@ def main(mode):
     """Runs all checks; prints {"name dtype": "" or what went wrong}."""
     if mode == "compile":
         compile_only()
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     from ops import triton_kernels as kernels
     results = {}
     for check in CHECKS:
@@ -424,6 +424,11 @@ def main(mode):
             except Exception:
                 message = f"case {cases}: {traceback.format_exc()}"
             results[f"{check.__name__} {name}"] = message
+    if mode == "interpreter":
+        os.environ["FUSED_THROUGH_KERNELS"] = "1"
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            failed = pytest.main(["-p", "no:cacheprovider", str(ROOT / "tests" / "ops" / "test_fused.py")])
+        results["fused"] = said.getvalue()[-3000:] if failed or " passed" not in said.getvalue() else ""
     print(json.dumps(results))
 
 
@@ -433,6 +438,8 @@ def results(tmp_path_factory):
     found = {}
 
     def get(mode):
+        if mode == "interpreter" and version("triton") < (3, 7) and version("numpy") >= (2, 4):
+            pytest.skip("the interpreter of triton before 3.7 fails on numpy from 2.4 on")
         if mode not in found:
             env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
             env |= {"interpreter": {"TRITON_INTERPRET": "1"}, "cuda": {},
@@ -452,20 +459,13 @@ def version(package):
 @pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
 @pytest.mark.parametrize("mode", ["interpreter"] + ["cuda"] * torch.cuda.is_available())
 def test_kernels_equal_their_definitions(results, mode, check, dtype):
-    if mode == "interpreter" and version("triton") < (3, 7) and version("numpy") >= (2, 4):
-        pytest.skip("the interpreter of triton before 3.7 fails on numpy from 2.4 on")
     message = results(mode)[f"{check} {dtype}"]
     assert not message, message
 
 
-def test_the_fused_ops_on_top_of_them():
-    """tests/test_fused.py once more, now as fused.py runs on CUDA."""
-    if version("triton") < (3, 7) and version("numpy") >= (2, 4):
-        pytest.skip("the interpreter of triton before 3.7 fails on numpy from 2.4 on")
-    run = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_fused.py"],
-                         env=os.environ | {"TRITON_INTERPRET": "1", "FUSED_THROUGH_KERNELS": "1"}, capture_output=True,
-                         text=True, cwd=Path(__file__).parents[1])
-    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-3000:]
+def test_the_fused_ops_on_top_of_them(results):
+    """test_fused.py once more, now as fused.py runs on CUDA."""
+    assert not results("interpreter")["fused"], results("interpreter")["fused"]
 
 
 @pytest.mark.slow
