@@ -130,8 +130,7 @@ class World:
         self.dims, self.prompts, self.objective = dims, toy.prompts("eval"), objective
         self.batches = world_batches(self.prompts, tokenizer, device)
         if rewards is None:
-            columns = [toy.DIMS.index(dim) for dim in dims]
-            self.scores = torch.stack([toy.scores(x, toy.responses(x))[:, columns] for x in self.prompts])  # (X, S, m)
+            self.scores = torch.stack([toy.scores(x, toy.responses(x), dims) for x in self.prompts])       # (X, S, m)
         else:
             self.scores = world_scores(rewards, self.prompts)                                          # (X, S, m)
             outside = torch.full_like(self.scores[:, :1], toy.OUTSIDE)

@@ -23,8 +23,7 @@ def world(Q=2, S=7, m=3, seed=0):
 
 def world_scores(dims):
     """Scores of the embedded world's evaluation prompts: (X, S, m)"""
-    columns = [toy.DIMS.index(dim) for dim in dims]
-    return torch.stack([toy.scores(x, toy.responses(x))[:, columns] for x in toy.prompts("eval")])
+    return torch.stack([toy.scores(x, toy.responses(x), dims) for x in toy.prompts("eval")])
 
 
 def near(h, n=50, size=1e-3, seed=1):
@@ -128,7 +127,7 @@ def test_a_slow_solver_finds_the_same_front(close):
     J, _, _ = dpo_tche(lams, scores, w, z)
     for n, lam in enumerate(lams):
         best = (lam * (-J[n] - z)).amax().item()
-        for mu in (1e-2, 1e-3):
+        for mu in (3e-2, 3e-3):
             value, _ = slowly(lambda h: mu * (lam * (w @ dpo_losses(h, wins) - z) / mu).logsumexp(-1), 2, 7)
             assert best - 1e-10 <= value <= best + mu * math.log(4)
 
@@ -340,9 +339,8 @@ def test_problems(dims):
     scores, w, index = problems(world_scores(dims))
     assert w.sum().item() == pytest.approx(1, abs=1e-12)
     assert scores.shape == (len(w), 160, len(dims)) and len(w) < len(prompts)
-    columns = [toy.DIMS.index(dim) for dim in dims]
     for x, q in zip(prompts, index):
-        assert torch.equal(toy.scores(x, toy.responses(x))[:, columns], scores[q])
+        assert torch.equal(toy.scores(x, toy.responses(x), dims), scores[q])
     assert torch.equal(index.bincount(minlength=len(w)) / len(prompts), w.float())
     assert len({tuple(s.flatten().tolist()) for s in scores}) == len(w)  # no problem twice
 
