@@ -24,14 +24,14 @@ from fronts.comparison import compare
 from fronts.dominance import nondominated
 from fronts.evaluation import evaluate
 from fronts.measure import run_config
-from fronts.metrics import hypervolume, inner_product, sparsity, spacing
+from fronts.metrics import hypervolume, inner_product, spacing, sparsity
 from fronts.objective import NATS, same_objective
 from fronts.pictures import draw_comparison, draw_evolution, draw_fronts, draw_histograms
 from fronts.stationarity import stationarity
 from fronts.tables import shown, table
-from runs.device import pick_device
 from runs.files import UserError, read_json, write_json
 from runs.flags import flag, run_main
+from runs.processes import pick_device
 from svd_lora import read_adapter_header
 
 __all__ = ["hypervolume", "inner_product", "sparsity", "spacing", "nondominated"]     # may be imported from here

@@ -16,7 +16,7 @@ from data.tokenizers import load_tokenizer
 from fronts.dominance import nondominated
 from fronts.exact import drawn_rows, evaluation_preferences, exact_front, front_preferences, normalise, path_rows
 from fronts.measure import base_of, policies, run_config
-from fronts.metrics import hypervolume, inner_product, sparsity, spacing, spearman
+from fronts.metrics import hypervolume, inner_product, spacing, sparsity, spearman
 from fronts.objective import OBJECTIVES, measured_on
 from runs.files import UserError
 from svd_lora import fingerprint

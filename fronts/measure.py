@@ -14,9 +14,6 @@ from functools import cached_property
 
 import torch
 
-from runs.device import pick_device
-from runs.files import UserError, read_json
-from runs.randomness import generator_for
 from data import toy
 from data.preferences import read_preferences
 from data.prompts import read_demonstrations, read_prompts, split
@@ -27,8 +24,10 @@ from data.trees import batch_logprobs, pack
 from fronts import optimum
 from model import Transformer, generate
 from objectives import losses_on_pairs
+from runs.files import UserError, read_json
+from runs.processes import pick_device
+from runs.randomness import generator_for
 from svd_lora import adapters_off, load_adapter, merged_state_dict, set_preference, shared_base
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Log-probs of responses under a model.

@@ -13,7 +13,8 @@ from fronts.objective import OBJECTIVES
 from runs.files import write_whole
 
 matplotlib.use("Agg")
-from matplotlib import colors, patheffects, pyplot as plt  # noqa: E402  (after the backend)
+from matplotlib import colors, patheffects  # noqa: E402  (after the backend)
+from matplotlib import pyplot as plt
 
 METHODS = {"panacea": ("#0072B2", "o"), "rs": ("#D55E00", "s"), "dps": ("#009E73", "^"), "hqd": ("#000000", "P"),
            "pama": ("#E69F00", "D"), "mgda": ("#A6611A", "v")}                           # hue and marker

@@ -1,8 +1,8 @@
 """test_dominance.py - non-dominated layers against their definition, the oracle, and pymoo where it is installed."""
 import numpy as np
 import pytest
-
 from brute import TIED, peel, random_points
+
 from fronts import dominance
 from fronts.dominance import nondominated, nondominated_layers
 

@@ -75,12 +75,11 @@ def test_runs_of_one_objective_and_base_share_their_exact_front(monkeypatch):
 def test_who_meets_in_one_picture(second, together, monkeypatch, tmp_path, capsys):
     objectives = iter([{"name": "dpo", "beta": 1.0, "aggregate": "ls"}, second])
     drawn = types.SimpleNamespace(fronts=[], compared=[])
+    numbers = dict.fromkeys(("hypervolume", "inner_product", "sparsity", "spacing"), 0.5)
+    missing = dict.fromkeys(("exact", "outside_mass", "collapsed", "objective_share", "hypervolume_share"))
     result = lambda run, *_, **__: {
-        "run": str(run), "dims": ["a", "b"], "lams": [[1, 0]], "points_are": "normalised J",
-        "objective": next(objectives), "exact": None, "reference_point": [0, 0], **dict.fromkeys(("outside_mass", "collapsed", "objective_share",
-                                                                  "hypervolume_share")),
-        **dict.fromkeys(("hypervolume", "inner_product", "sparsity", "spacing"), 0.5), "spearman": [1, 1], "models": 1,
-        "steps": 3}
+        "run": str(run), "dims": ["a", "b"], "lams": [[1, 0]], "points_are": "normalised J", "models": 1, "steps": 3,
+        "objective": next(objectives), "reference_point": [0, 0], "spearman": [1, 1], **numbers, **missing}
     monkeypatch.setattr(eval_front, "evaluate", result)
     monkeypatch.setattr(eval_front, "draw_fronts", lambda results, path: drawn.fronts.append(len(results)))
     monkeypatch.setattr(eval_front, "compare", lambda results, device: drawn.compared.append(len(results)) or {})

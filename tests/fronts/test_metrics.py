@@ -3,11 +3,11 @@ import itertools
 
 import numpy as np
 import pytest
-
 from brute import TIED, random_points, sphere
+
 from fronts import metrics
 from fronts.dominance import nondominated
-from fronts.metrics import hypervolume, inner_product, sparsity, spacing, spearman
+from fronts.metrics import hypervolume, inner_product, spacing, sparsity, spearman
 
 CHK = [(1, 5), (2, 4), (4, 3), (6, 1)]
 CHK_LAMS = [(0, 1), (1 / 3, 2 / 3), (2 / 3, 1 / 3), (1, 0)]

@@ -1,4 +1,4 @@
-"""test_objective.py - the table of objectives: every exact front against its own J; IPO in closed form; who meets whom."""
+"""test_objective.py - the table of objectives: every exact front against its J; IPO in closed form; who meets whom."""
 import dataclasses
 import json
 

@@ -8,8 +8,18 @@ import torch
 from aggregate import simplex_lattice
 from data import toy
 from fronts import optimum
-from fronts.optimum import (best_at_kl, dpo_losses, dpo_ls, dpo_tche, most_scores, newton, problems, rlhf_objectives,
-                            rlhf_optimum, win_probs)
+from fronts.optimum import (
+    best_at_kl,
+    dpo_losses,
+    dpo_ls,
+    dpo_tche,
+    most_scores,
+    newton,
+    problems,
+    rlhf_objectives,
+    rlhf_optimum,
+    win_probs,
+)
 from objectives import dpo_loss
 
 
@@ -121,7 +131,7 @@ def test_a_slow_solver_finds_the_same_front(close):
         value, where = slowly(lambda h: w @ dpo_losses(h, wins) @ lam, 2, 7)
         assert value == pytest.approx(-(J[n] @ lam).item(), abs=1e-11)
         assert close(where, h[n] - h[n].mean(-1, keepdim=True), 1e-5)
-    from_zero = newton(torch.einsum("fm,qms->fqs", lams, wins), 0 * h)                  # leading dimensions pass through
+    from_zero = newton(torch.einsum("fm,qms->fqs", lams, wins), 0 * h)                 # leading dimensions pass through
     assert close(from_zero, h - h.mean(-1, keepdim=True), 1e-6)
     z = torch.tensor([0.1, 0.3, 0.2, 0.0], dtype=torch.float64)
     J, _, _ = dpo_tche(lams, scores, w, z)

@@ -1,8 +1,8 @@
 """test_selection.py - ParetoHqD's selection against its definition in loops, and papers.md's test vector."""
 import numpy as np
 import pytest
-
 from brute import TIED, peel, random_points
+
 from fronts.dominance import nondominated_layers
 from fronts.selection import direction_distance, score_ranges, select_high_quality
 
