@@ -16,10 +16,10 @@ from data.trees import batch_logprobs, pack
 from fronts.measure import world_batches, world_logprobs
 from model import SIZES, Transformer
 from objectives import sft_loss
-from runs.device import pick_device
 from runs.files import UserError, write_json
 from runs.flags import flag, run_main
 from runs.loop import Run
+from runs.processes import pick_device
 from runs.randomness import epoch_batch, generator_for
 from runs.speed import matmul_ceiling, report_speed
 

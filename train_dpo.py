@@ -30,14 +30,12 @@ from data.preferences import read_preferences
 from data.tokenizers import tokenize
 from data.trees import batch_logprobs
 from objectives import dpo_loss, ipo_loss, losses_on_pairs
-from runs.device import pick_device
 from runs.directory import LABELS, finish_run, models_left, prepare_run, run_config, run_name, steps_each
 from runs.files import UserError
 from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, RunFlags, flag, run_main
 from runs.loop import Run, adamw, add_adapter
-from runs.processes import init_distributed
+from runs.processes import init_distributed, pick_device, shard
 from runs.randomness import generator_for
-from runs.sharding import shard
 from runs.speed import matmul_ceiling
 from svd_lora import orthogonality_penalty, save_adapter, set_preference
 

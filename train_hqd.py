@@ -38,12 +38,11 @@ from data.trees import batch_logprobs, pack
 from fronts.selection import select_high_quality
 from model import generate
 from objectives import sft_loss
-from runs.device import pick_device
 from runs.directory import finish_run, prepare_run, run_config, run_name
 from runs.files import UserError, write_json, write_whole
 from runs.flags import AdapterFlags, BaseFlags, RunFlags, flag, run_main
-from runs.log import Log
-from runs.loop import Run, adamw, add_adapter
+from runs.loop import Log, Run, adamw, add_adapter
+from runs.processes import pick_device
 from runs.randomness import epoch_batch, generator_for
 from runs.speed import matmul_ceiling, model_flops
 from svd_lora import load_adapter, save_adapter, shared_base
@@ -90,7 +89,8 @@ def train(model, out, stage, member, g, lams, rows, near, dims, flags, resume, d
     add_adapter(model, flags, 0, g)
     if stage == 2:
         load_adapter(model, stage1_file(out, g), dims)
-    run = Run(model, adamw(model, flags), out, f"stage {stage}, adapter {g:03d}", flags, steps, dims, member, resume)
+    run = Run(model, adamw(model, flags), out, f"stage {stage}, adapter {g:03d}", flags, steps, dims, member, resume,
+              clip=clip)
     first = ((stage - 1) * len(lams) + g) * steps
 
     for step in run.steps():
@@ -110,6 +110,16 @@ def train(model, out, stage, member, g, lams, rows, near, dims, flags, resume, d
     last = stage == 2 or not flags.stage2
     save_adapter(model, out / f"adapter-{g:03d}.safetensors" if last else stage1_file(out, g), dims, method="hqd",
                  stage=stage, lam=lams[g].tolist())
+
+
+def clip(parameters, max_norm):
+    """torch's clip_grad_norm_ but for the last bits: squares are summed in another order, so that the adapters of a seed
+    stay what they have always been. Returns the norm before."""
+    grads = [p.grad[..., None, :] for p in parameters if p.grad is not None]          # views: (…, 1, k)
+    norm = torch.stack([g.square().sum([i for i in range(g.ndim) if i != g.ndim - 2]) for g in grads]).sum(0).sqrt()
+    for g in grads:
+        g.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0)[:, None])
+    return norm
 
 
 def stage1_file(out, g):

@@ -21,8 +21,14 @@ from typing import Literal
 import torch
 
 import eval_front
-from aggregate import (linear_scalarization, min_norm_weights, models_of, pama_advantages, sample_preference,
-                       scalar_reward)
+from aggregate import (
+    linear_scalarization,
+    min_norm_weights,
+    models_of,
+    pama_advantages,
+    sample_preference,
+    scalar_reward,
+)
 from data import toy
 from data.base import find_base, is_world_base, load_base
 from data.batches import pad_to
@@ -34,11 +40,11 @@ from data.trees import TreeBatch, batch_logprobs, pack, path_logprobs, predictin
 from model import generate
 from objectives import gae, kl_penalized_rewards, noon, ppo_policy_loss, ppo_value_loss, sft_loss
 from ops.heads import Critic
-from runs.device import pick_device
 from runs.directory import LABELS, finish_run, models_left, prepare_run, run_config, run_name, steps_each
 from runs.files import UserError
 from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, RunFlags, flag, run_main
 from runs.loop import Run, adamw, add_adapter
+from runs.processes import pick_device
 from runs.randomness import epoch_batch, generator_for
 from runs.speed import matmul_ceiling
 from svd_lora import adapters_off, save_adapter, set_preference

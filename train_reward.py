@@ -32,11 +32,11 @@ from data.trees import pack_ends, row_lengths
 from model import generate
 from objectives import bradley_terry_loss
 from ops.heads import RewardModel
-from runs.device import pick_device
 from runs.directory import finish_run, prepare_run, run_config, run_name
 from runs.files import UserError, write_json, write_whole
 from runs.flags import AdapterFlags, BaseFlags, RunFlags, flag, run_main
 from runs.loop import Run, adamw
+from runs.processes import pick_device
 from runs.randomness import epoch_batch, generator_for
 from runs.speed import matmul_ceiling
 from svd_lora import adapters_off, inject_svd_lora, save_adapter

@@ -32,11 +32,11 @@ from data.tokenizers import tokenize
 from data.trees import batch_logprobs
 from fronts.exact import sft_ideal
 from objectives import sft_loss
-from runs.device import pick_device
 from runs.directory import LABELS, finish_run, models_left, prepare_run, run_config, run_name, steps_each
 from runs.files import UserError
 from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, RunFlags, flag, run_main
 from runs.loop import Run, adamw, add_adapter
+from runs.processes import pick_device
 from runs.randomness import generator_for
 from runs.speed import matmul_ceiling
 from svd_lora import save_adapter, set_preference

@@ -5,25 +5,20 @@
     python bench/bench_dpo_step.py --model llama2-7b --dtype bf16 --device cuda --length 512 --peers trl
     python bench/bench_dpo_step.py --peers none --m 2 10           # what more dimensions cost
 
-Every contestant runs in a process of its own, so that each has its own peak memory, and waits for its turn: one step of
-ours, one of the loop, one of trl, and again. A busy machine so slows all of them, and the ratio printed is the median
-of the turns' ratios. A turn is two steps, of which the second is timed: a process that has waited finds its caches
-cold, and on some machines its memory put away. Same weights (a directory that ours wrote), same tokens, half of each
-pair its prompt; adapters on every projection, no dropout; AdamW on the adapter. First the values: log π_ref of every
-response must agree.
+Every contestant runs in a process of its own and waits for its turn (turns.py). Same weights (a directory that ours
+wrote), same tokens, half of each pair its prompt; adapters on every projection, no dropout; AdamW on the adapter. First
+the values: log π_ref of every response must agree.
 
-ours      SVD-LoRA k = 8, m = 2, a preference a row, LS; the reference's log-probs are made in every step, like theirs
+ours      SVD-LoRA k = 8, m = 2, a preference per row, LS; the reference's log-probs are made in every step, like theirs
 kept      the same with the reference's log-probs made once, as train_dpo.py trains (its data is fixed)
 loop      25 lines of transformers + peft (AdaLoRA, rank 8): two forwards, logits, backward
 trl       trl.DPOTrainer with the same adapter
 The peers: pip install transformers==5.23.0 peft==0.21.2 trl==1.16.0; without one of them, name the others (--peers).
 Model FLOPs are counted for trained tokens alone, 4N of the blocks and of the head (no reference, no recomputation).
 """
-import json
 import logging
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -36,8 +31,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aggregate import linear_scalarization, sample_preference
+from bench.turns import DTYPES, clock, enter, ratio, reporter, take_turns
 from runs.device import pick_device
-from runs.files import UserError
 from runs.flags import flag, run_main
 from runs.speed import matmul_ceiling, model_flops, peak_memory
 from data.tokenizers import TokenRow
@@ -45,7 +40,6 @@ from data.trees import batch_logprobs, pack
 from model import SIZES, Config, Transformer
 from objectives import dpo_loss, losses_on_pairs
 from svd_lora import adapters_off, inject_svd_lora, set_preference
-from turns import clock, listen, turn
 
 SMALL_LLAMA = Config(32000, 1024, 12, 10, 640, d_ff=1728, bos_id=1, eos_id=2, norm="rmsnorm", positions="rotary",
                      activation="swiglu", qkv_bias=False, out_bias=False, tied=False)                         # 100M
@@ -56,12 +50,12 @@ MODELS = {"gpt2": SIZES["125m"], "llama": SMALL_LLAMA, **SIZES}
 class Flags:
     """The script's flags, with defaults and --help texts."""
 
-    model: str = flag("gpt2", f"shape, random weights: {', '.join(MODELS)}")
+    model: Literal[tuple(MODELS)] = flag("gpt2", "shape, random weights")
     dtype: Literal["fp32", "bf16"] = flag("fp32", "of the base's weights; adapters are fp32")
     device: str = flag("cpu", "cpu or cuda")
-    pairs: int = flag(4, "pairs a step")
-    length: int = flag(256, "tokens of a response with its prompt; half of them are the prompt")
-    steps: int = flag(5, "turns: timed steps of each contestant")
+    pairs: int = flag(4, "pairs per step", 1)
+    length: int = flag(256, "tokens of a response with its prompt; half of them are the prompt", 2)
+    steps: int = flag(5, "turns: timed steps of each contestant", 1)
     peers: list[str] = flag(["loop", "trl"], "beside ours: loop, trl, loop-lora, trl-lora (rank r LoRA), or none")
     m: list[int] = flag([2], "dimensions; several are contestants of their own")
     quantize: Literal["none", "int8", "nf4"] = flag("none", "ours with a quantised base")
@@ -84,9 +78,8 @@ def token_pairs(flags, vocabulary, step):
 
 def ours(flags, m, keep_reference):
     """The step of train_dpo.py."""
-    device, dtype = torch.device(flags.device), dict(fp32=torch.float32, bf16=torch.bfloat16)[flags.dtype]
-    more = {} if flags.quantize == "none" else {"quantize": flags.quantize}
-    model = Transformer.from_pretrained(flags.directory, dtype, device, **more)
+    device = torch.device(flags.device)
+    model = Transformer.from_pretrained(flags.directory, DTYPES[flags.dtype], device, flags.quantize)
     inject_svd_lora(model, 8, m, lora_scaling=8.0, generator=torch.Generator().manual_seed(1))
     model.checkpoint_blocks = flags.checkpoint
     if flags.compile:
@@ -94,10 +87,11 @@ def ours(flags, m, keep_reference):
             block.compile()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    H, step, ref = flags.length // 2, 0, None
+    half, step, ref = flags.length // 2, 0, None
     while True:
         ids = token_pairs(flags, model.config.vocab_size, step)
-        rows = [TokenRow(x[:H].tolist(), [x[H:].tolist(), y[H:].tolist()], [(0, 1)], [[0] * m]) for x, y in zip(*ids)]
+        rows = [TokenRow(x[:half].tolist(), [x[half:].tolist(), y[half:].tolist()], [(0, 1)], [[0] * m])
+                for x, y in zip(*ids)]
         batch = pack(rows).to(device)
         if ref is None or not keep_reference:
             with torch.no_grad(), adapters_off(model):
@@ -125,8 +119,8 @@ def peer_model(flags, lora):
     import transformers
     from peft import AdaLoraConfig, LoraConfig
     transformers.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        flags.directory, dtype=dict(fp32=torch.float32, bf16=torch.bfloat16)[flags.dtype]).to(flags.device)
+    model = transformers.AutoModelForCausalLM.from_pretrained(flags.directory, dtype=DTYPES[flags.dtype])
+    model = model.to(flags.device)
     gpt2 = model.config.model_type == "gpt2"
     shared = dict(target_modules=["c_attn", "c_proj", "c_fc"] if gpt2 else
                   [x + "_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")],
@@ -151,10 +145,10 @@ def loop(flags, lora=False):
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    H, step = flags.length // 2, 0
+    half, step = flags.length // 2, 0
     def logps(x):
         logits = inner(input_ids=x, use_cache=False).logits[:, :-1].float()
-        return logits.log_softmax(-1).gather(-1, x[:, 1:, None])[:, H - 1:, 0].sum(1)
+        return logits.log_softmax(-1).gather(-1, x[:, 1:, None])[:, half - 1:, 0].sum(1)
     while True:
         x = token_pairs(flags, inner.config.vocab_size, step).flatten(0, 1).to(flags.device)
         with torch.no_grad(), model.disable_adapter():
@@ -176,14 +170,14 @@ def trl(flags, wait, lora=False):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from trl import DPOConfig, DPOTrainer
     model, adapter = peer_model(flags, lora)
-    V, H = model.config.vocab_size, flags.length // 2
+    V, half = model.config.vocab_size, flags.length // 2
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, V)},
                                        unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>",
                                                  eos_token="</s>")
     say = lambda ids: " ".join(f"w{i}" for i in ids.tolist())
-    rows = [dict(prompt=say(x[:H]), chosen=" " + say(x[H:-1]) + " </s>", rejected=" " + say(y[H:-1]) + " </s>")
+    rows = [dict(prompt=say(x[:half]), chosen=" " + say(x[half:-1]) + " </s>", rejected=" " + say(y[half:-1]) + " </s>")
             for step in range(2 * flags.steps) for x, y in zip(*token_pairs(flags, V, step))]
     class Turns(transformers.TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
@@ -200,14 +194,10 @@ def trl(flags, wait, lora=False):
 
 def work(flags):
     """One contestant: reports, then does a step for every line on stdin and answers with its seconds."""
-    out = os.fdopen(os.dup(1), "w", buffering=1)              # libraries print to stdout: that goes to stderr
-    os.dup2(2, 1)
-    device, start = torch.device(flags.device), None
+    device, start, send = torch.device(flags.device), None, reporter()
     def answer(report=None):
         nonlocal start
-        if report is None:
-            report = {"seconds": clock(device) - start, "peak": peak_memory(device)}
-        print(json.dumps(report), file=out)
+        send({"seconds": clock(device) - start, "peak": peak_memory(device)} if report is None else report)
         if not sys.stdin.readline():
             os._exit(0)
         start = clock(device)
@@ -229,10 +219,8 @@ def main(flags):
     if flags.worker:
         return work(flags)
     device, _ = pick_device(flags.device)
-    if flags.model not in MODELS:
-        raise UserError(f"--model {flags.model}: choose one of {', '.join(MODELS)}")
     config = replace(MODELS[flags.model], eos_id=None)
-    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[flags.dtype]
+    dtype = DTYPES[flags.dtype]
     ceiling = matmul_ceiling(device, dtype)
     with tempfile.TemporaryDirectory() as directory:
         with torch.device(device):
@@ -250,11 +238,9 @@ def main(flags):
     print(f"{'':12} {'s/step [min..max]':>24} {'tokens/s':>9} {'MFU':>6} {'peak MB':>8}   time / ours")
     for name, result in table.items():
         s = result["seconds"]
-        ratio = statistics.median(t / o for t, o in zip(s, first))
         mfu = f"{result['flops'] / statistics.median(s) / ceiling:6.1%}" if "flops" in result else " " * 6
         print(f"{name:12} {statistics.median(s):8.3f} [{min(s):6.3f}..{max(s):6.3f}] "
-              f"{tokens / statistics.median(s):9.0f} {mfu} {result['peak'] / 2 ** 20:8.0f}   {ratio:.2f}")
-    return table
+              f"{tokens / statistics.median(s):9.0f} {mfu} {result['peak'] / 2 ** 20:8.0f}   {ratio(s, first):.2f}")
 
 
 def race(names, flags, directory):
@@ -264,9 +250,7 @@ def race(names, flags, directory):
     arguments += [f"--{key}" for key in ("checkpoint", "compile") if getattr(flags, key)]
     workers, table = {}, {}
     for name in names:                                        # one after the other: loading does not disturb a turn
-        workers[name] = subprocess.Popen([sys.executable, __file__, *arguments, "--worker", name], text=True,
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        table[name] = listen(workers[name], name) | {"seconds": []}
+        workers[name], table[name] = enter(__file__, name, *arguments)
     checked = {name: torch.tensor(result["reference"]) for name, result in table.items() if "reference" in result}
     expected = checked[names[0]]
     tolerance = 0.02 if flags.dtype == "bf16" or flags.quantize != "none" else 1e-4
@@ -274,15 +258,8 @@ def race(names, flags, directory):
         error = ((values - expected).norm() / expected.norm()).item()
         print(f"log π_ref of {len(values)} responses, {name}: relative difference from {names[0]} {error:.1e}")
         assert error <= tolerance, f"{name} computes something else"
-    for _ in range(flags.steps):
-        for name, worker in workers.items():
-            report = turn(worker, name)
-            table[name]["seconds"].append(report["seconds"])
-            table[name]["peak"] = report["peak"]
-    for worker in workers.values():
-        worker.stdin.close()
-        worker.wait()
-    return table
+    return {name: table[name] | {"seconds": [r["seconds"] for r in reports], "peak": reports[-1]["peak"]}
+            for name, reports in take_turns(workers, flags.steps).items()}
 
 
 if __name__ == "__main__":

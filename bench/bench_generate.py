@@ -7,8 +7,7 @@
     python bench/bench_generate.py --size llama2-7b --dtype bf16 --device cuda --quantize nf4 --adapter --peer none
 
 First what both compute is compared: every token that ours calls the best must be the best of transformers' logits, up
-to rounding. Then runs alternate, ours and theirs, so that a busy machine slows both; the median of the runs is printed,
-and the ratio is the median of the pairs' ratios. Sampled at temperature 1 from the whole distribution. transformers
+to rounding. Then runs take turns (turns.py); the median of the runs is printed, and the median of the ratios. Sampled at temperature 1 from the whole distribution. transformers
 runs without an adapter. `pip install transformers==5.23.0`, or --peer none. OMP_NUM_THREADS sets the threads.
 
 The limit: a decode step must read every weight but the input embeddings once, as codes where it is quantised (which a
@@ -18,7 +17,6 @@ bandwidth of this device, measured here, is the least time a step can take.
 import statistics
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -27,12 +25,16 @@ import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.turns import DTYPES, alternate, clock
+from data import toy
+from data.base import find_base
+from data.tokenizers import load_tokenizer, tokenize
+from model import SIZES, Transformer, generate
+from ops.generation import Decoder
+from ops.quantize import QuantizedLinear, quantize_weight
 from runs.device import pick_device
 from runs.files import UserError
 from runs.flags import flag, run_main
-from ops.generation import Decoder
-from model import SIZES, Transformer, generate
-from ops.quantize import QuantizedLinear, checked_kind, quantize_weight
 from svd_lora import inject_svd_lora, set_preference
 
 
@@ -40,20 +42,20 @@ from svd_lora import inject_svd_lora, set_preference
 class Flags:
     """The script's flags, with defaults and --help texts."""
 
-    size: str = flag("125m", f"model size, random weights: {', '.join(SIZES)}")
+    size: Literal[tuple(SIZES)] = flag("125m", "model size, random weights")
     world: bool = flag(False, "the embedded world's base model (tiny) and prompts, up to EOS; 128 prompts, 56 new")
-    batch: int | None = flag(None, "prompts (default 16)")
-    prompt: int = flag(64, "tokens in each prompt")
-    new: int | None = flag(None, "new tokens for each prompt (default 64)")
+    batch: int | None = flag(None, "prompts (default 16)", 1)
+    prompt: int = flag(64, "tokens in each prompt", 1)
+    new: int | None = flag(None, "new tokens for each prompt (default 64)", 16)
     dtype: Literal["fp32", "bf16"] = flag("fp32", "of the weights")
     quantize: Literal["none", "int8", "nf4"] = flag("none", "the blocks' matrices (without a peer)")
     device: str = flag("cpu", "cpu, cuda, or auto")
     adapter: bool = flag(False, "ours with SVD-LoRA k = 8, m = 2 and one λ per row")
-    runs: int = flag(5, "timed runs of each, after one to warm up")
+    runs: int = flag(5, "timed runs of each, after one to warm up", 1)
     peer: Literal["transformers", "none"] = flag("transformers", "what to compare with")
 
 
-def random_model(config, dtype, device, kind=None):
+def random_model(config, dtype, device, quantize):
     """A Transformer of random weights, made on the device and quantised one by one: there is no other copy of them."""
     generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
@@ -65,8 +67,8 @@ def random_model(config, dtype, device, kind=None):
             value.normal_(0, 0.02, generator=generator)
         else:
             value.fill_(leaf == "weight")                                             # norms; biases
-        if kind and p.ndim == 2 and isinstance(layer, nn.Linear) and owner.startswith("blocks."):
-            model.set_submodule(owner, QuantizedLinear(quantize_weight(value, kind), layer.bias))
+        if quantize != "none" and p.ndim == 2 and isinstance(layer, nn.Linear) and owner.startswith("blocks."):
+            model.set_submodule(owner, QuantizedLinear(quantize_weight(value, quantize), layer.bias))
         else:
             setattr(layer, leaf, nn.Parameter(value))
     return model
@@ -74,24 +76,18 @@ def random_model(config, dtype, device, kind=None):
 
 def load(flags, device, dtype):
     """(model, prompts as token lists, eos_id)."""
-    kind = checked_kind(flags.quantize)
     if flags.world:
-        from data import toy
-        from data.tokenizers import load_tokenizer, tokenize
-        from train_base import base_model
-        tokenizer = load_tokenizer("toy")
-        model = Transformer.from_pretrained(base_model("tiny", 0, "cpu"), dtype, device, kind)
+        base, name = find_base(None, "tiny", None, torch.device("cpu"))
+        tokenizer, model = load_tokenizer(name), Transformer.from_pretrained(base, dtype, device, flags.quantize)
         tasks = [toy.as_row(x, toy.responses(x)) for x in toy.prompts("train")]
         prompts = [list(row.prompt) for row in tokenize(tasks, tokenizer, model.config.context_length)[0]]
         return model, (prompts * (flags.batch // len(prompts) + 1))[:flags.batch], tokenizer.eos_id
-    if flags.size not in SIZES:
-        raise UserError(f"--size {flags.size}: choose one of {', '.join(SIZES)}")
     config = replace(SIZES[flags.size], eos_id=None)
     if flags.prompt + flags.new > config.context_length:
         raise UserError(f"--prompt {flags.prompt} --new {flags.new}: the context is {config.context_length} tokens")
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, config.vocab_size, (flags.batch, flags.prompt), generator=generator)
-    return random_model(config, dtype, device, kind), prompts.tolist(), -1
+    return random_model(config, dtype, device, flags.quantize), prompts.tolist(), -1
 
 
 def load_peer(model, directory, dtype, device, eos_id):
@@ -120,26 +116,11 @@ def check(model, peer, prompts):
         assert worst <= tolerance, f"a greedy token of ours is {worst:.1e} of the largest logit below their best"
 
 
-def timed(run, device):
-    """Tokens/s of run(), which returns the number of tokens."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    tokens = run()                                                    # ends with lists: the device has finished
-    return tokens / (time.perf_counter() - start)
-
-
 def copy_bandwidth(device):
     """Bytes/s read and written by a copy of 256 MB, the best of 10."""
     a = torch.ones(2 ** 26, device=device)
-    b, seconds = torch.empty_like(a), []
-    for _ in range(10):
-        start = time.perf_counter()
-        b.copy_(a)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 2 * a.nbytes / min(seconds)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / min(alternate({"": lambda: b.copy_(a)}, 10, device)[""])
 
 
 @torch.inference_mode()
@@ -148,11 +129,9 @@ def decode_step(model, prompts, new, device):
     decoder, seconds = Decoder(model, prompts, new, device.type == "cuda", device.type == "cpu"), []
     token = decoder.prefill().argmax(-1)
     for _ in range(new - 1):
-        start = time.perf_counter()
+        start = clock(device)
         token = decoder.step(token).argmax(-1)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock(device) - start)
     # U and V are stored in fp32 and read as copies in the model's dtype
     weights = model.head_weight.nbytes + sum(
         t.numel() * (model.head_weight if name.endswith((".U", ".V")) else t).itemsize
@@ -164,12 +143,10 @@ def main(flags):
     """Checks, times, prints."""
     flags.batch = flags.batch or (128 if flags.world else 16)
     flags.new = flags.new or (56 if flags.world else 64)
-    if min(flags.batch, flags.prompt, flags.runs) < 1 or flags.new < 16:
-        raise UserError("--batch, --prompt and --runs must be at least 1, --new at least 16")
     if flags.quantize != "none" and flags.peer != "none":
         raise UserError(f"--quantize {flags.quantize} needs --peer none: the peer's weights would not be quantised")
     device, _ = pick_device(flags.device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[flags.dtype]
+    dtype = DTYPES[flags.dtype]
     model, prompts, eos_id = load(flags, device, dtype)
     with tempfile.TemporaryDirectory() as directory:
         peer = load_peer(model, directory, dtype, device, eos_id) if flags.peer == "transformers" else None
@@ -192,13 +169,11 @@ def main(flags):
                              top_p=1.0)[:, longest:].tolist()
         return sum(row.index(eos_id) + 1 if eos_id in row else len(row) for row in rows)
 
-    contestants = {"ours": ours} | ({"transformers": theirs} if peer is not None else {})
-    speed = {name: [] for name in contestants}
-    for r in range(flags.runs + 1):
-        for name, run in contestants.items():
-            tokens_per_second = timed(run, device)
-            if r > 0:                                                                 # the first warms up
-                speed[name].append(tokens_per_second)
+    tokens, contestants = {}, {"ours": ours} | ({"transformers": theirs} if peer is not None else {})
+    count = {name: lambda name=name, run=run: tokens.setdefault(name, []).append(run())
+             for name, run in contestants.items()}
+    seconds = alternate(count, flags.runs, device, warmup=1)
+    speed = {name: [n / s for n, s in zip(tokens[name][1:], seconds[name])] for name in contestants}
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     precision = flags.dtype if flags.quantize == "none" else f"{flags.dtype} and {flags.quantize}"
     print(f"{'world' if flags.world else flags.size}, {precision}, {device}{threads}: {len(prompts)} prompts of "

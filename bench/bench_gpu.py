@@ -6,7 +6,7 @@
 
 Each part is a command of its own, printed before it runs; a part that fails or takes too long is reported, and the
 others still run. The first part is the tests of kernels, fused ops and quantised weights on the GPU: where they fail,
-nothing is timed. At the end stands one line a part.
+nothing is timed. At the end stands one line per part.
 """
 import subprocess
 import sys
@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from runs.files import UserError
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from runs.files import ROOT, UserError
 from runs.flags import flag, run_main
 
 BIG = ["--model", "llama2-7b", "--dtype", "bf16", "--device", "cuda", "--length", "512", "--steps", "4"]
 PARTS = {   # name: (seconds it may take, command)
-    "tests": (150, ["-m", "pytest", "tests/test_kernels.py", "tests/test_fused.py", "tests/test_quantize.py"]),
+    "tests": (150, ["-m", "pytest", "tests/ops/test_triton_kernels.py", "tests/ops/test_fused.py",
+                    "tests/ops/test_quantize.py"]),
     "ops": (100, ["bench/bench_ops.py", "--device", "cuda", "--tokens", "8192"]),
     "step-7b": (150, ["bench/bench_dpo_step.py", *BIG, "--pairs", "8"]),
     "step-7b-16GiB": (120, ["bench/bench_dpo_step.py", *BIG, "--pairs", "4", "--quantize", "nf4", "--checkpoint"]),

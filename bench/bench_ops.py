@@ -6,30 +6,27 @@
 
 First every op is compared with its definition in float64 on fresh random inputs, values and all gradients (relative
 error below 1e-5 in fp32, 1e-2 in bf16); nothing is timed otherwise. Times are of forward and backward together; the
-contestants take turns, so that a busy machine slows all of them; medians, and the median of the turns' ratios.
+contestants take turns (turns.py); medians, and the median of the turns' ratios.
 
 linear_logprob also shows memory: what a step adds to the resident set (CPU) or to the allocated bytes (CUDA) at its
 peak, each contestant in a process of its own. Its peers: pip install trl==1.16.0 liger-kernel==0.8.5 (or --peers none).
 """
 import ctypes
-import json
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.turns import DTYPES, alternate, clock, enter, ratio, reporter, take_turns
 from ops import fused
 from runs.device import pick_device
 from runs.files import UserError
 from runs.flags import flag, run_main
-from turns import clock, listen, turn
 
 PEERS = ["naive", "trl_chunked", "torch_lce", "torch_lce_1024", "checkpoint_512", "liger", "liger_compiled"]
 
@@ -40,7 +37,7 @@ class Flags:
 
     device: str = flag("cpu", "cpu, cuda, or auto")
     only: list[str] | None = flag(None, "these ops alone: svd_lora_linear, linear_logprob, rms_norm, rope_, swiglu")
-    turns: int = flag(5, "timed turns of each contestant")
+    turns: int = flag(5, "timed turns of each contestant", 1)
     dtypes: list[str] = flag(["fp32", "bf16"], "fp32, bf16")
     tokens: int | None = flag(None, "N (default 2048 on a CPU, 8192 on CUDA; linear_logprob 4096)")
     width: int | None = flag(None, "D (default 768 on a CPU, 4096 on CUDA)")
@@ -49,14 +46,11 @@ class Flags:
     worker: str | None = flag(None, "used by the script itself")
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The cases: op, definition, tensors with a gradient, constants.
 
 def cases(flags, device, dtype, N, D):
-    """{op: (fused, plain, leaves, constants)} with B = 4 rows of N / 4 tokens, rank 10, one preference a row."""
+    """{op: (fused, plain, leaves, constants)} with B = 4 rows of N / 4 tokens, rank 10, one preference per row."""
     r, B, T, C = 10, 4, max(1, N // 4), 64
     normal = lambda *shape, scale=1.0, dt=dtype: (torch.randn(*shape, device=device) * scale).to(dt)
     x, W = normal(B, T, D), normal(D, D, scale=D ** -0.5)
@@ -97,22 +91,9 @@ def check(name, case, dtype):
     relative = lambda a, b: ((a.double() - b).norm() / b.norm()).item()
     errors = [relative(y, y64)] + [relative(a, b) for a, b in zip(gradients, gradients64)]
     if name == "svd_lora_linear" and dtype == torch.bfloat16:
-        errors.pop()          # d's few gradients are sums that cancel under a random upstream: see tests/test_fused.py
+        errors.pop()          # d's few gradients are sums that cancel under a random upstream: see tests/ops/test_fused.py
     assert max(errors) < (1e-5 if dtype == torch.float32 else 1e-2), f"{name}: relative errors {errors}"
     return max(errors)
-
-
-def timed_turns(contestants, turns, device):
-    """{name: [seconds, …]}: each contestant eight times in a row a turn; the mean of the last five counts."""
-    seconds = {name: [] for name in contestants}
-    for _ in range(turns):
-        for name, f in contestants.items():
-            for i in range(8):
-                if i == 3:
-                    start = clock(device)
-                f()
-            seconds[name].append((clock(device) - start) / 5)
-    return seconds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,7 +149,7 @@ def resident():
 def work(flags):
     """One contestant of linear_logprob: a step for every line on stdin, answered with seconds and added bytes."""
     name, N, D, V, dtype = flags.worker.split(":")
-    device = torch.device(flags.device)
+    device, report = torch.device(flags.device), reporter()
     step = logprob_step(name, int(N), int(D), int(V), DTYPES[dtype], device)
     while True:
         if device.type == "cuda":
@@ -184,7 +165,7 @@ def work(flags):
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident()[1]
         sums = [None if t is None else t.double().norm().item() for t in out]
         del out
-        print(json.dumps({"seconds": seconds, "bytes": peak - before, "norms": sums}), flush=True)
+        report({"seconds": seconds, "bytes": peak - before, "norms": sums})
         if not sys.stdin.readline():
             return
 
@@ -192,30 +173,19 @@ def work(flags):
 def race(flags, N, D, V, dtype):
     """linear_logprob beside its peers; the norms of log-probs and gradients must agree with ours."""
     names = ["ours"] + [p for p in flags.peers if p != "none"]
-    workers, results = {}, {name: [] for name in names}
-    for name in names:
-        workers[name] = subprocess.Popen([sys.executable, __file__, "--device", flags.device, "--worker",
-                                          f"{name}:{N}:{D}:{V}:{dtype}"], text=True, stdin=subprocess.PIPE,
-                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        listen(workers[name], name)
-    for _ in range(flags.turns):
-        for name, worker in workers.items():
-            results[name].append(turn(worker, name))
-    for worker in workers.values():
-        worker.stdin.close()
-        worker.wait()
+    workers = {name: enter(__file__, f"{name}:{N}:{D}:{V}:{dtype}", "--device", flags.device)[0] for name in names}
+    results = take_turns(workers, flags.turns)
     ours = results["ours"]
     for name, rows in results.items():
         for a, b in zip(rows[0]["norms"], ours[0]["norms"]):
             bound = 1e-4 if dtype == "fp32" else 1e-2
             assert a is None or name.startswith("liger") or abs(a / b - 1) < bound, \
                 f"{name} computes something else: {rows[0]['norms']} against {ours[0]['norms']}"
-        s = [x["seconds"] for x in rows]
+        s, memory = [x["seconds"] for x in rows], statistics.median(x["bytes"] for x in rows)
         naive = min(x["bytes"] for x in results["naive"]) if "naive" in results else None
         print(f"  {name:16} {statistics.median(s):8.3f} s [{min(s):.3f}..{max(s):.3f}]   "
-              f"{statistics.median(x / y['seconds'] for x, y in zip(s, ours)):5.2f} x ours   "
-              f"{statistics.median(x['bytes'] for x in rows) / 2 ** 20:7.0f} MB"
-              + (f" = {statistics.median(x['bytes'] for x in rows) / naive:6.1%} of naive" if naive else ""))
+              f"{ratio(s, [y['seconds'] for y in ours]):5.2f} x ours   {memory / 2 ** 20:7.0f} MB"
+              + (f" = {memory / naive:6.1%} of naive" if naive else ""))
 
 
 def main(flags):
@@ -235,23 +205,23 @@ def main(flags):
         print(f"{'':18} {'error':>9} {'fused ms':>10} {'plain ms':>10}   plain / fused")
         contestants = {(kind, name): (lambda f=case[kind == "plain"], case=case: run(f, case[2], case[3]))
                        for name, case in table.items() for kind in ("fused", "plain") if name != "linear_logprob"}
-        seconds = timed_turns(contestants, flags.turns, device)
+        seconds = alternate(contestants, flags.turns, device, skipped=3, steps=5)
         for name in table:
             if name == "linear_logprob":
                 print(f"{name:18} {errors[name]:9.1e}   (below)")
                 continue
             a, b = seconds["fused", name], seconds["plain", name]
             print(f"{name:18} {errors[name]:9.1e} {1e3 * statistics.median(a):10.3f} {1e3 * statistics.median(b):10.3f}"
-                  f"   {statistics.median(y / x for x, y in zip(a, b)):.2f}")
+                  f"   {ratio(b, a):.2f}")
         if ("fused", "svd_lora_linear") in seconds:
-            over = [x / y for x, y in zip(seconds["fused", "svd_lora_linear"], seconds["fused", "frozen linear"])]
-            print(f"svd_lora_linear over the frozen layer, forward + backward: {statistics.median(over):.3f} x")
+            over = ratio(seconds["fused", "svd_lora_linear"], seconds["fused", "frozen linear"])
+            print(f"svd_lora_linear over the frozen layer, forward + backward: {over:.3f} x")
             with torch.no_grad():
                 forward = {name: (lambda case=table[name]: case[0](*case[2], *case[3]))
                            for name in ("svd_lora_linear", "frozen linear")}
-                s = timed_turns(forward, 4 * flags.turns, device)
-            over = [x / y for x, y in zip(s["svd_lora_linear"], s["frozen linear"])]
-            print(f"svd_lora_linear over the frozen layer, forward: {statistics.median(over):.3f} x")
+                s = alternate(forward, 4 * flags.turns, device, skipped=3, steps=5)
+            over = ratio(s["svd_lora_linear"], s["frozen linear"])
+            print(f"svd_lora_linear over the frozen layer, forward: {over:.3f} x")
         if "linear_logprob" in table:
             for V in flags.vocabularies:
                 n = flags.tokens or 4096

@@ -19,9 +19,7 @@ them; the Gram matrix does not depend on them), so `back` is a lower bound. What
 a fine grid for n = 2, S against Theorem 1's value. Times are medians over repeats (`solve` at most 5, `back` at most 3
 up to n = 8, and one above). At these sizes V's time is nearly all the min-norm problem, an active-set loop in Python.
 """
-import statistics
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,10 +28,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aggregate import min_norm_weights, pama_weights, simplex_lattice
-from runs.files import UserError
-from runs.flags import flag, run_main
-from ops.fused import linear_logprob
+from bench.turns import median_time
 from model import SIZES, Transformer
+from ops.fused import linear_logprob
+from runs.flags import flag, run_main
 from svd_lora import inject_svd_lora, set_preference, svd_lora_layers
 
 TINY = SIZES["tiny"]
@@ -45,12 +43,12 @@ MODELS = {"tiny": TINY, "4 x tiny": replace(TINY, n_layer=4 * TINY.n_layer, n_he
 class Flags:
     """The script's flags, with defaults and --help texts."""
 
-    n: list[int] = flag([2, 4, 8, 16, 32, 64], "numbers of objectives")
-    tokens: int = flag(4096, "N: tokens that PAMA's advantages are of")
-    rows: int = flag(2, "sequences in MGDA's forward")
-    length: int = flag(32, "tokens of each")
-    repeats: int = flag(21, "the table has medians over so many runs")
-    threads: int = flag(1, "CPU threads")
+    n: list[int] = flag([2, 4, 8, 16, 32, 64], "numbers of objectives", 1)
+    tokens: int = flag(4096, "N: tokens that PAMA's advantages are of", 1)
+    rows: int = flag(2, "sequences in MGDA's forward", 1)
+    length: int = flag(32, "tokens of each", 1)
+    repeats: int = flag(21, "the table has medians over so many runs", 1)
+    threads: int = flag(1, "CPU threads", 1)
     seed: int = flag(0, "seed of advantages, weights and tokens")
 
 
@@ -72,16 +70,6 @@ def check(generator):
             A = torch.randn(n, generator=generator, dtype=torch.float64) + shift
             nearest = torch.zeros(()).double().clamp(A.min(), A.max())                # 0 projected on [min A, max A]
             assert abs(pama_weights(A) @ A - nearest) < 1e-12, "S is not Theorem 1"
-
-
-def seconds(function, repeats):
-    """The median time of function() over so many runs, after one that is not counted."""
-    times = []
-    for i in range(repeats + 1):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
 
 
 def adapted(config, generator):
@@ -112,8 +100,6 @@ def gradients(losses, params):
 
 def main(flags):
     """Prints the table and the growth of its columns."""
-    if min(flags.n + [flags.tokens, flags.rows, flags.length, flags.repeats, flags.threads]) < 1:
-        raise UserError("all numbers must be at least 1")
     torch.set_num_threads(flags.threads)
     generator = torch.Generator().manual_seed(flags.seed)
     check(generator)
@@ -126,10 +112,10 @@ def main(flags):
             A = sample_advantages(n, flags.tokens, generator)
             losses = policy_losses(model, n, flags, generator)
             g = gradients(losses, params)
-            times = [seconds(lambda: pama_weights(A.mean(1)), flags.repeats), seconds(lambda: A.amin(0), flags.repeats),
-                     seconds(lambda: pama_weights(A), flags.repeats),
-                     seconds(lambda: gradients(losses, params), min(flags.repeats, 3 if n <= 8 else 1)),
-                     seconds(lambda: min_norm_weights(g @ g.T), min(flags.repeats, 5))]
+            of = lambda f, most=flags.repeats: median_time(f, min(flags.repeats, most), warmup=1)
+            times = [of(lambda: pama_weights(A.mean(1))), of(lambda: A.amin(0)), of(lambda: pama_weights(A)),
+                     of(lambda: gradients(losses, params), 3 if n <= 8 else 1),
+                     of(lambda: min_norm_weights(g @ g.T), 5)]
             table.append(times)
             micro, milli = [1e6 * t for t in times[:3]], [1e3 * t for t in times[3:]]
             print(f"{size:>10} {d:9d} {n:4d} | " + " ".join(f"{t:9.1f}" for t in micro) + " | "

@@ -2,7 +2,7 @@
 
     python bench/bench_pareto.py                    # one thread of a CPU; two tables, about half a minute
 
-m: dimensions   n: points   G: preferences of the lattice in steps of 1/10 (11 for m = 2, 66 for m = 3)
+m: dimensions   n: points   F: preferences of the lattice in steps of 1/10 (11 for m = 2, 66 for m = 3)
 The fronts are concave: `lattice` is the square root of the Das-Dennis lattice of m dimensions (in 10, 4, 4, 4, 4 parts
 for m = 3, 5, 7, 8, 10), where scores repeat; `sphere` is random points of the sphere's positive part, where no two are
 alike and nearly all of a limit set has to be worked out. The reference is −0.1 for both.
@@ -12,9 +12,7 @@ points were in the pool, and k = 100 points are then chosen for each preference.
 What is timed is checked first: hypervolumes against a sum over all cells of a grid, the selection against the rule
 written as loops. Times are medians over repeats; `MiB` is the most that numpy held at once in one more run.
 """
-import statistics
 import sys
-import time
 import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +21,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aggregate import simplex_lattice
-from runs.files import UserError
-from runs.flags import flag, run_main
+from bench.turns import median_time
 from fronts.dominance import nondominated
 from fronts.metrics import hypervolume
 from fronts.selection import select_high_quality
+from runs.files import UserError
+from runs.flags import flag, run_main
 
 LATTICES = {3: 10, 5: 4, 7: 4, 8: 4, 10: 4}                                               # m: parts
 
@@ -37,17 +36,17 @@ class Flags:
     """The script's flags, with defaults and --help texts."""
 
     m: list[int] = flag([3, 5, 7, 8, 10], "dimensions of the hypervolumes, of 3, 5, 7, 8, 10")
-    random: list[int] = flag([100, 300], "random points on the sphere")
-    n: int = flag(100_000, "points that are selected from")
-    k: int = flag(100, "points for a preference")
-    repeats: int = flag(3, "the tables have medians over so many runs")
+    random: list[int] = flag([100, 300], "random points on the sphere", 1)
+    n: int = flag(100_000, "points that are selected from", 1)
+    k: int = flag(100, "points for a preference", 1)
+    repeats: int = flag(3, "the tables have medians over so many runs", 1)
     seed: int = flag(0, "seed of the points")
 
 
 def sphere(n, m, rng):
     """n points on the positive part of the sphere: (n, m)"""
-    P = np.abs(rng.normal(size=(n, m)))
-    return P / np.linalg.norm(P, axis=1, keepdims=True)
+    points = np.abs(rng.normal(size=(n, m)))
+    return points / np.linalg.norm(points, axis=1, keepdims=True)
 
 
 def scores(n, m, correlation, rng):
@@ -56,26 +55,26 @@ def scores(n, m, correlation, rng):
     return rng.multivariate_normal(np.zeros(m), covariance, n)
 
 
-def cells(P):
+def cells(points):
     """The hypervolume over 0 as the sum of all cells of the grid through the points' coordinates."""
-    edges = [np.unique(np.append(0, column)) for column in P.T]
-    corners = np.stack(np.meshgrid(*[e[1:] for e in edges], indexing="ij"), -1).reshape(-1, P.shape[1])
+    edges = [np.unique(np.append(0, column)) for column in points.T]
+    corners = np.stack(np.meshgrid(*[e[1:] for e in edges], indexing="ij"), -1).reshape(-1, points.shape[1])
     sizes = np.stack(np.meshgrid(*[np.diff(e) for e in edges], indexing="ij"), -1).reshape(corners.shape).prod(1)
-    return sizes[(P[:, None] >= corners).all(2).any(0)].sum()
+    return sizes[(points[:, None] >= corners).all(2).any(0)].sum()
 
 
 def check(rng):
     """Asserts that what is timed is right."""
     for n, m in ((30, 2), (14, 3), (9, 4), (6, 5), (4, 6)):
-        P = sphere(n, m, rng)
-        assert abs(hypervolume(P, np.zeros(m)) - cells(P)) < 1e-12 * cells(P), "the hypervolume is wrong"
+        points = sphere(n, m, rng)
+        assert abs(hypervolume(points, np.zeros(m)) - cells(points)) < 1e-12 * cells(points), "the hypervolume is wrong"
     for m in (2, 3):
-        P, lams = scores(60, m, 0.0, rng), simplex_lattice(m, 4).numpy()
-        chosen, left, pool = select_high_quality(P, lams, k=5, at_least=20), list(range(60)), []
+        points, lams = scores(60, m, 0.0, rng), simplex_lattice(m, 4).numpy()
+        chosen, left, pool = select_high_quality(points, lams, k=5, at_least=20), list(range(60)), []
         while len(pool) < 20:
-            front = [i for i in left if not any((P[j] >= P[i]).all() and (P[j] > P[i]).any() for j in left)]
+            front = [i for i in left if not any((points[j] >= points[i]).all() and (points[j] > points[i]).any() for j in left)]
             pool, left = sorted(pool + front), [i for i in left if i not in front]
-        X = (P - P.min(0)) / (P.max(0) - P.min(0)) - 1
+        X = (points - points.min(0)) / (points.max(0) - points.min(0)) - 1
         distance = lambda u, v: np.linalg.norm(u - max(0, u @ v / (v @ v)) * v)
         for lam, index in zip(lams, chosen.index):
             nearest = sorted(pool, key=lambda i: distance(X[i], lam - 1))[:5]
@@ -84,22 +83,17 @@ def check(rng):
 
 def measure(function, repeats):
     """function()'s result, the median time of so many runs of it, and the MiB of one more."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = function()
-        times.append(time.perf_counter() - start)
+    seconds = median_time(function, repeats)
     tracemalloc.start()
-    function()
-    peak = tracemalloc.get_traced_memory()[1] / 2 ** 20
+    result, peak = function(), tracemalloc.get_traced_memory()[1] / 2 ** 20
     tracemalloc.stop()
-    return result, statistics.median(times), peak
+    return result, seconds, peak
 
 
 def main(flags):
     """Checks, then prints the two tables."""
-    if min(flags.random + [flags.n, flags.k, flags.repeats]) < 1 or flags.k > flags.n:
-        raise UserError("all numbers must be at least 1, and k at most n")
+    if flags.k > flags.n:
+        raise UserError(f"--k {flags.k} --n {flags.n}: k is at most n")
     if not set(flags.m) <= set(LATTICES):
         raise UserError(f"--m is of {' '.join(map(str, LATTICES))}")
     rng = np.random.default_rng(flags.seed)
@@ -109,20 +103,20 @@ def main(flags):
     for m in flags.m:
         fronts = [("lattice", simplex_lattice(m, LATTICES[m]).numpy() ** 0.5)]
         fronts += [("sphere", sphere(n, m, rng)) for n in flags.random]
-        for name, P in fronts:
-            value, seconds, peak = measure(lambda: hypervolume(P, np.full(m, -0.1)), flags.repeats)
-            print(f"{name:>10} {m:3d} {len(P):5d} | {value:13.6e} {seconds:9.4f} {peak:7.1f}", flush=True)
+        for name, points in fronts:
+            value, seconds, peak = measure(lambda: hypervolume(points, np.full(m, -0.1)), flags.repeats)
+            print(f"{name:>10} {m:3d} {len(points):5d} | {value:13.6e} {seconds:9.4f} {peak:7.1f}", flush=True)
 
     print(f"\nn = {flags.n}, k = {flags.k}")
-    print(f"{'scores':>10} {'m':>3} {'corr.':>6} {'G':>3} | {'layers':>6} {'pool':>6} {'overlap':>7} | "
+    print(f"{'scores':>10} {'m':>3} {'corr.':>6} {'F':>3} | {'layers':>6} {'pool':>6} {'overlap':>7} | "
           f"{'sort s':>8} {'select s':>8} {'MiB':>7}")
     for m in (2, 3):
         lams = simplex_lattice(m, 10).numpy()
         for correlation in (0.8, 0.0, -0.8 / (m - 1)):
-            P = scores(flags.n, m, correlation, rng)
-            for name, points in (("normal", P), ("rounded", np.round(3 * P) / 3)):
-                sort = measure(lambda: nondominated(points), flags.repeats)[1]
-                s, seconds, peak = measure(lambda: select_high_quality(points, lams, k=flags.k), flags.repeats)
+            points = scores(flags.n, m, correlation, rng)
+            for name, given in (("normal", points), ("rounded", np.round(3 * points) / 3)):
+                sort = median_time(lambda: nondominated(given), flags.repeats)
+                s, seconds, peak = measure(lambda: select_high_quality(given, lams, k=flags.k), flags.repeats)
                 print(f"{name:>10} {m:3d} {correlation:6.1f} {len(lams):3d} | {s.layers:6d} {len(s.pool):6d} "
                       f"{s.overlap.mean():7.2f} | {sort:8.3f} {seconds:8.3f} {peak:7.1f}", flush=True)
 

@@ -13,50 +13,42 @@ import statistics
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aggregate import linear_scalarization, sample_preference, simplex_lattice
-from runs.device import pick_device
-from runs.files import UserError
-from runs.flags import flag, run_main
-from runs.randomness import generator_for
+from bench.turns import alternate, ratio
 from data import toy
 from data.tokenizers import load_tokenizer, tokenize
 from data.trees import batch_logprobs, pack
 from model import SIZES, Transformer
 from objectives import dpo_loss, losses_on_pairs
+from runs.device import pick_device
+from runs.flags import flag, run_main
+from runs.randomness import generator_for
 from svd_lora import inject_svd_lora, parameter_groups, set_preference, shared_base
-from turns import clock
 
 
 @dataclass
 class Flags:
     """The script's flags, with defaults and --help texts."""
 
-    size: str = flag("tiny", f"model size, random weights: {', '.join(SIZES)}")
+    size: Literal[tuple(SIZES)] = flag("tiny", "model size, random weights")
     device: str = flag("cpu", "cpu, cuda, or auto")
-    rows: int = flag(8, "data rows a step, each a prompt with 12 responses")
-    prompts: int = flag(4, "prompts that are evaluated, each with 32 responses")
-    micro: int = flag(16, "rows of the mixed batch that go through the model at once")
-    turns: int = flag(15, "timed turns, after two to warm up")
+    rows: int = flag(8, "data rows per step, each a prompt with 12 responses", 1)
+    prompts: int = flag(4, "prompts that are evaluated, each with 32 responses", 1)
+    micro: int = flag(16, "rows of the mixed batch that go through the model at once", 1)
+    turns: int = flag(15, "timed turns, after two to warm up", 1)
 
 
-def alternate(contestants, turns, device):
+def race(contestants, turns, device):
     """Prints median milliseconds of each function and the median ratio to the first."""
-    seconds = {name: [] for name in contestants}
-    for turn in range(turns + 2):
-        for name, f in contestants.items():
-            start = clock(device)
-            f()
-            end = clock(device)
-            if turn >= 2:
-                seconds[name].append(end - start)
-    first = next(iter(seconds.values()))
+    seconds = alternate(contestants, turns, device, warmup=2)
     for name, s in seconds.items():
-        ratio = statistics.median(a / b for a, b in zip(s, first))
-        print(f"  {name:34} {1e3 * statistics.median(s):9.1f} ms [{1e3 * min(s):.1f}..{1e3 * max(s):.1f}]  {ratio:.3f}")
+        print(f"  {name:34} {1e3 * statistics.median(s):9.1f} ms [{1e3 * min(s):.1f}..{1e3 * max(s):.1f}]  "
+              f"{ratio(s, next(iter(seconds.values()))):.3f}")
 
 
 def dpo_step(base, m, flags, tokenizer, device):
@@ -83,8 +75,6 @@ def dpo_step(base, m, flags, tokenizer, device):
 @torch.no_grad()
 def main(flags):
     """Prints the two comparisons."""
-    if flags.size not in SIZES:
-        raise UserError(f"--size {flags.size}: choose one of {', '.join(SIZES)}")
     device, dtype = pick_device(flags.device)
     tokenizer = load_tokenizer("toy")
     config = replace(SIZES[flags.size], vocab_size=max(SIZES[flags.size].vocab_size, tokenizer.vocab_size))
@@ -92,7 +82,7 @@ def main(flags):
     print(f"{flags.size}, {device.type}, {torch.get_num_threads()} threads")
     print(f"a DPO step, {flags.rows} rows of 12 responses with all 66 comparisons; time / time at m = 2")
     with torch.enable_grad():
-        alternate({f"m = {m}": dpo_step(base, m, flags, tokenizer, device) for m in (2, 10)}, flags.turns, device)
+        race({f"m = {m}": dpo_step(base, m, flags, tokenizer, device) for m in (2, 10)}, flags.turns, device)
 
     model = inject_svd_lora(base, 8, 2, generator=torch.Generator().manual_seed(0))
     for p in model.parameters():
@@ -120,10 +110,9 @@ def main(flags):
     a, b = together(), apart()
     error = ((a - b).norm() / b.norm()).item()
     assert error < (1e-5 if dtype == torch.float32 else 1e-2) and not torch.allclose(a[0], a[-1], rtol=1e-4)
-    print(f"log-probs of {flags.prompts} prompts × 32 responses under 11 preferences (relative difference {error:.1e});"
-          " "
-          f"time / time of 11 passes")
-    alternate({"11 passes": apart, "one mixed batch": together}, flags.turns, device)
+    print(f"log-probs of {flags.prompts} prompts × 32 responses under 11 preferences (relative difference {error:.1e}); "
+          "time / time of 11 passes")
+    race({"11 passes": apart, "one mixed batch": together}, flags.turns, device)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,19 @@
     python bench/scaling.py                                        # the table
     python bench/scaling.py --check                                # the formulas against a real step on this machine
 
-A step has B pairs of L tokens, half of them the prompt, which a pair shares: 1.5 B L tokens run through the blocks, B L
-are predicted. D: width   H, K: query and key heads   C: head width   F: MLP width   r = k + m: rank   N: parameters
+A step has P pairs of T tokens, half of them the prompt, which a pair shares: 1.5 P T tokens run through the blocks, P T
+are predicted. D: d_model   H, K: query and key/value heads   C: head_dim   d_ff: width of the MLP   r = k + m: rank
 
 weights        bytes of the frozen base, by precision; embeddings and head are never quantised
-adapter        16 bytes a parameter: fp32 value, gradient, and AdamW's two moments
-activations    what a block keeps for the backward pass, a token: both norms' inputs and outputs, q, k, v, the
-               attention's output, the MLP's inner ones: 4 D + 2 H C + 2 K C + 3 F numbers for Llama, 4 D + 2 H C +
-               2 K C + 2 F for GPT-2, and a few in fp32 of the norms and of attention. With checkpointing one block's,
-               and D numbers a token and block
+adapter        16 bytes per parameter: fp32 value, gradient, and AdamW's two moments
+activations    what a block keeps for the backward pass, per token: both norms' inputs and outputs, q, k, v, the
+               attention's output, the MLP's inner ones: 4 D + 2 H C + 2 K C + 3 d_ff numbers for Llama, 4 D + 2 H C +
+               2 K C + 2 d_ff for GPT-2, and a few in fp32 of the norms and of attention. With checkpointing one
+               block's, and D numbers per token and block
 scratch        linear_logprob's chunk of logits in fp32 and once more in the compute dtype, and for a quantised base one
                dequantised matrix; for fsdp two gathered blocks
-time           model FLOPs: 4 N a token with a frozen base (2 N forward, 2 N for the activations' gradient), and
-               checkpointing's 2 N once more, at a sustained rate that is assumed (--tflops), not measured
+time           model FLOPs: per token 4 times the base's parameters (2 forward, 2 for the activations' gradient), with
+               checkpointing 2 times more, at a sustained rate that is assumed (--tflops), not measured
 """
 import sys
 from dataclasses import dataclass, replace
@@ -24,12 +24,12 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ops import fused
-from runs.flags import flag, run_main
-from runs.speed import model_flops, peak_memory
 from data.tokenizers import TokenRow
 from data.trees import batch_logprobs, pack
 from model import SIZES, Transformer
+from ops import fused
+from runs.flags import flag, run_main
+from runs.speed import model_flops, peak_memory
 from svd_lora import inject_svd_lora, set_preference
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5 + 2 / 64}      # nf4: a scale of 2 bytes for 64 values
@@ -47,7 +47,7 @@ SETTINGS = [   # size, precision of the blocks, checkpointing, devices, how the 
 class Flags:
     """The script's flags, with defaults and --help texts."""
 
-    pairs: int = flag(8, "pairs a step, over all devices")
+    pairs: int = flag(8, "pairs per step, over all devices")
     length: int = flag(512, "tokens of a response with its prompt; half of them are the prompt")
     rank: int = flag(10, "k + m")
     tflops: float = flag(400.0, "assumed sustained rate of a device, for the seconds")
@@ -75,7 +75,7 @@ def weight_bytes(c, precision):
 
 
 def block_activations(c, compute_bytes):
-    """Bytes that one block keeps, a token."""
+    """Bytes that one block keeps, per token."""
     swiglu, layernorm = c.activation == "swiglu", c.norm == "layernorm"
     numbers = (4 * c.d_model + 2 * c.n_head * c.head_dim + 2 * c.n_kv_head * c.head_dim
                + (3 if swiglu else 2) * c.d_ff)
@@ -88,7 +88,7 @@ def memory(c, precision, checkpoint, devices, spread, flags):
     pairs = flags.pairs / devices
     tokens, predicted = 1.5 * pairs * flags.length, pairs * flags.length
     blocks, tables = weight_bytes(c, precision)
-    share = devices if spread == "fsdp" else 1
+    shards = devices if spread == "fsdp" else 1
     block = block_activations(c, compute)
     kept = c.d_model * compute * c.n_layer + block if checkpoint else block * c.n_layer
     scratch = min(predicted * c.vocab_size, fused.CUDA_LOGITS) * (4 + compute) + 3 * predicted * c.d_model * compute
@@ -96,7 +96,7 @@ def memory(c, precision, checkpoint, devices, spread, flags):
         scratch += max(a * b for a, b in block_matrices(c)) * compute
     if spread == "fsdp":
         scratch += 2 * blocks / c.n_layer
-    return {"weights": (blocks + tables) / share, "adapter": 16 * adapter_parameters(c, flags.rank),
+    return {"weights": (blocks + tables) / shards, "adapter": 16 * adapter_parameters(c, flags.rank),
             "activations": kept * tokens, "scratch": scratch}
 
 
@@ -140,7 +140,7 @@ def kept_bytes(model, batch):
 
 
 def block_keeps(config, dtype, flags):
-    """Bytes a token that one block really keeps: what three layers keep more than two."""
+    """Bytes per token that one block really keeps: what three layers keep more than two."""
     g = torch.Generator().manual_seed(0)
     totals = []
     for layers in (2, 3):
@@ -154,9 +154,9 @@ def block_keeps(config, dtype, flags):
 
 def some_pairs(config, flags):
     """A packed batch of random pairs."""
-    g, H = torch.Generator().manual_seed(0), flags.length // 2
-    ids = torch.randint(3, config.vocab_size, (flags.pairs, H + 2 * H), generator=g).tolist()
-    return pack([TokenRow(x[:H], [x[H:2 * H], x[2 * H:]], [(0, 1)], [[0, 1]]) for x in ids])
+    generator, half = torch.Generator().manual_seed(0), flags.length // 2
+    ids = torch.randint(3, config.vocab_size, (flags.pairs, 3 * half), generator=generator).tolist()
+    return pack([TokenRow(x[:half], [x[half:2 * half], x[2 * half:]], [(0, 1)], [[0, 1]]) for x in ids])
 
 
 def check(flags):

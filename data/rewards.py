@@ -26,8 +26,8 @@ from data.text_rewards import TEXT_REWARDS, is_concise, text_rewards
 from data.tokenizers import load_tokenizer, tokenize
 from data.trees import pack_ends
 from ops.heads import RewardModel
-from runs.device import pick_device
 from runs.files import UserError, read_json
+from runs.processes import pick_device
 from svd_lora import fingerprint, load_adapter, shared_base
 
 

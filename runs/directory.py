@@ -1,13 +1,17 @@
-"""directory.py - run directories: their names, what config.json says, what is resumed, and how a run ends."""
+"""directory.py - run directories: their names, what config.json says, the state that a killed run goes on from, and how
+a run ends. state.safetensors holds all trainable parameters and the optimizers' states, and in its header the step and
+the model it belongs to; nothing is pickled.
+"""
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from runs.checkpoints import read_state_header
-from runs.files import UserError, read_json, write_json
-from runs.log import truncate_log
+from runs.files import UserError, read_json, write_json, write_whole
 from runs.processes import barrier, ranks
 from runs.speed import report_speed
 from svd_lora import fingerprint
@@ -93,3 +97,54 @@ def finish_run(out, what, device, dtype, world=1):
     seconds = report_speed(out, device, dtype, world)
     print(f"trained {what} in {seconds:.0f} s: {out}")
     (out / "state.safetensors").unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state that a killed run goes on from.
+
+def truncate_log(path, keep):
+    """Drops the records of metrics.jsonl for which keep(record) is false, and a last line that was cut short."""
+    lines = []
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+        try:
+            if keep(json.loads(line)):
+                lines.append(line)
+        except json.JSONDecodeError:
+            break                                           # the line that was being written when the run was killed
+    write_whole(path, lambda f: Path(f).write_text("".join(line + "\n" for line in lines)))
+
+
+def save_state(path, named_parameters, *optimizers, **header):
+    """Writes all trainable parameters, the optimizers' states and `header` (JSON values, the step among them)."""
+    tensors = {f"param.{name}": p.detach().cpu().contiguous() for name, p in named_parameters}
+    for o, optimizer in enumerate(optimizers):
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{o}.{i}.{key}": torch.as_tensor(value).cpu().contiguous()
+                        for key, value in state.items()}
+    write_whole(path, lambda f: save_file(tensors, f, metadata={"state": json.dumps(header)}))
+
+
+def read_state_header(path):
+    """The header of a state file, or None where there is none."""
+    if not Path(path).exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as f:
+            return json.loads(f.metadata()["state"])
+    except (SafetensorError, KeyError, TypeError):
+        raise UserError(f"{path} is not a state file; delete it to start afresh") from None
+
+
+@torch.no_grad()
+def load_state(path, named_parameters, *optimizers):
+    """Restores what save_state wrote, in place."""
+    states = [{} for _ in optimizers]
+    with safe_open(path, framework="pt") as f:
+        for name, p in named_parameters:
+            p.copy_(f.get_tensor(f"param.{name}"))
+        for key in f.keys():
+            if key.startswith("optimizer."):
+                _, o, i, name = key.split(".")
+                states[int(o)].setdefault(int(i), {})[name] = f.get_tensor(key)
+    for optimizer, state in zip(optimizers, states):
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

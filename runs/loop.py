@@ -9,14 +9,16 @@ optimizer step over micro-batches and processes, snapshots, checkpoints, log lin
 
 m: dimensions   items: what a loss is a mean of (compared pairs, responses)
 """
+import json
 import math
 import time
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from runs.checkpoints import load_state, save_state
+from runs.directory import load_state, save_state
 from runs.files import UserError
-from runs.log import Log
 from runs.processes import all_sum, ranks, reduce_gradients
 from runs.randomness import generator_for
 from runs.speed import model_flops
@@ -46,20 +48,46 @@ def adamw(model, flags, betas=(0.9, 0.95), head=None):
                              fused=True)                               # fused: one pass over many small tensors
 
 
+class Log:
+    """Appends one JSON object a step to metrics.jsonl and prints it as a line every `every` steps, above the bar."""
+
+    def __init__(self, path, steps, first_step=0, every=1, desc=""):
+        self.path, self.every, self.started, self.steps = Path(path), every, time.time(), steps
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.silent = ranks()[0] > 0
+        self.bar = tqdm(total=steps, initial=first_step, desc=desc, disable=self.silent or None, dynamic_ncols=True)
+
+    def step(self, record, line):
+        """record: {"step": …, …} for the file; line: the same for people."""
+        if self.silent:
+            return
+        with self.path.open("a") as f:
+            f.write(json.dumps(record) + "\n")
+        if record["step"] % self.every == 0 or record["step"] == self.steps:
+            self.bar.write(line)
+        self.bar.update()
+
+    def close(self):
+        """Ends the bar; returns the seconds since the log was opened."""
+        self.bar.close()
+        return time.time() - self.started
+
+
 class Run:
     """One training: of an adapter, of a base model, of a reward model."""
 
     def __init__(self, model, optimizer, out, name, flags, steps, dims=(), member=0, resume=None, parts=1, base=4,
-                 critic=None, critic_optimizer=None):
+                 critic=None, critic_optimizer=None, clip=torch.nn.utils.clip_grad_norm_):
         """model: all of it that requires a gradient is trained, by `optimizer`; it has a `config`
         out, name: the run directory, and what this training is called there   flags: lr, warmup_ratio, …
         member: the number of this training among those of the run   resume: header of a state file, or None
         parts: micro-batches per step   base: operations per parameter of the base and token (runs.speed.model_flops)
         critic, critic_optimizer: a network that is trained beside it and kept with it
+        clip(parameters, max_norm) -> the gradient's norm before it was clipped
         """
         self.model, self.optimizer, self.out, self.name, self.flags = model, optimizer, out, name, flags
         self.n_steps, self.dims, self.member, self.resume = steps, dims, member, resume
-        self.parts, self.base = parts, base
+        self.parts, self.base, self.clip = parts, base, clip
         self.trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.state = self.trained + ([(f"critic.{n}", p) for n, p in critic.named_parameters()] if critic else [])
         self.optimizers = [optimizer] + ([critic_optimizer] if critic else [])
@@ -112,8 +140,7 @@ class Run:
         if self.last_part:
             parameters = [p for _, p in self.trained]
             reduce_gradients(parameters)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self.flags.max_grad_norm)
-            self.norm = norm.item()
+            self.norm = self.clip(parameters, self.flags.max_grad_norm).item()
             self.require_finite("gradient's norm", self.norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)

@@ -1,7 +1,7 @@
-"""processes.py - where a run computes: its device, and the processes that torchrun started, one a GPU.
+"""processes.py - where a run computes: its device, and the processes that torchrun started, one per GPU.
 
-All processes compute the same batch, λ and counts, for these are functions of seed and step, and each takes its share
-of the rows. Nothing of the frozen base is ever reduced.
+All processes compute the same batch, λ and counts, for these are functions of seed and step, and each takes its part of
+the rows. Nothing of the frozen base is ever reduced.
 rank, world: which of how many processes this one is, 0 of 1 unless torchrun started several
 """
 import datetime
@@ -11,6 +11,21 @@ import torch
 import torch.distributed as dist
 
 from runs.files import UserError
+from svd_lora import some_values
+
+
+def pick_device(name, precision="auto"):
+    """"auto" is CUDA where there is a GPU. Returns (torch.device, dtype of the frozen base: "auto" is bf16 on CUDA)."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name}: {str(e).splitlines()[0]}") from None
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return device, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
 def init_distributed(device):
@@ -76,3 +91,19 @@ def reduce_gradients(parameters):
     flat = all_sum(torch.cat([p.grad.flatten() for p in parameters]))
     for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad.copy_(part.view_as(p))
+
+
+def shard(model, device):
+    """FSDP2, in place: each process keeps its share of the frozen base on `device` and gathers a block when it computes
+    with it. What is trained, the adapter, stays whole everywhere. The base may come from the CPU's memory."""
+    from torch.distributed.device_mesh import init_device_mesh  # here: slow to import, and few runs need it
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh(device.type, (ranks()[1],))
+    trained = {p for p in model.parameters() if p.requires_grad}
+    # what a fingerprint (svd_lora.py) reads of a base is kept: no process has all of it later
+    seen = {name: some_values(p.detach()) for name, p in model.named_parameters() if p not in trained}
+    for p in trained:
+        p.data = p.data.to(device)
+    for module in [*model.blocks, model]:
+        fully_shard(module, mesh=mesh, ignored_params=trained)
+    model.register_state_dict_post_hook(lambda module, state, prefix, local: state.update(seen))

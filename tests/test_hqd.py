@@ -14,7 +14,7 @@ import eval_front
 import train_base
 import train_hqd
 from runs.files import UserError
-from runs.log import Log
+from runs.loop import Log
 from data import toy
 from data.offline import draw_world, read_offline
 from data.prompts import split
