@@ -92,9 +92,10 @@ def test_flags_that_the_texts_name_exist():
 
 
 def test_parts_of_reproduce_that_the_texts_name_exist():
-    parts = set(re.findall(r"python -m experiments\.reproduce (\w+)", read("experiments/reproduce.py")))
+    command = re.compile(r"python -m experiments\.reproduce((?: [a-z_]+)+)")
+    parts = {part for named in command.findall(read("experiments/reproduce.py")) for part in named.split()}
     for text in TEXTS:
-        for named in re.findall(r"python -m experiments\.reproduce((?: [a-z]+)+)", text.read_text(encoding="utf-8")):
+        for named in command.findall(text.read_text(encoding="utf-8")):
             assert set(named.split()) <= parts, f"{name_of(text)}: reproduce{named}"
 
 
