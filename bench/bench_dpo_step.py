@@ -32,13 +32,13 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aggregate import linear_scalarization, sample_preference
 from bench.turns import DTYPES, clock, enter, ratio, reporter, take_turns
-from runs.device import pick_device
-from runs.flags import flag, run_main
-from runs.speed import matmul_ceiling, model_flops, peak_memory
 from data.tokenizers import TokenRow
 from data.trees import batch_logprobs, pack
 from model import SIZES, Config, Transformer
 from objectives import dpo_loss, losses_on_pairs
+from runs.flags import flag, run_main
+from runs.processes import pick_device
+from runs.speed import matmul_ceiling, model_flops, peak_memory
 from svd_lora import adapters_off, inject_svd_lora, set_preference
 
 SMALL_LLAMA = Config(32000, 1024, 12, 10, 640, d_ff=1728, bos_id=1, eos_id=2, norm="rmsnorm", positions="rotary",

@@ -7,8 +7,9 @@
     python bench/bench_generate.py --size llama2-7b --dtype bf16 --device cuda --quantize nf4 --adapter --peer none
 
 First what both compute is compared: every token that ours calls the best must be the best of transformers' logits, up
-to rounding. Then runs take turns (turns.py); the median of the runs is printed, and the median of the ratios. Sampled at temperature 1 from the whole distribution. transformers
-runs without an adapter. `pip install transformers==5.23.0`, or --peer none. OMP_NUM_THREADS sets the threads.
+to rounding. Then runs take turns (turns.py); the median of the runs is printed, and the median of the ratios. Sampled
+at temperature 1 from the whole distribution. transformers runs without an adapter. `pip install transformers==5.23.0`,
+or --peer none. OMP_NUM_THREADS sets the threads.
 
 The limit: a decode step must read every weight but the input embeddings once, as codes where it is quantised (which a
 CPU, multiplying dense copies, does not), the adapters, and keys and values of all slots. Its bytes over the copy
@@ -32,9 +33,9 @@ from data.tokenizers import load_tokenizer, tokenize
 from model import SIZES, Transformer, generate
 from ops.generation import Decoder
 from ops.quantize import QuantizedLinear, quantize_weight
-from runs.device import pick_device
 from runs.files import UserError
 from runs.flags import flag, run_main
+from runs.processes import pick_device
 from svd_lora import inject_svd_lora, set_preference
 
 

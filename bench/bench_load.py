@@ -6,9 +6,9 @@
 
 Random weights are written in shards by save_pretrained and read again; every tensor must come back bit for bit. Then
 turns: the files read from end to end and thrown away (what the disk gives), ours, transformers; each in a process of
-its own, which touches every weight once after loading, since a mapped file costs nothing until it is read. With --cold the
-system's cache of these files is dropped before every turn. Memory is the process's peak over what it had before, for
-CUDA the allocator's peak; the least possible is 1.00 x the weights.
+its own, which touches every weight once after loading, since a mapped file costs nothing until it is read. With --cold
+the system's cache of these files is dropped before every turn. Memory is the process's peak over what it had before,
+for CUDA the allocator's peak; the least possible is 1.00 x the weights.
 The peer: pip install transformers==5.23.0, or --peers none.
 """
 import os
@@ -24,8 +24,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.turns import DTYPES, clock, enter, ratio, reporter
 from model import SIZES, Transformer
-from runs.device import pick_device
 from runs.flags import flag, run_main
+from runs.processes import pick_device
 from runs.speed import peak_memory
 
 

@@ -24,9 +24,9 @@ from torch.utils.checkpoint import checkpoint
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.turns import DTYPES, alternate, clock, enter, ratio, reporter, take_turns
 from ops import fused
-from runs.device import pick_device
 from runs.files import UserError
 from runs.flags import flag, run_main
+from runs.processes import pick_device
 
 PEERS = ["naive", "trl_chunked", "torch_lce", "torch_lce_1024", "checkpoint_512", "liger", "liger_compiled"]
 
@@ -91,7 +91,7 @@ def check(name, case, dtype):
     relative = lambda a, b: ((a.double() - b).norm() / b.norm()).item()
     errors = [relative(y, y64)] + [relative(a, b) for a, b in zip(gradients, gradients64)]
     if name == "svd_lora_linear" and dtype == torch.bfloat16:
-        errors.pop()          # d's few gradients are sums that cancel under a random upstream: see tests/ops/test_fused.py
+        errors.pop()          # d's few gradients are sums that cancel under a random upstream: tests/ops/test_fused.py
     assert max(errors) < (1e-5 if dtype == torch.float32 else 1e-2), f"{name}: relative errors {errors}"
     return max(errors)
 

@@ -72,7 +72,8 @@ def check(rng):
         points, lams = scores(60, m, 0.0, rng), simplex_lattice(m, 4).numpy()
         chosen, left, pool = select_high_quality(points, lams, k=5, at_least=20), list(range(60)), []
         while len(pool) < 20:
-            front = [i for i in left if not any((points[j] >= points[i]).all() and (points[j] > points[i]).any() for j in left)]
+            dominates = lambda a, b: (a >= b).all() and (a > b).any()
+            front = [i for i in left if not any(dominates(points[j], points[i]) for j in left)]
             pool, left = sorted(pool + front), [i for i in left if i not in front]
         X = (points - points.min(0)) / (points.max(0) - points.min(0)) - 1
         distance = lambda u, v: np.linalg.norm(u - max(0, u @ v / (v @ v)) * v)

@@ -25,8 +25,8 @@ from data.tokenizers import load_tokenizer, tokenize
 from data.trees import batch_logprobs, pack
 from model import SIZES, Transformer
 from objectives import dpo_loss, losses_on_pairs
-from runs.device import pick_device
 from runs.flags import flag, run_main
+from runs.processes import pick_device
 from runs.randomness import generator_for
 from svd_lora import inject_svd_lora, parameter_groups, set_preference, shared_base
 
@@ -110,8 +110,8 @@ def main(flags):
     a, b = together(), apart()
     error = ((a - b).norm() / b.norm()).item()
     assert error < (1e-5 if dtype == torch.float32 else 1e-2) and not torch.allclose(a[0], a[-1], rtol=1e-4)
-    print(f"log-probs of {flags.prompts} prompts × 32 responses under 11 preferences (relative difference {error:.1e}); "
-          "time / time of 11 passes")
+    print(f"log-probs of {flags.prompts} prompts × 32 responses under 11 preferences (relative difference {error:.1e})"
+          "; time / time of 11 passes")
     race({"11 passes": apart, "one mixed batch": together}, flags.turns, device)
 
 

@@ -118,7 +118,7 @@ def table(flags):
         parts = memory(c, precision, checkpoint, devices, spread, flags)
         useful, executed = step_flops(c, checkpoint, flags)
         cells = [f"{x / 2 ** 30:.2f}" for x in parts.values()]
-        yield (f"| {size} | {precision} | {'yes' if checkpoint else 'no'} | {' '.join([str(devices), spread]).strip()} | "
+        yield (f"| {size} | {precision} | {'yes' if checkpoint else 'no'} | {f'{devices} {spread}'.strip()} | "
                + " | ".join(cells) + f" | **{sum(parts.values()) / 2 ** 30:.1f}** | {useful / 1e12:.1f} | "
                f"{executed / devices / flags.tflops / 1e12:.3f} |")
 
@@ -167,7 +167,8 @@ def check(flags):
     for name, config in small.items():
         for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
             real, formula = block_keeps(config, dtype, flags), block_activations(config, size)
-            print(f"{name}, {dtype}: a block keeps {real:.0f} bytes a token, formula {formula:.0f}: {formula / real:.3f}")
+            print(f"{name}, {dtype}: a block keeps {real:.0f} bytes per token, formula {formula:.0f}: "
+                  f"{formula / real:.3f}")
             assert 0.95 < formula / real < 1.05
     c = SIZES["125m"]
     model = Transformer(c).init_weights(torch.Generator().manual_seed(0))
