@@ -16,19 +16,19 @@ def nondominated(points):
     Equal points do not dominate each other: duplicates of a non-dominated point are all kept. The cost, and the
     ValueError for a NaN, are those of nondominated_layers.
     """
-    return nondominated_layers(points, most_layers=1) == 0
+    return nondominated_layers(points, at_least=1) == 0
 
 
-def nondominated_layers(points, at_least=None, most_layers=None):
+def nondominated_layers(points, at_least=None):
     """Non-dominated sorting: 0 for the first front, 1 for the front of what is left then, ... (F, m) -> (F,) int64
 
-    The peeling stops after the first layer that brings the peeled points to `at_least`, or after `most_layers` layers,
-    whichever is first; the points behind get -1. Duplicates share a layer. Raises ValueError if a point has a NaN.
+    The peeling stops after the first layer that brings the peeled points to `at_least`; the points behind get -1.
+    Duplicates share a layer. Raises ValueError if a point has a NaN.
 
     m ≤ 2: one sweep gives all layers, O(F log F). m ≥ 3: blocks of points in an order in which nobody dominates an
     earlier point, against the layers so far (efficient non-dominated sort, Zhang et al., IEEE TEC 19(2), 2015):
-    O(F m · points in the layers asked for) at worst. With `at_least` or `most_layers` nearly all points fall to a
-    single comparison with the last layer that is asked for.
+    O(F m · points in the layers asked for) at worst. With `at_least` nearly all points fall to a single comparison with
+    the last layer that is asked for.
     """
     Y = np.asarray(points, dtype=float)
     if np.isnan(Y).any():
@@ -43,18 +43,16 @@ def nondominated_layers(points, at_least=None, most_layers=None):
     which[order] = first.cumsum() - 1                                                   # point -> distinct point
     ranks, copies = ranks[order[first]], np.bincount(which)
 
-    layer = _sweep_layers(ranks) if Y.shape[1] <= 2 else _block_layers(ranks, copies, at_least, most_layers)
-    layer[layer >= _layers_asked_for(np.bincount(layer[layer >= 0], copies[layer >= 0]), at_least, most_layers)] = -1
+    layer = _sweep_layers(ranks) if Y.shape[1] <= 2 else _block_layers(ranks, copies, at_least)
+    layer[layer >= _layers_asked_for(np.bincount(layer[layer >= 0], copies[layer >= 0]), at_least)] = -1
     return layer[which]
 
 
-def _layers_asked_for(sizes, at_least, most_layers):
+def _layers_asked_for(sizes, at_least):
     """How many of the layers with these sizes are peeled; infinity where they are too few to tell."""
-    enough = np.inf if most_layers is None else most_layers
     held = np.cumsum(sizes)
-    if at_least is not None and len(held) and held[-1] >= at_least:
-        enough = min(enough, np.searchsorted(held, at_least) + 1)
-    return enough
+    enough = at_least is not None and len(held) and held[-1] >= at_least
+    return np.searchsorted(held, at_least) + 1 if enough else np.inf
 
 
 def _sweep_layers(ranks):
@@ -71,11 +69,11 @@ def _sweep_layers(ranks):
     return layer
 
 
-def _block_layers(ranks, copies, at_least, most_layers):
+def _block_layers(ranks, copies, at_least):
     """The layers that are asked for, of n distinct points: ranks (n, m), how many copies (n,) -> (n,), -1 behind."""
     layer, fronts = np.full(len(ranks), -1), []                               # fronts: the members of every layer
     order = np.argsort(-ranks.sum(1), kind="stable")                          # who dominates has the larger sum
-    columns, stop = np.ascontiguousarray(ranks.T), _layers_asked_for([], at_least, most_layers)
+    columns, stop = np.ascontiguousarray(ranks.T), np.inf
     for start in range(0, len(order), BLOCK):
         rest, t = order[start:start + BLOCK], 0
         if len(fronts) >= stop:                                               # behind the last layer: out at once
@@ -89,7 +87,7 @@ def _block_layers(ranks, copies, at_least, most_layers):
             layer[free[~inner]] = t
             fronts[t] = np.append(fronts[t], free[~inner])
             rest, t = rest[behind], t + 1
-        stop = _layers_asked_for([copies[front].sum() for front in fronts], at_least, most_layers)
+        stop = _layers_asked_for([copies[front].sum() for front in fronts], at_least)
     return layer
 
 

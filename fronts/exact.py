@@ -23,10 +23,12 @@ def exact_front(lams, row, world, o, everything=False):
     a gradient or a duality gap, checked to be 0 but for rounding.
     """
     optimum = row.optimum_all if everything else row.optimum
-    with one_thread():
-        J, logps, residual = optimum(lams, world, o)
-        scale = (row.scale(lams, world, o) if row.scale else
-                 optimum(lams, world, o | {"aggregate": "ls"})[0] if o["aggregate"] != "ls" else J)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                    # for many small matrices a second thread costs more than it gives
+    J, logps, residual = optimum(lams, world, o)
+    scale = (row.scale(lams, world, o) if row.scale else
+             optimum(lams, world, o | {"aggregate": "ls"})[0] if o["aggregate"] != "ls" else J)
+    torch.set_num_threads(threads)
     if not residual < 1e-8:
         raise RuntimeError(f"the exact front is not exact: residual {residual}")
     front = {"lams": lams.tolist(), "J": J.tolist(), "ideal": scale.amax(0).tolist(), "nadir": scale.amin(0).tolist(),
@@ -41,17 +43,6 @@ def normalise(J, scale):
     """J (…, m) on the scale of an exact front: 1 is its best value of a dimension ("ideal"), 0 its worst ("nadir")."""
     ideal, nadir = np.array(scale["ideal"]), np.array(scale["nadir"])
     return (np.asarray(J, dtype=float) - nadir) / (ideal - nadir)
-
-
-class one_thread:
-    """Within it torch computes on one thread: for many small matrices a second one costs more than it gives."""
-
-    def __enter__(self):
-        self.threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-
-    def __exit__(self, *_):
-        torch.set_num_threads(self.threads)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -110,11 +110,6 @@ def writers(dims, split):
     return torch.stack([toy.demonstrator_probs(x, dims) for x in toy.prompts(split)])
 
 
-def mean_score_objective(world, logps, beta):
-    """J_i = E r_i: what World measures where no other objective is given."""
-    return {"J": world.mean_scores(logps).tolist()}
-
-
 class World:
     """The embedded world's evaluation prompts with all their responses, ready to measure policies exactly.
 
@@ -122,16 +117,15 @@ class World:
     beside them as outside_mass. problems, wins and writers are what single objectives need, computed when first used.
     """
 
-    def __init__(self, dims, tokenizer, device, objective=mean_score_objective, rewards=None):
-        """objective(world, logps (X, S), beta) -> a dict with J (m,), and whatever else it tells (objective.py).
-        rewards: data.rewards.Rewards that replace the world's own scores, with the statistics that the run was trained
-        with."""
-        self.dims, self.prompts, self.objective = dims, toy.prompts("eval"), objective
-        self.batches = world_batches(self.prompts, tokenizer, device)
+    def __init__(self, dims, tokenizer, device, J=None, rewards=None):
+        """J(world, logps (X, S), beta) -> (m,): a row's of objective.py; without it, the mean scores. rewards:
+        data.rewards.Rewards in the place of the world's own scores, with the run's own statistics."""
+        prompts, self.dims, self.J, self.r_all = toy.prompts("eval"), dims, J, None
+        self.batches = world_batches(prompts, tokenizer, device)
         if rewards is None:
-            self.scores = torch.stack([toy.scores(x, toy.responses(x), dims) for x in self.prompts])       # (X, S, m)
+            self.scores = torch.stack([toy.scores(x, toy.responses(x), dims) for x in prompts])        # (X, S, m)
         else:
-            self.scores = world_scores(rewards, self.prompts)                                          # (X, S, m)
+            self.scores = world_scores(rewards, prompts)                                               # (X, S, m)
             outside = torch.full_like(self.scores[:, :1], toy.OUTSIDE)
             self.r_all = rewards.normalise(torch.cat([self.scores, outside], dim=1))                   # (X, O, m)
 
@@ -142,12 +136,17 @@ class World:
         self.ref = self.ref_all[:, :-1].log_softmax(-1)                                                # (X, S)
 
     def measure(self, model, beta):
-        """What the objective tells, mean scores (m,), KL(π ‖ π_ref) in nats, and outside_mass."""
+        """J (m,), mean scores (m,), KL(π ‖ π_ref) in nats, and outside_mass. With rewards also J_all (m,) and kl_all:
+        E r − β KL where all other texts are one more outcome, with the score toy.OUTSIDE."""
         logps = world_logprobs(model, self.batches)                                                    # (X, S)
-        inside = logps.log_softmax(-1)
-        return self.objective(self, logps, beta) | {
-            "scores": self.mean_scores(logps).tolist(), "kl": (inside.exp() * (inside - self.ref)).sum(1).mean().item(),
-            "outside_mass": optimum.with_outside(logps)[:, -1].exp().mean().item()}
+        inside, everything, scores = logps.log_softmax(-1), optimum.with_outside(logps), self.mean_scores(logps)
+        result = {"J": (self.J(self, logps, beta) if self.J else scores).tolist(), "scores": scores.tolist(),
+                  "kl": (inside.exp() * (inside - self.ref)).sum(1).mean().item(),
+                  "outside_mass": everything[:, -1].exp().mean().item()}
+        if self.r_all is not None:
+            J_all, kl_all = optimum.rlhf_objectives(everything, self.ref_all, self.r_all, beta)
+            result |= {"J_all": J_all.tolist(), "kl_all": kl_all.item()}
+        return result
 
     def mean_scores(self, logps):
         """E r_i over the world's responses, renormalised to them. logps: (…, X, S) -> (…, m)"""

@@ -19,7 +19,7 @@ from data import toy
 from data.rewards import of_world, rewards_of, world_rewards
 from data.text_rewards import TEXT_REWARDS
 from fronts import optimum
-from fronts.measure import DemonstrationFiles, PreferenceFiles, Samples, World, mean_score_objective, writers
+from fronts.measure import DemonstrationFiles, PreferenceFiles, Samples, World, writers
 from objectives import dpo_loss, ipo_loss
 
 NATS = 2.0                      # mean scores are normalised by the front of what lies within so many nats of the base
@@ -54,7 +54,7 @@ class Objective:
     short: str                  # in names: "Panacea, DPO"
     label: str                  # J, on axes
     marker: str                 # in pictures where several objectives meet
-    J: Callable                 # (world, logps, beta) -> {"J": (m,), …}: exact, on the embedded world
+    J: Callable | None          # (world, logps, beta) -> (m,): exact, on the embedded world; None: mean scores
     optimum: Callable           # (lams, world, o) -> J (F, m) of the best policies, log π (F, X, ·), its residual
     held_out: Callable          # (config, model, tokenizer, device, rewards) -> what measures it without a known truth
     points: Points              # …, and what its points are there
@@ -70,8 +70,7 @@ class Objective:
 
 def dpo_J(world, logps, beta):
     """J_i = −L_DPO,i, (m,)"""
-    losses = optimum.dpo_losses(beta * (logps - world.ref), world.wins[world.problems[2]])             # (X, m)
-    return {"J": (-losses.mean(0)).tolist()}
+    return -optimum.dpo_losses(beta * (logps - world.ref), world.wins[world.problems[2]]).mean(0)
 
 
 def zero_or_ideal(world, o):
@@ -106,7 +105,7 @@ def ipo_losses(h, wins, beta):
 
 def ipo_J(world, logps, beta):
     """J_i = −L_IPO,i, (m,)"""
-    return {"J": (-ipo_losses(logps - world.ref, world.wins[world.problems[2]], beta).mean(0)).tolist()}
+    return -ipo_losses(logps - world.ref, world.wins[world.problems[2]], beta).mean(0)
 
 
 def ipo_optimum(lams, world, o):
@@ -132,7 +131,7 @@ def ipo_optimum(lams, world, o):
 
 def sft_J(world, logps, beta):
     """J_i = E log π(y|x), (m,)"""
-    return {"J": (-optimum.sft_losses(logps, world.writers)).tolist()}
+    return -optimum.sft_losses(logps, world.writers)
 
 
 def sft_ideal(dims, split):
@@ -154,14 +153,11 @@ def sft_optimum(lams, world, o):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # RLHF: J_i = E r_i − β KL(π ‖ π_ref), Eq. (1), in two ways: over the world's responses alone, policy and reference
-# renormalised to them, with the mass on other texts beside it; and over everything ("all"), any other text being one
-# more outcome, with the score toy.OUTSIDE.
+# renormalised to them; and over everything ("all"), any other text being one more outcome (World.measure).
 
 def rlhf_J(world, logps, beta):
-    """J (m,); over everything: J_all (m,), kl_all."""
-    J, _ = optimum.rlhf_objectives(logps.log_softmax(-1), world.ref, world.r_all[:, :-1], beta)
-    J_all, kl_all = optimum.rlhf_objectives(optimum.with_outside(logps), world.ref_all, world.r_all, beta)
-    return {"J": J.tolist(), "J_all": J_all.tolist(), "kl_all": kl_all.item()}
+    """J_i = E r_i − β KL, (m,), over the world's responses alone"""
+    return optimum.rlhf_objectives(logps.log_softmax(-1), world.ref, world.r_all[:, :-1], beta)[0]
 
 
 def rlhf_optimum(lams, world, o, everything=False):
@@ -184,11 +180,6 @@ def score_optimum(lams, world, o, budget=None):
     return J, (world.ref + tilt).log_softmax(-1), 0.0
 
 
-def score_scale(lams, world, o):
-    """J of the front within NATS of the base."""
-    return score_optimum(lams, world, o, NATS)[0]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 OBJECTIVES = {
@@ -199,8 +190,8 @@ OBJECTIVES = {
     "rlhf": Objective("RLHF", "E r − β KL", "s", rlhf_J, rlhf_optimum, Samples, MEAN_REWARD, sampled=True,
                       optimum_all=partial(rlhf_optimum, everything=True)),
     "sft": Objective("SFT", "E log π(y|x)", "^", sft_J, sft_optimum, DemonstrationFiles, GAIN, sft_z),
-    "scores": Objective("scores", "mean score", "P", mean_score_objective, score_optimum, Samples, MEAN_REWARD,
-                        scale=score_scale, exact_points=MEAN_SCORE)}
+    "scores": Objective("scores", "mean score", "P", None, score_optimum, Samples, MEAN_REWARD,
+                        scale=lambda *args: score_optimum(*args, NATS)[0], exact_points=MEAN_SCORE)}
 POINTS = {kind.name: kind for row in OBJECTIVES.values() for kind in (row.points, row.exact_points)}
 
 

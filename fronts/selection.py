@@ -24,19 +24,14 @@ class Selection:
     overlap: np.ndarray     # (F − 1,) the part of their points that neighbouring preferences have in common
 
 
-def score_ranges(points, quantile=0.0):
-    """The ends of every objective: its least and largest score, or its quantiles q and 1 − q. -> low (m,), high (m,)
-
-    # not in paper: quantiles (0.005, say), because with q = 0 a single outlier moves the ideal point, and with it every
-    direction. Raises ValueError for a quantile outside [0, 1/2), for no points, and where an objective does not vary.
-    """
-    if not 0 <= quantile < 0.5:
-        raise ValueError(f"quantile is {quantile}, must be in [0, 0.5)")
+def score_ranges(points):
+    """The least and the largest score of every objective -> low (m,), high (m,). Raises ValueError for no points, and
+    where an objective does not vary."""
     Y = np.asarray(points, dtype=float)
     if len(Y) == 0:
         raise ValueError("no points: they have no range")
-    low, high = np.quantile(Y, [quantile, 1 - quantile], axis=0)
-    for j in np.flatnonzero(~(low < high)):
+    low, high = Y.min(0), Y.max(0)
+    for j in np.flatnonzero(~((low < high) & np.isfinite(high - low))):
         raise ValueError(f"objective {j} has no range: low and high are both {low[j]:g}" if low[j] == high[j] else
                          f"objective {j} has no range: a score is not a finite number")
     return low, high
@@ -50,7 +45,7 @@ def direction_distance(unit, lam):
 
         t = max(0, (unit − 1)·v / ‖v‖²),   d = ‖(unit − 1) − t v‖₂
 
-    A point beyond the ideal (robust ranges allow unit > 1) is as far as it is from the ideal point: a ray, not a line.
+    A point beyond the ideal is as far as it is from the ideal point: a ray, not a line.
     Raises ValueError unless m ≥ 2 and lam is on the simplex.
     """
     unit, lam = np.asarray(unit, dtype=float), np.asarray(lam, dtype=float)
@@ -62,14 +57,12 @@ def direction_distance(unit, lam):
     return np.linalg.norm(offset - t[:, None] * v, axis=1)
 
 
-def select_high_quality(points, lams, k=100, at_least=None, most_layers=None, quantile=0.0, rule="directions"):
+def select_high_quality(points, lams, k=100, at_least=None, rule="directions"):
     """The k points that each preference is trained on. points: scores (R, m), lams (F, m) -> Selection
 
     rule "directions" is ParetoHqD: of the first non-dominated layers of all points (the pool), the k nearest to the
-    preference's direction, in scores that are normalised by score_ranges(points, quantile). How many layers the paper
-    does not say; # not in paper: layers are peeled until the pool has `at_least` points (default 10 k), or, where
-    `most_layers` is given, that many (with both: whichever is first). A pool of fewer than k points takes further
-    layers until it has k.
+    preference's direction, in scores that are normalised by score_ranges. How many layers the paper does not say; # not
+    in paper: layers are peeled until the pool has `at_least` points (default 10 k), and never fewer than k.
     The paper's ablations: "linear" takes the k points of all R with the largest Σ λ_i unit_i; "all" takes every point,
     in the order of the data, for every preference: index is then (F, R), a read-only view.
     Of equally good points (to 12 decimals) those of lower index come first. Raises ValueError if R < k, for an unknown
@@ -79,14 +72,11 @@ def select_high_quality(points, lams, k=100, at_least=None, most_layers=None, qu
     n = len(Y)
     if not 1 <= k <= n and rule != "all":
         raise ValueError(f"k = {k} points for a preference out of {n}")
-    low, high = score_ranges(Y, quantile)
+    low, high = score_ranges(Y)
     unit = (Y - low) / (high - low)
     pool, layers = np.arange(n), 0
     if rule == "directions":
-        at_least = 10 * k if at_least is None and most_layers is None else at_least
-        layer = nondominated_layers(Y, at_least, most_layers)
-        if (layer >= 0).sum() < k:
-            layer = nondominated_layers(Y, k)
+        layer = nondominated_layers(Y, max(k, at_least or 10 * k))
         pool, layers = np.flatnonzero(layer >= 0), int(layer.max()) + 1
         index = np.stack([pool[_smallest(direction_distance(unit[pool], lam), k)] for lam in lams])
     elif rule == "linear":

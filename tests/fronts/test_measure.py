@@ -42,10 +42,10 @@ def small():
     assert [toy._tasks()[x][0].risky for x in prompts] == [False, True]
     config = Config(tokenizer.vocab_size, 64, n_layer=2, n_head=2, d_model=32)
     model = Transformer(config).init_weights(torch.Generator().manual_seed(0))
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     (batch,) = measure.world_batches(prompts, tokenizer, "cpu")
     probs = torch.stack([toy.base_probs(x) for x in prompts]).float()
-    for _ in range(60):
+    for _ in range(100):
         loss = -(probs * batch_logprobs(model, batch).view(2, 32)).sum()
         loss.backward()
         optimizer.step()

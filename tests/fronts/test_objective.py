@@ -8,7 +8,7 @@ import torch
 
 from aggregate import linear_scalarization, simplex_lattice, tchebycheff
 from data.rewards import Rewards
-from fronts import objective, optimum
+from fronts import measure, objective, optimum
 from fronts.exact import exact_front, normalise
 from fronts.measure import World, run_config
 from fronts.objective import OBJECTIVES, POINTS, ipo_losses, measured_on, same_objective
@@ -25,7 +25,7 @@ def world():
     g = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     w = World.__new__(World)
-    w.dims, w.scores = ["a", "b", "c"], 1.5 * draw(3, 6, 3)[[0, 1, 1, 2]]
+    w.J, w.batches, w.dims, w.scores = OBJECTIVES["rlhf"].J, None, ["a", "b", "c"], 1.5 * draw(3, 6, 3)[[0, 1, 1, 2]]
     w.ref_all = draw(4, 7).log_softmax(-1)
     w.ref = w.ref_all[:, :-1].log_softmax(-1)
     w.r_all = torch.cat([w.scores, torch.full((4, 1, 3), -4.0, dtype=torch.float64)], 1)
@@ -40,7 +40,7 @@ def around(logps, size, n=30):
 
 
 def J_of(row, world, policies):
-    return torch.tensor([row.J(world, logps, LS["beta"])["J"] for logps in policies], dtype=torch.float64)
+    return torch.stack([row.J(world, logps, LS["beta"]) if row.J else world.mean_scores(logps) for logps in policies])
 
 
 # ---- every row ----
@@ -81,11 +81,13 @@ def test_every_row_says_what_its_points_are():
     assert len({row.short for row in OBJECTIVES.values()}) == len({row.marker for row in OBJECTIVES.values()}) == 5
 
 
-def test_other_texts_as_one_more_outcome(world):
+def test_other_texts_as_one_more_outcome(world, monkeypatch):
     row, lams = OBJECTIVES["rlhf"], simplex_lattice(3, 3)
     few, all_ = exact_front(lams, row, world, LS), exact_front(lams, row, world, LS, everything=True)
     assert few["J"] != all_["J"]
-    got = row.J(world, world.ref_all[:, :-1], LS["beta"])                # the reference: no KL, in both ways
+    monkeypatch.setattr(measure, "world_logprobs", lambda model, batches: world.ref_all[:, :-1])
+    got = world.measure(None, LS["beta"])                                # the reference: no KL, in both ways
+    assert got["kl"] == pytest.approx(0) and got["kl_all"] == pytest.approx(0)
     assert got["J"] == pytest.approx(torch.einsum("xs,xsm->m", world.ref.exp(), world.scores / 4).tolist())
     assert got["J_all"] == pytest.approx(torch.einsum("xs,xsm->m", world.ref_all.exp(), world.r_all / 4).tolist())
 
@@ -103,7 +105,7 @@ def test_ipo_is_the_expectation_of_its_loss(world, close):
     assert close(ipo_losses(h, wins, beta), expected, 1e-12)
     assert close(ipo_losses(torch.stack([h + 3, h]), wins, beta)[0], expected, 1e-12)    # a constant does not matter
     assert not close(ipo_losses(h, wins, 2 * beta), expected, 0.1)       # wrong: another β
-    J = OBJECTIVES["ipo"].J(world, world.ref + h[world.problems[2]], beta)["J"]
+    J = OBJECTIVES["ipo"].J(world, world.ref + h[world.problems[2]], beta).tolist()
     assert J == pytest.approx((-expected[world.problems[2]].mean(0)).tolist())
 
 
