@@ -23,14 +23,13 @@ import torch
 
 import eval_front
 from aggregate import linear_scalarization, models_of, sample_preference, tchebycheff
-from data import toy
 from data.base import find_base, load_base, usual_rate
 from data.batches import Batches, pad_to, reference_logprobs
-from data.preferences import read_preferences
+from data.sources import check_preferences, preference_rows
 from data.tokenizers import tokenize
 from data.trees import batch_logprobs
 from objectives import dpo_loss, ipo_loss, losses_on_pairs
-from runs.directory import LABELS, finish_run, models_left, prepare_run, run_config, run_name, steps_each
+from runs.directory import LABELS, finish_run, models_left, open_run, steps_each
 from runs.files import UserError
 from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, RunFlags, flag, run_main
 from runs.loop import Run, adamw, add_adapter
@@ -115,7 +114,7 @@ def main(flags):
     print(f"device: {device}, {world} process(es), base in {dtype}, matrix products at up to "
           f"{matmul_ceiling(device, dtype) / 1e12:.3g} TFLOP/s".replace("torch.", ""))
     base, tokenizer_name = find_base(flags.init, flags.size, flags.tokenizer, device)
-    rows, dims = preference_rows(flags)
+    rows, _, dims = preference_rows(flags)
     # a base to be sharded is read into main memory: it may be too large for one GPU
     load = lambda: load_base(base, tokenizer_name, torch.device("cpu") if flags.parallel == "fsdp" else device, dtype,
                              flags.quantize, flags.checkpoint)
@@ -126,14 +125,14 @@ def main(flags):
     rows, cut = tokenize(rows, tokenizer, min(flags.max_length, model.config.context_length))
     print("data: {prompts} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut".format(**cut))
 
-    files = [Path(f).stem for f in flags.data or []]
-    out = Path(flags.out or run_name(["dpo", *files, flags.method, flags.aggregate, *dims, f"seed{flags.seed}"], given,
-                                     {"method", "aggregate", "data", "eval_data"}))
     models = models_of(flags.method, dims, flags.dps_parts)
     steps = steps_each(flags, models)
     objective = {"name": flags.loss, "beta": flags.beta, "aggregate": flags.aggregate, "ideal": flags.ideal}
-    resume = prepare_run(out, run_config("train_dpo.py", flags, dims, model, base, tokenizer_name, method=flags.method,
-                                         label=LABELS[flags.method], objective=objective, models=len(models), cut=cut))
+    files = [Path(f).stem for f in flags.data or []]
+    out, resume = open_run(
+        "train_dpo.py", ["dpo", *files, flags.method, flags.aggregate], {"method", "aggregate", "data", "eval_data"},
+        given, flags, dims, model, base, tokenizer_name, method=flags.method, label=LABELS[flags.method], objective=objective,
+        models=len(models), cut=cut)
     if flags.parallel == "fsdp":
         shard(model, device)
     reference = reference_logprobs(model, rows, flags.batch_size, pad_to(device, flags.compile), device)    # once
@@ -156,8 +155,7 @@ def check(flags, world):
     m = len(flags.dims) if flags.dims else flags.pref_dim
     if m < 2:
         raise UserError("a front needs at least 2 dimensions: --pref_dim 2, or two names after --dims")
-    if flags.responses > toy.N_RESPONSES:
-        raise UserError(f"--responses {flags.responses}: the embedded world has {toy.N_RESPONSES} to a prompt")
+    check_preferences(flags)
     if B % G or B % parts:
         raise UserError(f"--batch_size {B} must be a multiple of --lams_per_step {G} and of --accumulate {parts}")
     if B // parts % world:
@@ -173,22 +171,6 @@ def check(flags, world):
         raise UserError("--ideal takes losses from 0 to 0.69: ln 2 is the loss of the base model itself")
     if flags.ideal is not None and (flags.aggregate != "tche" or len(flags.ideal) != m):
         raise UserError(f"--ideal takes one loss for each of the {m} dimensions, and only with --aggregate tche")
-    if flags.data is not None and flags.init is None:
-        raise UserError("--data needs --init: the embedded world's base model knows no other text")
-    if flags.data is not None and flags.eval and flags.eval_data is None:
-        raise UserError("--data needs --eval_data (or --no-eval)")
-
-
-def preference_rows(flags):
-    """The data rows (data.preferences.Row) and their dimensions."""
-    if flags.data is None:
-        dims = toy.choose_dims(flags.dims, flags.pref_dim)
-        return toy.sample_pairs("train", dims, flags.rows, flags.responses, generator_for(flags.seed, "pairs")), dims
-    rows, dims, dropped = read_preferences(flags.data, flags.dims, flags.pref_dim, flags.seed)
-    if flags.eval:
-        read_preferences(flags.eval_data, dims)                # now, so that a bad file is not found after the training
-    print(f"{' '.join(flags.data)}: {len(rows)} rows with a label for {', '.join(dims)}; {dropped} without dropped")
-    return rows, dims
 
 
 def compile_blocks(model):

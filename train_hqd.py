@@ -26,21 +26,22 @@ import torch
 import eval_front
 from aggregate import simplex_lattice
 from data import toy
-from data.base import find_base, is_world_base, load_base, usual_rate
+from data.base import find_base, load_base, usual_rate
 from data.batches import pad_to
+from data.files import Row
 from data.offline import distinct, draw_world, read_offline
-from data.preferences import Row
 from data.prompts import split
-from data.rewards import of_world, rewards_of
+from data.rewards import of_world
+from data.sources import check_rewards, rewards_in, room_for_prompts
 from data.text_rewards import collapsed
 from data.tokenizers import spoken, tokenize
 from data.trees import batch_logprobs, pack
 from fronts.selection import select_high_quality
 from model import generate
 from objectives import sft_loss
-from runs.directory import finish_run, prepare_run, run_config, run_name
+from runs.directory import finish_run, open_run
 from runs.files import UserError, write_json, write_whole
-from runs.flags import AdapterFlags, BaseFlags, RunFlags, flag, run_main
+from runs.flags import AdapterFlags, BaseFlags, RewardFlags, RunFlags, flag, run_main
 from runs.loop import Log, Run, adamw, add_adapter
 from runs.processes import pick_device
 from runs.randomness import epoch_batch, generator_for
@@ -52,22 +53,15 @@ GEN_BATCH = 256             # answers sampled at a time
 
 
 @dataclass
-class Flags(RunFlags, BaseFlags, AdapterFlags):
+class Flags(RunFlags, BaseFlags, AdapterFlags, RewardFlags):
     """The script's flags, with defaults and --help texts; more in runs/flags.py."""
 
-    pref_dim: int = flag(2, "m: the number of preference dimensions, the first m of the embedded world's")
-    dims: list[str] | None = flag(None, "these dimensions of the embedded world instead, in this order")
-    rewards: list[str] | None = flag(None, "other rewards: names of text rewards, directories of train_reward.py "
-                                           "(directory:dimension for one of several), or, on the embedded world, its "
-                                           "dimensions and concise:WORDS")
     parts: int | None = flag(None, "the simplex is cut into so many parts (default 10 for m = 2: 11 preferences; 4 for "
                                    "m = 3; else 2)", 1)
     lam: list[float] | None = flag(None, "these preferences instead, one after the other: 0.3 0.7 0.5 0.5 are two")
     data: list[str] | None = flag(None, "offline set: JSONL with prompt and response, or response_0 and response_1, or "
                                         "stories in .txt (default: the embedded world's); a tenth of the prompts is "
                                         "held out for the evaluation")
-    prompt_words: int = flag(12, "stories are cut into a prompt of so many words and the rest, its response", 1)
-    eos_id: int | None = flag(None, "the token that ends a response (default: the tokenizer's EOS)")
     pool: int = flag(10_000, "embedded world: pairs drawn from what its base was trained on, equal ones among them", 1)
     select: Literal["directions", "linear", "all"] = flag(
         "directions", "the pairs near λ's direction; ablations: the largest Σ λ_i r_i, or the whole set for every λ")
@@ -113,7 +107,7 @@ def train(model, out, stage, member, g, lams, rows, near, dims, flags, resume, d
 
 
 def clip(parameters, max_norm):
-    """torch's clip_grad_norm_ but for the last bits: squares are summed in another order, so that the adapters of a seed
+    """torch's clip_grad_norm_ but for the last bits: squares are summed in another order, so that a seed's adapters
     stay what they have always been. Returns the norm before."""
     grads = [p.grad[..., None, :] for p in parameters if p.grad is not None]          # views: (…, 1, k)
     norm = torch.stack([g.square().sum([i for i in range(g.ndim) if i != g.ndim - 2]) for g in grads]).sum(0).sqrt()
@@ -131,26 +125,27 @@ def main(flags):
     """Trains one run, an adapter for each preference, and evaluates its front. Returns the run directory."""
     device, dtype = pick_device(flags.device, flags.precision)
     given, on_world = replace(flags), flags.data is None
-    check(flags)
+    check_rewards(flags, "data")
+    if flags.lam is not None and flags.parts is not None:
+        raise UserError("--parts and --lam both say which preferences are trained: give one of them")
     matmul_ceiling(device, dtype)                                      # now, while nothing else runs
     rows, dropped = (draw_world(flags.pool, generator_for(flags.seed, "pool")) if on_world else
                      read_offline(flags.data, flags.prompt_words))
     base, tokenizer_name = find_base(flags.init, flags.size, flags.tokenizer, device)
-    model, tokenizer = load_base(base, tokenizer_name, device, dtype, flags.quantize, flags.checkpoint)
-    if flags.eos_id is not None:
-        tokenizer = replace(tokenizer, eos_id=flags.eos_id)
-    names = flags.rewards or (toy.choose_dims(flags.dims, flags.pref_dim) if on_world else None)
-    rewards = rewards_of(names, None, on_world, model, device)
+    model, tokenizer = load_base(base, tokenizer_name, device, dtype, flags.quantize, flags.checkpoint, flags.eos_id)
+    rewards = rewards_in(flags, flags.data, None, model, device)
     lams = preferences(flags, rewards.dims)                            # (G, m)
-    length = min(flags.max_length, model.config.context_length)
-    defaults(flags, model, length)
+    flags.max_new_tokens = flags.max_new_tokens or min(64 if on_world else 256, flags.max_length // 2,
+                                                       model.config.context_length // 2)
+    flags.steps2 = flags.steps2 or max(1, flags.steps // 4)
+    flags.samples2 = flags.samples2 or (8 if on_world else 1)
+    flags.lr = flags.lr or usual_rate(on_world, model.config)
+    length = room_for_prompts(flags, model.config)
     rows, held_out = (rows, []) if on_world else split(rows)
     print(f"offline set: {len(rows)} pairs, " + (f"{len(held_out)} held out, " if flags.data else "") + "dropped: "
           + ", ".join(f"{n} {why}" for why, n in dropped.items()))
     if len(rows) < flags.near:
         raise UserError(f"--near {flags.near}: the offline set has only {len(rows)} pairs to train on")
-    if flags.max_new_tokens >= length:
-        raise UserError(f"--max_new_tokens {flags.max_new_tokens} leave no room for a prompt in {length} tokens")
     tokens_of = lambda rows: tokenize(rows, tokenizer, length, length - flags.max_new_tokens)
     token_rows, cut = tokens_of(rows)
     print("tokens: {prompts_cut} prompts and {responses_cut} of {responses} responses cut".format(**cut))
@@ -159,13 +154,12 @@ def main(flags):
     rewards.measure(pool.scores, "in the offline set")
 
     parts = [Path(f.partition(":")[0]).stem for f in (flags.data or []) + [r for r in flags.rewards or [] if "/" in r]]
-    out = Path(flags.out or run_name(["hqd", *parts, flags.select, *rewards.dims, f"seed{flags.seed}"], given,
-                                     {"select", "data", "rewards"}))
     label = "ParetoHqD" if flags.select == "directions" else f"HqD, {flags.select}"
-    resume = prepare_run(out, run_config(
-        "train_hqd.py", flags, rewards.dims, model, base, tokenizer_name, method="hqd", label=label,
-        objective={"name": "scores", "beta": 0.0, "aggregate": "ls", "ideal": None}, models=len(lams),
-        rewards=rewards.description(), prompts=flags.data, cut=cut, dropped=dropped))
+    out, resume = open_run(
+        "train_hqd.py", ["hqd", *parts, flags.select], {"select", "data", "rewards"}, given, flags, rewards.dims, model,
+        base, tokenizer_name, method="hqd", label=label, models=len(lams), rewards=rewards.description(),
+        objective={"name": "scores", "beta": 0.0, "aggregate": "ls", "ideal": None}, prompts=flags.data, cut=cut,
+        dropped=dropped)
     selection, G = {}, len(lams)
     for stage in (1, 2) if flags.stage2 else (1,):
         if stage == 2:
@@ -188,23 +182,9 @@ def main(flags):
     return out
 
 
-def check(flags):
-    """Raises UserError for flags that do not fit together."""
-    if flags.data is not None and (flags.init is None or flags.rewards is None):
-        raise UserError("--data needs --init and --rewards: the embedded world's model and scores know no other text")
-    if flags.init is not None and flags.data is None and not is_world_base(flags.init):
-        raise UserError("--init needs --data (and --rewards): this model knows nothing of the embedded world")
-    if flags.rewards is None and len(flags.dims or [0] * flags.pref_dim) < 2:
-        raise UserError("a front needs at least 2 dimensions: --pref_dim 2, or two names after --dims")
-    if flags.lam is not None and flags.parts is not None:
-        raise UserError("--parts and --lam both say which preferences are trained: give one of them")
-
-
 def preferences(flags, dims):
     """The preferences of --lam or --parts: (G, m) float64. Raises UserError for what is none."""
     m = len(dims)
-    if m < 2:
-        raise UserError("a front needs at least 2 dimensions: name two rewards after --rewards")
     if flags.lam is None:
         flags.parts = flags.parts or {2: 10, 3: 4}.get(m, 2)
         return simplex_lattice(m, flags.parts)
@@ -216,15 +196,6 @@ def preferences(flags, dims):
     if len(lams.unique(dim=0)) < len(lams):
         raise UserError(f"--lam {' '.join(map(str, flags.lam))}: the same preference twice")
     return lams / lams.sum(1, keepdim=True)
-
-
-def defaults(flags, model, length):
-    """Fills in the flags whose defaults depend on others. length: tokens that prompt and response may have together."""
-    on_world = flags.data is None
-    flags.max_new_tokens = flags.max_new_tokens or min(64 if on_world else 256, length // 2)
-    flags.steps2 = flags.steps2 or max(1, flags.steps // 4)
-    flags.samples2 = flags.samples2 or (8 if on_world else 1)
-    flags.lr = flags.lr or usual_rate(on_world, model.config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

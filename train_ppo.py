@@ -30,19 +30,20 @@ from aggregate import (
     scalar_reward,
 )
 from data import toy
-from data.base import find_base, is_world_base, load_base
+from data.base import find_base, load_base
 from data.batches import pad_to
 from data.prompts import read_prompts, split
-from data.rewards import of_world, rewards_of, world_ideal
+from data.rewards import of_world, world_ideal
+from data.sources import check_rewards, rewards_in, room_for_prompts
 from data.text_rewards import collapsed
 from data.tokenizers import TokenRow, spoken, tokenize
 from data.trees import TreeBatch, batch_logprobs, pack, path_logprobs, predicting_states
 from model import generate
 from objectives import gae, kl_penalized_rewards, noon, ppo_policy_loss, ppo_value_loss, sft_loss
 from ops.heads import Critic
-from runs.directory import LABELS, finish_run, models_left, prepare_run, run_config, run_name, steps_each
+from runs.directory import LABELS, finish_run, models_left, open_run, steps_each
 from runs.files import UserError
-from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, RunFlags, flag, run_main
+from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, RewardFlags, RunFlags, flag, run_main
 from runs.loop import Run, adamw, add_adapter
 from runs.processes import pick_device
 from runs.randomness import epoch_batch, generator_for
@@ -54,12 +55,9 @@ PTX_SAMPLES = 4             # embedded world: responses per prompt drawn for PTX
 
 
 @dataclass
-class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags):
+class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags, RewardFlags):
     """The script's flags, with defaults and --help texts; more in runs/flags.py."""
 
-    rewards: list[str] | None = flag(None, "other rewards: names of text rewards, directories of train_reward.py "
-                                           "(directory:dimension for one of several), or, on the embedded world, its "
-                                           "dimensions and concise:WORDS")
     reward_scale: list[float] | None = flag(None, "factors on the normalised rewards (the paper's harmless × 5), "
                                                   "beside a reward model's own", "positive")
     aggregate: Literal["ls", "tche", "pama", "mgda"] = flag(
@@ -68,8 +66,6 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags):
         "V", "what PAMA minimises: the norm of the vector over tokens, each token alone, or the batch means")
     lam: list[float] | None = flag(None, "dps: one model at this preference, instead of a lattice of them")
     prompts: list[str] | None = flag(None, "prompt files, JSONL or stories in .txt (default: the embedded world's)")
-    prompt_words: int = flag(12, "stories are cut into a prompt of so many words and the rest, text for PTX", 1)
-    eos_id: int | None = flag(None, "the token that ends a response (default: the tokenizer's EOS)")
     max_new_tokens: int = flag(64, "a response that has not ended by then is cut off there, and counted", 1)
     # Table 1
     kl_coeff: float | None = flag(
@@ -319,18 +315,12 @@ def main(flags):
     check(flags)
     matmul_ceiling(device, dtype)                                      # now, while nothing else runs
     base, tokenizer_name = find_base(flags.init, flags.size, flags.tokenizer, device)
-    model, tokenizer = load_base(base, tokenizer_name, device, dtype, flags.quantize, flags.checkpoint)
-    if flags.eos_id is not None:
-        tokenizer = replace(tokenizer, eos_id=flags.eos_id)
-    on_world = flags.prompts is None
-    names = flags.rewards or toy.choose_dims(flags.dims, flags.pref_dim)
-    rewards = rewards_of(names, flags.reward_scale, on_world, model, device)
+    model, tokenizer = load_base(base, tokenizer_name, device, dtype, flags.quantize, flags.checkpoint, flags.eos_id)
+    rewards = rewards_in(flags, flags.prompts, flags.reward_scale, model, device)
     check_lengths(flags, rewards.dims)
-    defaults(flags, rewards, on_world and of_world(names))
+    defaults(flags, rewards)
     prompts, weights = training_prompts(flags)
-    length = min(flags.max_length, model.config.context_length)
-    if flags.max_new_tokens >= length:
-        raise UserError(f"--max_new_tokens {flags.max_new_tokens} leave no room for a prompt in {length} tokens")
+    length = room_for_prompts(flags, model.config)
     rows, cut = tokenize(prompts, tokenizer, length, max_prompt=length - flags.max_new_tokens)
     print("prompts: {prompts}, {prompts_cut} cut".format(**cut))
     if flags.ptx_coeff and not all(row.responses for row in rows):
@@ -340,8 +330,6 @@ def main(flags):
     if single:
         flags.method, flags.lam = "dps", [1 / m] * m
     parts = [Path(f.partition(":")[0]).stem for f in (flags.prompts or []) + (flags.rewards or []) if "/" in f]
-    out = Path(flags.out or run_name(["ppo", *parts, flags.method, flags.aggregate, *rewards.dims, f"seed{flags.seed}"],
-                                     given, {"method", "aggregate", "prompts", "rewards"}))
     models = models_of(flags.method, rewards.dims, flags.dps_parts, flags.lam)
     steps = steps_each(flags, models)
     if None in rewards.mean:
@@ -349,9 +337,10 @@ def main(flags):
     method = flags.aggregate if single else flags.method
     objective = {"name": "rlhf", "beta": flags.kl_coeff, "aggregate": "tche" if flags.aggregate == "tche" else "ls",
                  "ideal": flags.ideal}
-    resume = prepare_run(out, run_config(
-        "train_ppo.py", flags, rewards.dims, model, base, tokenizer_name, method=method, label=LABELS[method],
-        objective=objective, models=len(models), rewards=rewards.description(), prompts=flags.prompts))
+    out, resume = open_run(
+        "train_ppo.py", ["ppo", *parts, flags.method, flags.aggregate], {"method", "aggregate", "prompts", "rewards"},
+        given, flags, rewards.dims, model, base, tokenizer_name, method=method, label=LABELS[method], objective=objective,
+        models=len(models), rewards=rewards.description(), prompts=flags.prompts)
     for i, (name, lam), state in models_left(models, resume):
         train(model, out, name, lam, prompts, rows, weights, rewards, tokenizer, flags, steps, i, state, device)
     finish_run(out, f"{len(models)} adapter(s) of {steps} steps", device, dtype)
@@ -362,13 +351,7 @@ def main(flags):
 
 def check(flags):
     """Raises UserError for flags that do not fit together."""
-    if flags.rewards is None and len(flags.dims or [0] * flags.pref_dim) < 2:
-        raise UserError("a front needs at least 2 dimensions: --pref_dim 2, or two names after --dims")
-    if flags.prompts is not None and (flags.init is None or flags.rewards is None):
-        raise UserError("--prompts needs --init and --rewards: "
-                        "the embedded world's model and scores know no other text")
-    if flags.init is not None and flags.prompts is None and not is_world_base(flags.init):
-        raise UserError("--init needs --prompts (and --rewards): this model knows nothing of the embedded world")
+    check_rewards(flags, "prompts")
     if flags.aggregate in ("pama", "mgda") and flags.method != "panacea":
         raise UserError(f"--aggregate {flags.aggregate} trains one policy without a preference: leave --method away")
     if flags.lam is not None and flags.method != "dps":
@@ -382,15 +365,13 @@ def check_lengths(flags, dims):
     for name in ("reward_scale", "ideal", "lam"):
         if (value := getattr(flags, name)) is not None and len(value) != len(dims):
             raise UserError(f"--{name} takes {len(dims)} numbers, for {' '.join(dims)}; got {len(value)}")
-    if len(dims) < 2:
-        raise UserError("a front needs at least 2 dimensions: name two rewards after --rewards")
     if flags.lam is not None and (min(flags.lam) < 0 or abs(sum(flags.lam) - 1) > 1e-4):
         raise UserError(f"--lam {' '.join(map(str, flags.lam))}: a preference is not negative and sums to 1")
 
 
-def defaults(flags, rewards, truth_known):
-    """Fills in the flags whose defaults depend on others, and checks that the batch divides. truth_known: rewards are
-    the embedded world's own."""
+def defaults(flags, rewards):
+    """Fills in the flags whose defaults depend on others, and checks that the batch divides."""
+    truth_known = flags.prompts is None and of_world(flags.rewards)    # rewards are the embedded world's own
     flags.kl_coeff = flags.kl_coeff or (0.5 if truth_known else 0.02)
     flags.samples = flags.samples or (16 if flags.prompts is None else 1)
     if flags.aggregate == "tche" and flags.ideal is None and truth_known:
@@ -405,7 +386,7 @@ def defaults(flags, rewards, truth_known):
 
 
 def training_prompts(flags):
-    """The prompts as rows, with the texts that PTX learns from; on the embedded world also the probabilities of these."""
+    """The prompts as rows, with the texts that PTX learns from; on the embedded world also these texts' probabilities."""
     if flags.prompts is None:
         world = toy.prompts("train")
         return ([toy.as_row(x, toy.responses(x) if flags.ptx_coeff else []) for x in world],

@@ -25,14 +25,15 @@ from safetensors.torch import save_file
 from data import toy
 from data.base import find_base, load_base, usual_rate
 from data.batches import pad_to
-from data.preferences import Row, read_preferences
+from data.files import Row
 from data.rewards import raw_rewards
+from data.sources import check_preferences, preference_rows, room_for_prompts
 from data.tokenizers import spoken, tokenize
 from data.trees import pack_ends, row_lengths
 from model import generate
 from objectives import bradley_terry_loss
 from ops.heads import RewardModel
-from runs.directory import finish_run, prepare_run, run_config, run_name
+from runs.directory import finish_run, open_run
 from runs.files import UserError, write_json, write_whole
 from runs.flags import AdapterFlags, BaseFlags, RunFlags, flag, run_main
 from runs.loop import Run, adamw
@@ -105,10 +106,10 @@ def main(flags):
     """Trains one reward model, measures it, fixes its normalisation, writes the run directory. Returns its path."""
     device, dtype = pick_device(flags.device, flags.precision)
     given, on_world = replace(flags), flags.data is None
-    check(flags)
+    check_preferences(flags)
     matmul_ceiling(device, dtype)                                      # now, while nothing else runs
     base, tokenizer_name = find_base(flags.init, flags.size, flags.tokenizer, device)
-    rows, held_out, dims = labelled_rows(flags)
+    rows, held_out, dims = preference_rows(flags, EVAL_ROWS if flags.eval else 0)
     m = len(dims)
     flags.reward_scale = flags.reward_scale or [1.0] * m
     if len(flags.reward_scale) != m:
@@ -116,16 +117,13 @@ def main(flags):
     backbone, tokenizer = load_base(base, tokenizer_name, device, dtype, flags.quantize, flags.checkpoint)
     flags.lr = flags.lr or usual_rate(on_world, backbone.config)
     flags.steps = flags.steps or (200 if on_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
-    max_length = min(flags.max_length, backbone.config.context_length)
-    if flags.max_new_tokens >= max_length:
-        raise UserError(f"--max_new_tokens {flags.max_new_tokens} leaves no room for a prompt in {max_length} tokens")
+    max_length = room_for_prompts(flags, backbone.config)
     token_rows, cut = tokenize(rows, tokenizer, max_length)
     print("data: {prompts} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut".format(**cut))
 
     files = [Path(f).stem for f in flags.data or []]
-    out = Path(flags.out or run_name(["reward", *files, *dims, f"seed{flags.seed}"], given, {"data", "eval_data"}))
-    resume = prepare_run(out, run_config("train_reward.py", flags, dims, backbone, base, tokenizer_name,
-                                         max_length=max_length, cut=cut))
+    out, resume = open_run("train_reward.py", ["reward", *files], {"data", "eval_data"}, given, flags, dims, backbone,
+                           base, tokenizer_name, max_length=max_length, cut=cut)
     inject_svd_lora(backbone, flags.lora_dim, 0, flags.lora_scaling, generator=generator_for(flags.seed, "adapter"))
     model = RewardModel(backbone, m)
     train(model, token_rows, dims, flags, out, resume, device)
@@ -156,29 +154,6 @@ def main(flags):
     finish_run(out, f"{flags.steps} steps", device, dtype)
     write_json(out / "reward.json", report)                            # last: a directory that has it is a finished run
     return out
-
-
-def check(flags):
-    """Raises UserError for flags that do not fit together."""
-    if flags.responses > toy.N_RESPONSES:
-        raise UserError(f"--responses {flags.responses}: the embedded world has {toy.N_RESPONSES} to a prompt")
-    if flags.data is not None and flags.init is None:
-        raise UserError("--data needs --init: the embedded world's base model knows no other text")
-    if flags.data is not None and flags.eval and flags.eval_data is None:
-        raise UserError("--data needs --eval_data (or --no-eval)")
-
-
-def labelled_rows(flags):
-    """The data rows, the held-out ones (without --eval none), and the dimensions."""
-    if flags.data is None:
-        dims = toy.choose_dims(flags.dims, flags.pref_dim)
-        draw = lambda split, n, g: toy.sample_pairs(split, dims, n, flags.responses, g)
-        held_out = draw("eval", EVAL_ROWS, generator_for(0, "eval pairs")) if flags.eval else []
-        return draw("train", flags.rows, generator_for(flags.seed, "pairs")), held_out, dims
-    rows, dims, dropped = read_preferences(flags.data, flags.dims, flags.pref_dim, flags.seed)
-    held_out = read_preferences(flags.eval_data, dims)[0] if flags.eval else []
-    print(f"{' '.join(flags.data)}: {len(rows)} rows with a label for {', '.join(dims)}; {dropped} without dropped")
-    return rows, held_out, dims
 
 
 # ---------------------------------------------------------------------------------------------------------------------

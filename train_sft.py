@@ -32,7 +32,7 @@ from data.tokenizers import tokenize
 from data.trees import batch_logprobs
 from fronts.exact import sft_ideal
 from objectives import sft_loss
-from runs.directory import LABELS, finish_run, models_left, prepare_run, run_config, run_name, steps_each
+from runs.directory import LABELS, finish_run, models_left, open_run, steps_each
 from runs.files import UserError
 from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, RunFlags, flag, run_main
 from runs.loop import Run, adamw, add_adapter
@@ -110,14 +110,13 @@ def main(flags):
     scale = torch.ones(m) if on_world else 1 / mean_lengths(rows, kinds, m)
     ideal = flags.ideal or (sft_ideal(dims, "train") if on_world else None)
 
-    out = Path(flags.out or run_name(["sft", flags.method, flags.aggregate, *dims, f"seed{flags.seed}"], given,
-                                     {"method", "aggregate", "data", "eval_data"}))
     models = models_of(flags.method, dims, flags.dps_parts)
     steps = steps_each(flags, models)
     objective = {"name": "sft", "beta": None, "aggregate": flags.aggregate, "ideal": flags.ideal}
-    resume = prepare_run(out, run_config("train_sft.py", flags, dims, model, base, tokenizer_name, method=flags.method,
-                                         label=LABELS[flags.method], objective=objective, models=len(models), cut=cut,
-                                         loss_scale=scale.tolist()))
+    out, resume = open_run(
+        "train_sft.py", ["sft", flags.method, flags.aggregate], {"method", "aggregate", "data", "eval_data"}, given,
+        flags, dims, model, base, tokenizer_name, method=flags.method, label=LABELS[flags.method], objective=objective,
+        models=len(models), cut=cut, loss_scale=scale.tolist())
     for i, (name, lam), state in models_left(models, resume):
         train(model, out, name, lam, rows, kinds, scale, ideal, dims, flags, steps, i, state, device)
     del model

@@ -34,21 +34,23 @@ def run_name(parts, flags, named):
     return "out/" + "-".join(parts).replace(" ", "").replace("/", "_")
 
 
-def run_config(script, flags, dims, model, base, tokenizer, **more):
-    """What config.json says of a run. more: what only some scripts have: method, label, objective, models, rewards, …
+def open_run(script, parts, named, given, flags, dims, model, base, tokenizer, **more):
+    """Makes the run directory, --out or the name that run_name makes of parts and `given` flags, and its config.json.
 
-    objective: {"name", "beta", "aggregate", "ideal"}, what the run optimises: fronts/objective.py knows what it means.
+    more: what only some scripts say there: method, label, models, rewards, …, and objective, {"name", "beta",
+    "aggregate", "ideal"}: what the run optimises, and fronts/objective.py knows what it means.
+    Returns the directory, and the header of the state to resume from, or None for a fresh start. Raises UserError for
+    a directory that holds something else than a run of this script.
     """
-    return {"script": script, "flags": dataclasses.asdict(flags), "dims": list(dims), "base": str(base),
-            "tokenizer": tokenizer, "fingerprint": fingerprint(model), "python": sys.version.split()[0],
-            "torch": torch.__version__, **more}
+    out = Path(flags.out or run_name([*parts, *dims, f"seed{flags.seed}"], given, named))
+    config = {"script": script, "flags": dataclasses.asdict(flags), "dims": list(dims), "base": str(base),
+              "tokenizer": tokenizer, "fingerprint": fingerprint(model), "python": sys.version.split()[0],
+              "torch": torch.__version__, **more}
+    return out, prepare_run(out, config)
 
 
 def prepare_run(out, config):
-    """Makes the run directory. Returns the header of the state to resume from, or None for a fresh start.
-
-    Raises UserError for a directory that holds something else than a run of this script.
-    """
+    """open_run without a name: the header of the state to resume from, or None for a fresh start."""
     if ranks()[0] > 0:                                                 # the first process sees to it, below
         barrier()
         return read_state_header(out / "state.safetensors")

@@ -1,7 +1,6 @@
 """flags.py - a dataclass becomes the flags of a script; what is wrong with them is one line, and exit status 2.
 
-A script's Flags is a dataclass of its own flags that also takes in groups which several scripts share: RunFlags (how a
-training runs), BaseFlags (of which base model), AdapterFlags (how the adapter learns).
+A script's Flags is a dataclass of its own flags that also takes in the groups below, which several scripts share.
 """
 import argparse
 import dataclasses
@@ -91,6 +90,19 @@ class PreferenceFlags:
                                      "evenly from it", "share")
     dps_parts: int = flag(10, "dps: the simplex is cut into so many parts; m = 2: parts + 1 models", 1)
     snapshots: int = flag(8, "adapters kept along the way, for the front's evolution", 0)
+
+
+@dataclasses.dataclass
+class RewardFlags:
+    """What is learned from rewards of texts: ppo, hqd."""
+
+    pref_dim: int = flag(2, "m: the number of preference dimensions, the first m of the embedded world's")
+    dims: list[str] | None = flag(None, "these dimensions of the embedded world instead, in this order")
+    rewards: list[str] | None = flag(None, "other rewards: names of text rewards, directories of train_reward.py "
+                                           "(directory:dimension for one of several), or, on the embedded world, its "
+                                           "dimensions and concise:WORDS")
+    prompt_words: int = flag(12, "stories are cut into a prompt of so many words and the rest, its response", 1)
+    eos_id: int | None = flag(None, "the token that ends a response (default: the tokenizer's EOS)")
 
 
 def check_valid(flags):
