@@ -1,0 +1,251 @@
+"""test_eval_front.py - runs of every kind, trained for real and evaluated: files, tables, exactness, comparisons."""
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import eval_front
+from data import toy
+from data.rewards import world_rewards
+from data.tokenizers import TokenRow, load_tokenizer
+from data.trees import batch_logprobs, pack
+from fronts import measure
+from fronts.objective import OBJECTIVES, measured_on
+from fronts.optimum import sft_losses
+from fronts.stationarity import min_norm
+from model import Transformer
+from running import BASE, command, go, metrics, read
+from runs.files import UserError
+from svd_lora import load_adapter, merged_state_dict
+
+
+def evaluate(*runs, **flags):
+    """eval_front.main on these runs, on the CPU."""
+    return eval_front.main(eval_front.Flags(runs=[str(run) for run in runs], device="cpu", **flags))
+
+
+def test_several_runs_of_dpo(work, panacea, soups, capsys):
+    evaluate(panacea, soups, parts=2, out="out/both")
+    printed = capsys.readouterr().out
+    assert "HV share" in printed and "panacea" in printed and "soups" in printed
+    for run in (panacea, soups):
+        r = read(run, "front.json")
+        keys = ("dims lams J scores hypervolume hypervolume_share inner_product sparsity spacing reference_point "
+                "outside_mass exact").split()
+        assert set(keys) <= set(r) and r["lams"] == [[0, 1], [0.5, 0.5], [1, 0]]
+        assert np.shape(r["J"]) == np.shape(r["scores"]) == (3, 2) and len(r["outside_mass"]) == 3
+        assert 0 < r["hypervolume_share"] < r["exact"]["share_at_these_lams"] < 1                 # nearly untrained
+        assert r["exact"]["residual"] < 1e-8 and len(r["exact"]["lams"]) == 101
+        assert abs(r["base"]["J"][0] + math.log(2)) < 1e-9             # π = π_ref
+        assert (run / "front.png").stat().st_size > 10_000
+    assert len(read("out/both/front.json")) == 2 and (work / "out/both/front.png").exists()
+
+
+def test_a_short_training_follows_the_preference():
+    """Sixty steps of DPO: what each dimension reaches rises with its weight, and the ends gain on the base."""
+    run = go("train_dpo", "follows", dims=["helpful", "harmless"], steps=60, rows=160, responses=8, batch_size=8,
+             lams_per_step=8, lr=6e-3, snapshots=0)
+    (r,) = evaluate(run)
+    J = np.array(r["J"])
+    assert min(r["spearman"]) > 0.95 and J[-1, 0] > J[0, 0] + 0.05 and J[0, 1] > J[-1, 1] + 0.05
+    assert (J.max(0) > np.array(r["base"]["J"]) + 0.05).all() and r["objective_share"] > 0.3
+    for lam, point in zip(r["lams"], r["J"]):                          # no policy is above the exact front for its λ
+        best = r["exact"]["J"][[[round(x, 6) for x in l] for l in r["exact"]["lams"]].index(lam)]
+        assert np.dot(lam, point) < np.dot(lam, best)
+
+
+def test_ipo_is_evaluated_against_its_own_front(panacea):
+    run = go("train_dpo", "ipo-eval", loss="ipo", steps=4)
+    (r,) = evaluate(run, parts=2)
+    assert r["objective"]["name"] == "ipo" and r["base"]["J"] == pytest.approx([-0.25] * 2, abs=1e-6)
+    assert 0 < r["hypervolume_share"] < 1 and r["objective_share"] < 1
+    assert max(max(point) for point in r["exact"]["J"]) > -0.25
+    evaluate(run, panacea, parts=2, out="out/ipo-dpo")                 # another objective: another space
+    assert not read("out/ipo-dpo/compare.json")["runs"][0]["label"] == "Panacea, DPO"
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+def test_preference_objectives_against_plain_loops(loss):
+    """World.measure on one policy: J by a loop over pairs, scores by a loop over responses, in float64."""
+    dims, (X, S), beta = ["helpful", "concise"], (4, 8), 0.7
+    world = measure.World(dims, load_tokenizer("toy"), "cpu", OBJECTIVES[loss].J)
+    g = torch.Generator().manual_seed(7)
+    logps = torch.randn(X, S, generator=g, dtype=torch.float64).log_softmax(-1) - 0.1             # 9.5 % outside
+    world.ref = torch.randn(X, S, generator=g, dtype=torch.float64).log_softmax(-1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "world_logprobs", lambda model, batches: logps)
+        got = world.measure(None, beta)
+    J, scores = np.zeros(2), np.zeros(2)
+    for x, prompt in enumerate(toy.prompts("eval")):
+        r = toy.scores(prompt, toy.responses(prompt))[:, [0, 2]]
+        for a in range(S):
+            for b in range(a):
+                gap = (logps[x, a] - world.ref[x, a] - logps[x, b] + world.ref[x, b]).item()
+                lost = lambda h: math.log1p(math.exp(-beta * h)) if loss == "dpo" else (h - 1 / (2 * beta)) ** 2
+                p = torch.sigmoid(r[a] - r[b]).numpy()
+                J -= (p * lost(gap) + (1 - p) * lost(-gap)) / (X * S * (S - 1) / 2)
+        scores += ((logps[x].exp()[:, None] * r).sum(0) / logps[x].exp().sum()).numpy() / X
+    assert np.allclose(got["J"], J, rtol=1e-9) and np.allclose(got["scores"], scores, rtol=1e-9)
+    assert abs(got["outside_mass"] - (1 - math.exp(-0.1))) < 1e-9
+    p = logps.exp() / logps.exp().sum(1, keepdim=True)
+    assert abs(got["kl"] - (p * (p / world.ref.exp()).log()).sum(1).mean().item()) < 1e-9
+
+
+def test_a_soup_at_a_vertex_is_its_member_and_averages_between(soups):
+    config, ends = read(soups, "config.json"), []
+    for dim in config["dims"]:
+        model = Transformer.from_pretrained(BASE)
+        load_adapter(model, soups / f"adapter-{dim}.safetensors")
+        ends.append(merged_state_dict(model))
+    name = "blocks.1.mlp.up.weight"
+    assert (ends[0][name] - ends[1][name]).abs().max() > 1e-6
+    model = Transformer.from_pretrained(BASE)
+    for lam, soup in measure.policies(soups, config, model, torch.tensor([[1.0, 0.0], [0.25, 0.75]])):
+        expected = lam[0] * ends[0][name] + lam[1] * ends[1][name]
+        assert torch.allclose(soup.state_dict()[name], expected, atol=1e-7)
+
+
+def test_sft_is_evaluated_by_the_exact_expectation(sft_run):
+    r = read(sft_run, "front.json")
+    assert r["points_are"] == "normalised J" and r["exact"]["residual"] == 0 and len(r["exact"]["lams"]) == 101
+    # the base's J by a loop over prompts and responses
+    model, tokenizer, J = Transformer.from_pretrained(BASE), load_tokenizer("toy"), np.zeros(2)
+    for x in toy.prompts("eval"):
+        ids = [tokenizer.encode(y) + [tokenizer.eos_id] for y in toy.responses(x)]
+        with torch.no_grad():
+            logps = batch_logprobs(model, pack([TokenRow(tokenizer.encode(x + "\n"), ids)])).double()
+        J += (toy.demonstrator_probs(x, r["dims"]) * logps[:, None]).sum(0).numpy() / len(toy.prompts("eval"))
+    assert np.allclose(r["base"]["J"], J, rtol=1e-5)
+    assert r["objective_share"] < 1 and r["hypervolume_share"] < 1     # a few steps
+    # the optimum is the mixture of the writers
+    E = r["exact"]
+    demos = torch.stack([toy.demonstrator_probs(x, r["dims"]) for x in toy.prompts("eval")])
+    mixture = demos @ torch.tensor(E["lams"][30], dtype=torch.float64)
+    assert np.allclose(E["J"][30], -sft_losses(mixture.log(), demos), rtol=1e-9)
+
+
+def test_rlhf_on_the_world(work, ppo_run):
+    runs = [ppo_run[0], go("train_ppo", "eval-rs", method="rs", steps=4), go("train_ppo", "eval-pama", aggregate="pama")]
+    results = evaluate(*runs, parts=2, out="out/all")
+    for run, result, count in zip(runs, results, (3, 3, 1)):
+        r = read(run, "front.json")
+        assert r["J"] == result["J"] and np.shape(r["J"]) == np.shape(r["scores_se"]) == (count, 2)
+        assert r["lams"] == ([[0, 1], [0.5, 0.5], [1, 0]] if count == 3 else [[0.5, 0.5]])
+        assert 0 <= r["hypervolume_share"] <= 1 and r["points_are"] == "normalised J"
+        assert r["objective"]["name"] == "rlhf" and r["objective"]["beta"] == 0.2 and r["eval_labels"] is None
+        for key in ("kl", "outside_mass", "length", "ended", "collapsed"):
+            assert len(r[key]) == count and np.isfinite(r[key]).all()
+        assert r["base"]["kl"] == 0 and 0 < r["base"]["outside_mass"] < 0.3 and "texts" not in r["base"]
+        assert min(r["outside_mass"]) > 0 and max(r["outside_mass"]) < 1
+        assert len(r["exact"]["lams"]) == 101 and "logps" not in r["exact"] and "samples" not in r
+        for lam, J in zip(r["lams"], r["J"]):                          # no policy is above the exact front for its λ
+            best = r["exact"]["J"][[[round(x, 6) for x in l] for l in r["exact"]["lams"]].index(lam)]
+            assert np.dot(lam, J) < np.dot(lam, best)
+        samples = read(run, "samples.json")
+        assert np.shape(samples["raw"]) == (count, 16, 2) and np.shape(samples["texts"])[0] == count
+        assert np.shape(samples["base"]["raw"]) == (16, 2)
+        for picture in ("front.png", "histograms.png"):
+            assert (run / picture).stat().st_size > 10_000
+    assert [r["method"] for r in results] == ["panacea", "rs", "pama"] and results[2]["objective_share"] is None
+    assert len(read("out/all/front.json")) == 3 and (work / "out/all/front.png").exists()
+
+
+def test_evolution(panacea, ppo_run):
+    for run in (panacea, ppo_run[0]):
+        results = evaluate(run, parts=1, evolution=True)
+        stored = read(run, "evolution.json")
+        assert stored["steps"] == [2, 4] and len(results) == 2 and results[0]["J"] != results[1]["J"]
+        assert (run / "evolution.png").exists()
+
+
+def test_stationarity_of_runs(ppo_run):
+    soups = go("train_ppo", "ppo-soups", method="rs", steps=2)
+    results = evaluate(ppo_run[0], soups, stationarity=True)
+    model, config = Transformer.from_pretrained(BASE), read(ppo_run[0], "config.json")
+    world, _ = measured_on(config, model, load_tokenizer("toy"), torch.device("cpu"))
+    world.reference(model)
+    norm, c, single = min_norm(world, model, 0.2)
+    for run, result in zip((ppo_run[0], soups), results):
+        assert read(run, "stationarity.json") == json.loads(json.dumps(result))
+        assert len(result["before"]) == 1 and len(result["after"]) == 3               # a model, or soup, for each of 3 λ
+        assert result["before"][0][0] == pytest.approx(norm, rel=1e-5) and 0 < norm <= min(single)
+        assert all(0 < after[0] != norm and sum(after[1]) == pytest.approx(1) for after in result["after"])
+    assert len({after[0] for after in results[0]["after"]}) == 3
+
+
+def test_more_dimensions(panacea):
+    """Four by SFT, at the whole grid; all of them by DPO and by PPO, at their vertices."""
+    (r,) = evaluate(go("train_sft", "four", pref_dim=4, steps=2))
+    assert len(r["lams"]) == 117 and len(r["exact"]["lams"]) == 117 and r["objective_share"] < 1
+    assert r["exact"]["share_at_these_lams"] == pytest.approx(1) and len(r["spearman"]) == 4
+    m = len(toy.DIMS)
+    for script in ("train_dpo", "train_ppo"):
+        run = go(script, f"{script}-all", pref_dim=m, steps=2)
+        assert np.shape(metrics(run)[0]["lam"])[1] == m
+        (r,) = evaluate(run, parts=1)
+        assert np.shape(r["J"]) == (m, m) and len(r["exact"]["lams"]) == 101 + 4 * m and r["dims"] == list(toy.DIMS)
+        assert (r["objective_share"] is None or r["objective_share"] < 1) and (run / "front.png").exists()
+
+
+# ---- runs of every kind in one space ----
+
+def test_comparison_of_runs_of_different_objectives(work, panacea, sft_run, hqd_run):
+    results = evaluate(sft_run, panacea, hqd_run[0], parts=2, out="out/three")
+    c = read("out/three/compare.json")
+    assert (work / "out/three/compare.png").exists()
+    assert [r["label"] for r in c["runs"]] == ["Panacea, SFT", "Panacea, DPO", "ParetoHqD, scores"]
+    limits, lams = np.array([limit["points"] for limit in c["limits"]]), np.array(c["limit_lams"])     # (budgets, F, 2)
+    reach = (limits * (np.array(c["ideal"]) - c["nadir"]) * lams).sum(-1)             # λ · scores, up to a constant of λ
+    assert (np.diff(reach, axis=0) > -1e-6).all() and (np.diff(reach[:3], axis=0) > 1e-6).all()    # more KL, more score
+    assert np.allclose(limits[-2].max(0), 1) and np.allclose(limits[-2].min(0), 0)    # 2 nats set the scale
+    for run, r in zip(c["runs"], results):
+        assert np.allclose(np.array(run["points"]) * (np.array(c["ideal"]) - c["nadir"]) + c["nadir"], r["scores"])
+        assert run["gain_share"] <= 1 and 0 <= run["hypervolume_share"] < 1 and run["kl"] == r["kl"]
+
+
+def test_what_cannot_be_evaluated_is_refused(work, panacea, sft_run, soups, ppo_run):
+    with pytest.raises(UserError, match="does not exist"):
+        evaluate("out/nowhere")
+    half = work / "out/half-run"
+    half.mkdir(exist_ok=True)
+    (half / "config.json").write_text((panacea / "config.json").read_text())
+    with pytest.raises(UserError, match="training has not ended"):
+        evaluate(panacea, half)
+    (half / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="an older version wrote it"):
+        evaluate(half)
+    warm = go("train_sft", "warm", dims=["helpful", "warm"], steps=1)
+    with pytest.raises(UserError, match="different spaces"):
+        evaluate(sft_run, warm, parts=1)
+    for runs, flags, text in (((panacea, soups), dict(evolution=True), "--evolution takes one run"),
+                              ((soups,), dict(evolution=True), "of method panacea"),
+                              ((panacea,), dict(stationarity=True), "takes runs of train_ppo.py"),
+                              ((panacea,), dict(parts=0), "--parts 0: must be at least 1")):
+        with pytest.raises(UserError, match=text):
+            evaluate(*runs, **flags)
+    # another base model: refused by an evaluation, and between runs that are compared
+    other = work / "out/other-weights"
+    shutil.copytree(panacea, other, dirs_exist_ok=True)
+    (other / "config.json").write_text(json.dumps(read(panacea, "config.json") | {"fingerprint": "0"}))
+    with pytest.raises(UserError, match="is not the base model that"):
+        evaluate(other, parts=1)
+    results = [read(sft_run, "front.json"), read(sft_run, "front.json") | {"run": str(other)}]
+    with pytest.raises(UserError, match="another base model"):
+        eval_front.compare(results, "cpu")
+    done = command("eval_front", half, cwd=work, status=2)
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_ideal_scores_come_from_the_rewards_of_the_run(ppo_run):
+    """An evaluation takes the statistics in config.json, whatever it would measure itself."""
+    config = read(ppo_run[0], "config.json")
+    config["rewards"] |= {"mean": [1.0, 2.0], "std": [2.0, 4.0], "scale": [1.0, 5.0]}
+    world, _ = measured_on(config, Transformer.from_pretrained(BASE), load_tokenizer("toy"), torch.device("cpu"))
+    raw = world_rewards(config["dims"], None).raw
+    x = toy.prompts("eval")[1]
+    r = raw([x + "\n"] * 8, toy.responses(x), [True] * 8)
+    expected = torch.tensor([1.0, 5.0]) * (r - torch.tensor([1.0, 2.0])) / torch.tensor([2.0, 4.0])
+    assert torch.allclose(world.r_all[1, :8], expected)
