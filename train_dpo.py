@@ -29,7 +29,7 @@ from data.sources import check_preferences, preference_rows
 from data.tokenizers import tokenize
 from data.trees import batch_logprobs
 from objectives import dpo_loss, ipo_loss, losses_on_pairs
-from runs.directory import LABELS, finish_run, models_left, open_run, steps_each
+from runs.directory import close_run, end_training, models_left, open_run, steps_each
 from runs.files import UserError
 from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, RunFlags, flag, run_main
 from runs.loop import Run, adamw, add_adapter
@@ -131,8 +131,7 @@ def main(flags):
     files = [Path(f).stem for f in flags.data or []]
     out, resume = open_run(
         "train_dpo.py", ["dpo", *files, flags.method, flags.aggregate], {"method", "aggregate", "data", "eval_data"},
-        given, flags, dims, model, base, tokenizer_name, method=flags.method, label=LABELS[flags.method], objective=objective,
-        models=len(models), cut=cut)
+        given, flags, dims, model, base, tokenizer_name, flags.method, objective=objective, models=len(models), cut=cut)
     if flags.parallel == "fsdp":
         shard(model, device)
     reference = reference_logprobs(model, rows, flags.batch_size, pad_to(device, flags.compile), device)    # once
@@ -143,9 +142,10 @@ def main(flags):
     if rank > 0:
         return out
     del model, reference
-    finish_run(out, f"{len(models)} adapter(s) of {steps} steps", device, dtype, world)
+    end_training(out, f"{len(models)} adapter(s) of {steps} steps", device, dtype, world)
     if flags.eval:
         eval_front.main(eval_front.Flags(runs=[str(out)], device=flags.device))
+    close_run(out)
     return out
 
 

@@ -39,7 +39,7 @@ from data.trees import batch_logprobs, pack
 from fronts.selection import select_high_quality
 from model import generate
 from objectives import sft_loss
-from runs.directory import finish_run, open_run
+from runs.directory import close_run, end_training, open_run
 from runs.files import UserError, write_json, write_whole
 from runs.flags import AdapterFlags, BaseFlags, RewardFlags, RunFlags, flag, run_main
 from runs.loop import Log, Run, adamw, add_adapter
@@ -157,7 +157,7 @@ def main(flags):
     label = "ParetoHqD" if flags.select == "directions" else f"HqD, {flags.select}"
     out, resume = open_run(
         "train_hqd.py", ["hqd", *parts, flags.select], {"select", "data", "rewards"}, given, flags, rewards.dims, model,
-        base, tokenizer_name, method="hqd", label=label, models=len(lams), rewards=rewards.description(),
+        base, tokenizer_name, "hqd", label=label, models=len(lams), rewards=rewards.description(),
         objective={"name": "scores", "beta": 0.0, "aggregate": "ls", "ideal": None}, prompts=flags.data, cut=cut,
         dropped=dropped)
     selection, G = {}, len(lams)
@@ -176,9 +176,10 @@ def main(flags):
                 train(model, out, stage, member, g, lams, pool.tokens, near[g], rewards.dims, flags, resume, device)
                 resume = None
     del model
-    finish_run(out, f"{G} adapter(s) of {flags.steps}{f' + {flags.steps2}' * flags.stage2} steps", device, dtype)
+    end_training(out, f"{G} adapter(s) of {flags.steps}{f' + {flags.steps2}' * flags.stage2} steps", device, dtype)
     if flags.eval:
         eval_front.main(eval_front.Flags(runs=[str(out)], device=flags.device))
+    close_run(out)
     return out
 
 

@@ -41,7 +41,7 @@ from data.trees import TreeBatch, batch_logprobs, pack, path_logprobs, predictin
 from model import generate
 from objectives import gae, kl_penalized_rewards, noon, ppo_policy_loss, ppo_value_loss, sft_loss
 from ops.heads import Critic
-from runs.directory import LABELS, finish_run, models_left, open_run, steps_each
+from runs.directory import close_run, end_training, models_left, open_run, steps_each
 from runs.files import UserError
 from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, RewardFlags, RunFlags, flag, run_main
 from runs.loop import Run, adamw, add_adapter
@@ -339,13 +339,14 @@ def main(flags):
                  "ideal": flags.ideal}
     out, resume = open_run(
         "train_ppo.py", ["ppo", *parts, flags.method, flags.aggregate], {"method", "aggregate", "prompts", "rewards"},
-        given, flags, rewards.dims, model, base, tokenizer_name, method=method, label=LABELS[method], objective=objective,
-        models=len(models), rewards=rewards.description(), prompts=flags.prompts)
+        given, flags, rewards.dims, model, base, tokenizer_name, method, objective=objective, models=len(models),
+        rewards=rewards.description(), prompts=flags.prompts)
     for i, (name, lam), state in models_left(models, resume):
         train(model, out, name, lam, prompts, rows, weights, rewards, tokenizer, flags, steps, i, state, device)
-    finish_run(out, f"{len(models)} adapter(s) of {steps} steps", device, dtype)
+    end_training(out, f"{len(models)} adapter(s) of {steps} steps", device, dtype)
     if flags.eval:
         eval_front.main(eval_front.Flags(runs=[str(out)], device=flags.device))
+    close_run(out)
     return out
 
 
@@ -386,7 +387,7 @@ def defaults(flags, rewards):
 
 
 def training_prompts(flags):
-    """The prompts as rows, with the texts that PTX learns from; on the embedded world also these texts' probabilities."""
+    """The prompts as rows, with the texts that PTX learns from, and on the embedded world their probabilities."""
     if flags.prompts is None:
         world = toy.prompts("train")
         return ([toy.as_row(x, toy.responses(x) if flags.ptx_coeff else []) for x in world],

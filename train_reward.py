@@ -33,7 +33,7 @@ from data.trees import pack_ends, row_lengths
 from model import generate
 from objectives import bradley_terry_loss
 from ops.heads import RewardModel
-from runs.directory import finish_run, open_run
+from runs.directory import close_run, end_training, open_run
 from runs.files import UserError, write_json, write_whole
 from runs.flags import AdapterFlags, BaseFlags, RunFlags, flag, run_main
 from runs.loop import Run, adamw
@@ -151,8 +151,9 @@ def main(flags):
             line += (f", expected {report['expected_accuracy'][i]:.4f} of at most {report['bayes_accuracy'][i]:.4f} "
                      f"(ratio {report['bayes_ratio'][i]:.4f})")
         print(line)
-    finish_run(out, f"{flags.steps} steps", device, dtype)
-    write_json(out / "reward.json", report)                            # last: a directory that has it is a finished run
+    end_training(out, f"{flags.steps} steps", device, dtype)
+    write_json(out / "reward.json", report)                            # a directory that has it is a finished run
+    close_run(out)
     return out
 
 

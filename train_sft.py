@@ -32,7 +32,7 @@ from data.tokenizers import tokenize
 from data.trees import batch_logprobs
 from fronts.exact import sft_ideal
 from objectives import sft_loss
-from runs.directory import LABELS, finish_run, models_left, open_run, steps_each
+from runs.directory import close_run, end_training, models_left, open_run, steps_each
 from runs.files import UserError
 from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, RunFlags, flag, run_main
 from runs.loop import Run, adamw, add_adapter
@@ -115,14 +115,15 @@ def main(flags):
     objective = {"name": "sft", "beta": None, "aggregate": flags.aggregate, "ideal": flags.ideal}
     out, resume = open_run(
         "train_sft.py", ["sft", flags.method, flags.aggregate], {"method", "aggregate", "data", "eval_data"}, given,
-        flags, dims, model, base, tokenizer_name, method=flags.method, label=LABELS[flags.method], objective=objective,
-        models=len(models), cut=cut, loss_scale=scale.tolist())
+        flags, dims, model, base, tokenizer_name, flags.method, objective=objective, models=len(models), cut=cut,
+        loss_scale=scale.tolist())
     for i, (name, lam), state in models_left(models, resume):
         train(model, out, name, lam, rows, kinds, scale, ideal, dims, flags, steps, i, state, device)
     del model
-    finish_run(out, f"{len(models)} adapter(s) of {steps} steps", device, dtype)
+    end_training(out, f"{len(models)} adapter(s) of {steps} steps", device, dtype)
     if flags.eval:
         eval_front.main(eval_front.Flags(runs=[str(out)], device=flags.device))
+    close_run(out)
     return out
 
 

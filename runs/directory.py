@@ -34,18 +34,18 @@ def run_name(parts, flags, named):
     return "out/" + "-".join(parts).replace(" ", "").replace("/", "_")
 
 
-def open_run(script, parts, named, given, flags, dims, model, base, tokenizer, **more):
+def open_run(script, parts, named, given, flags, dims, model, base, tokenizer, method=None, **more):
     """Makes the run directory, --out or the name that run_name makes of parts and `given` flags, and its config.json.
 
-    more: what only some scripts say there: method, label, models, rewards, …, and objective, {"name", "beta",
-    "aggregate", "ideal"}: what the run optimises, and fronts/objective.py knows what it means.
+    more: what only some scripts say there: label (default: as the method is called), models, rewards, …, and objective,
+    {"name", "beta", "aggregate", "ideal"}: what the run optimises, and fronts/objective.py knows what it means.
     Returns the directory, and the header of the state to resume from, or None for a fresh start. Raises UserError for
     a directory that holds something else than a run of this script.
     """
     out = Path(flags.out or run_name([*parts, *dims, f"seed{flags.seed}"], given, named))
     config = {"script": script, "flags": dataclasses.asdict(flags), "dims": list(dims), "base": str(base),
               "tokenizer": tokenizer, "fingerprint": fingerprint(model), "python": sys.version.split()[0],
-              "torch": torch.__version__, **more}
+              "torch": torch.__version__, "method": method, "label": LABELS.get(method), **more}
     return out, prepare_run(out, config)
 
 
@@ -94,10 +94,13 @@ def models_left(models, resume):
             resume = None
 
 
-def finish_run(out, what, device, dtype, world=1):
-    """Sums up the speed of a trained run; there is nothing left to resume."""
-    seconds = report_speed(out, device, dtype, world)
-    print(f"trained {what} in {seconds:.0f} s: {out}")
+def end_training(out, what, device, dtype, world=1):
+    """Sums up the speed of a run whose training has ended: timing.json and one line."""
+    print(f"trained {what} in {report_speed(out, device, dtype, world):.0f} s: {out}")
+
+
+def close_run(out):
+    """The run is whole, evaluation and all: nothing is left to resume."""
     (out / "state.safetensors").unlink(missing_ok=True)
 
 
