@@ -5,24 +5,20 @@ c: what fronts.comparison.compare returns
 import numpy as np
 from matplotlib import ticker
 
-from fronts.pictures.shared import BASE, OUTLINE, PAIRS, arrays, edge_of, looks, nearest, plt
+from fronts.pictures.shared import BASE, OUTLINE, PAIRS, arrays, edge_of, looks, plt
 
 
 def comparison_figure(c):
-    """Runs of every kind in the space of mean scores, beside what any policy can reach within so many nats of the base:
-    m = 2 and 3, in every plane; more, each dimension where it has all the weight, and where all weigh the same. And two
-    summaries: hypervolume, and gain against distance."""
+    """Runs of every kind in the space of mean scores: for m = 2 and 3 every plane, beside what any policy can reach
+    within so many nats of the base; for any m two summaries, hypervolume, and gain against distance."""
     m, styles = len(c["dims"]), looks(c["runs"])
-    layout = {2: "AAX;AAY", 3: "ABC;XXY"}.get(m, "AAX;BBY")
-    fig, axes = plt.subplot_mosaic(layout, figsize=(15, 8.4) if m == 2 else (17, 10), layout="constrained")
-    if m <= 3:
-        for key, (i, j) in zip("ABC"[:2 * m - 3], PAIRS):
-            draw_limits_plane(axes[key], c, styles, i, j)
-    else:
-        draw_limits_parallel(axes["A"], c, styles, np.eye(m), "all weight on the dimension itself")
-        draw_limits_parallel(axes["B"], c, styles, np.full((m, m), 1 / m), "equal weights")
+    fig, axes = plt.subplot_mosaic({2: "AAX;AAY", 3: "ABC;XXY"}.get(m, "XXY"), layout="constrained",
+                                   figsize={2: (15, 8.4), 3: (17, 10)}.get(m, (17, 5)))
+    for key, (i, j) in zip("ABC"[:2 * m - 3] if m <= 3 else "", PAIRS):
+        draw_limits_plane(axes[key], c, styles, i, j)
     draw_summaries(axes["X"], axes["Y"], c["runs"], styles)
-    fig.suptitle("What the runs say. Grey: the most that any policy reaches within so many nats of the base")
+    fig.suptitle("What the runs say" + (". Grey: the most that any policy reaches within so many nats of the base"
+                                        if m <= 3 else f", in {m} dimensions"))
     return fig
 
 
@@ -51,31 +47,6 @@ def draw_limits_plane(ax, c, styles, i, j):
            ylabel=f"{c['dims'][j]}  ({c['points_are']}; up is better)")
     ax.margins(0.08)
     ax.grid(alpha=0.25)
-
-
-def draw_limits_parallel(ax, c, styles, targets, what):
-    """Parallel coordinates: what each run, and any policy within each budget, reaches in dimension i at the preference
-    targets[i], (m, m), where the run has it; a single policy is drawn in any case."""
-    x = np.arange(len(c["dims"]))
-    reached = lambda lams, Y: [Y[n, i] if len(Y) == 1 or np.abs(lams[n] - target).max() < 0.01 else np.nan
-                               for i, target in enumerate(targets) for n in [nearest(lams, target)]]
-    for limit in c["limits"]:
-        y = reached(np.array(c["limit_lams"]), np.array(limit["points"]))
-        free = limit["kl"] is None
-        ax.plot(x, y, color="0.35" if free else "0.6", lw=1.6 if free else 0.8, zorder=1)
-        ax.annotate("no limit" if free else f"{limit['kl']:g} nats", (x[-1], y[-1]), xytext=(5, 0), va="center",
-                    textcoords="offset points", fontsize=8, color="0.35")
-    for n, (r, look) in enumerate(zip(c["runs"], styles)):
-        ax.plot(x, reached(*arrays(r)), color=look["color"], marker=look["marker"], alpha=look["alpha"], lw=1.4,
-                zorder=3 + len(styles) - n)
-    ax.plot(x, c["base"], color=BASE, ls="--", lw=1.8)
-    ax.annotate("base", (x[-1], c["base"][-1]), xytext=(5, 0), va="center", textcoords="offset points", fontsize=8,
-                color=BASE)
-    ax.set_xlim(-0.3, x[-1] + 0.08 * len(x))                                             # room for the texts behind
-    ax.set_xticks(x, c["dims"], rotation=25 if len(x) > 6 else 0)
-    ax.set_title(f"Reached with {what}", fontsize=10)
-    ax.set_ylabel(c["points_are"])
-    ax.grid(axis="x", alpha=0.4)
 
 
 def draw_summaries(shares, distances, runs, styles):

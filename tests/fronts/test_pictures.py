@@ -193,7 +193,7 @@ def test_fronts_of_few_preferences_are_drawn(m, runs, tmp_path):
 
 # ---- runs of every kind in one space ----
 
-@pytest.mark.parametrize("m, panels", [(2, 3), (3, 5), (5, 4)])
+@pytest.mark.parametrize("m, panels", [(2, 3), (3, 5), (5, 2)])
 def test_a_comparison_shows_runs_and_limits(m, panels, tmp_path):
     runs = [result(m), result(m, objective="sft", level=0.6), result(m, objective="sft", level=0.6, seed=1),
             result(m, [[1 / m] * m], method="pama", objective="rlhf", level=0.3)]
@@ -208,9 +208,6 @@ def test_a_comparison_shows_runs_and_limits(m, panels, tmp_path):
         assert shows(main, np.array(runs[0]["points"])[edge][:, :2])
         large = [line.get_xydata() for line in main.lines if line.get_markersize() == 9]
         assert [runs[3]["points"][0][:2]] in [xy.tolist() for xy in large]              # one policy, wherever it is
-    else:
-        for level in (0.5, 1.0, 0.9, 0.6):                                    # limits and runs at the vertices
-            assert shows(main, [(i, level) for i in range(m)])
     assert len(names.get_yticks()) == 3                                                 # two seeds share a line
     assert shows(names, [(0.9, 0)]) and shows(names, [(0.6, 1), (0.6, 1)])
     if m == 5:
