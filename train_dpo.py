@@ -56,7 +56,6 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags):
     accumulate: int = flag(1, "micro-batches per step: less memory", 1)
     pref_scaling: float | None = flag(None, "ablation: s fixed at this value instead of learned (Fig. 7)")
     orth_coeff: float = flag(0.0, "coefficient of AdaLoRA's orthogonality penalty", "not negative")
-    compile: bool = flag(False, "compile the blocks: a slow start, then faster steps")
     parallel: Literal["ddp", "fsdp"] = flag(
         "ddp", "under torchrun: a copy of the base in every process, or shares of it (--eval then reads it whole)")
 
@@ -67,8 +66,6 @@ def train(model, out, name, fixed_lam, rows, reference, dims, flags, steps, memb
     add_adapter(model, flags, m if fixed_lam is None else 0, member)
     if flags.parallel == "fsdp":
         shard(model, device)
-    if flags.compile:
-        compile_blocks(model)
     known = [(torch.tensor(row.better) >= 0).float() for row in rows]
     batches = Batches(rows, known, flags, G, device, member * steps, flags.data is not None, flags.accumulate)
     run = Run(model, adamw(model, flags), out, name, flags, steps, dims, member, resume, flags.accumulate)
@@ -134,7 +131,7 @@ def main(flags):
         given, flags, dims, model, base, tokenizer_name, flags.method, objective=objective, models=len(models), cut=cut)
     if flags.parallel == "fsdp":
         shard(model, device)
-    reference = reference_logprobs(model, rows, flags.batch_size, pad_to(device, flags.compile), device)    # once
+    reference = reference_logprobs(model, rows, flags.batch_size, pad_to(device), device)    # once
     for i, (name, lam), state in models_left(models, resume):
         if flags.parallel == "fsdp":                                   # a sharded model takes no adapter any more
             model, _ = load()
@@ -162,8 +159,8 @@ def check(flags, world):
         raise UserError(f"--batch_size {B} / --accumulate {parts} must be a multiple of the {world} processes")
     if flags.parallel == "fsdp" and "RANK" not in os.environ:
         raise UserError("--parallel fsdp shares the base among processes: start it with torchrun --nproc_per_node N")
-    if flags.parallel == "fsdp" and (flags.quantize != "none" or flags.compile):
-        raise UserError("--parallel fsdp goes neither with --quantize nor with --compile: use --parallel ddp")
+    if flags.parallel == "fsdp" and flags.quantize != "none":
+        raise UserError("--parallel fsdp does not go with --quantize: use --parallel ddp")
     if flags.aggregate == "tche" and G % parts:
         raise UserError(f"Tchebycheff takes the maximum of means, so no preference may be split between micro-batches: "
                         f"--lams_per_step {G} must be a multiple of --accumulate {parts}")
@@ -171,13 +168,6 @@ def check(flags, world):
         raise UserError("--ideal takes losses from 0 to 0.69: ln 2 is the loss of the base model itself")
     if flags.ideal is not None and (flags.aggregate != "tche" or len(flags.ideal) != m):
         raise UserError(f"--ideal takes one loss for each of the {m} dimensions, and only with --aggregate tche")
-
-
-def compile_blocks(model):
-    """torch.compile for each block, in place. Shapes are static, one compilation each: T comes in multiples."""
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    for block in model.blocks:
-        block.compile(dynamic=False)
 
 
 if __name__ == "__main__":

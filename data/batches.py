@@ -15,9 +15,9 @@ from runs.randomness import epoch_batch
 from svd_lora import adapters_off
 
 
-def pad_to(device, compiled=False):
-    """The multiple that T is padded to: few shapes where each new one costs a compilation or a fresh set of kernels."""
-    return 64 if compiled or device.type == "cuda" else 1
+def pad_to(device):
+    """The multiple that T is padded to: few shapes where each new one costs a fresh set of kernels."""
+    return 64 if device.type == "cuda" else 1
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Batches:
         self.group = torch.arange(flags.batch_size) // (flags.batch_size // G)        # (B,)
         self.labels, self.G = torch.stack([x.sum(0) for x in known]), G               # (rows, m)
         self.lengths = row_lengths(rows) if by_length else None
-        self.multiple = pad_to(device, getattr(flags, "compile", False))
+        self.multiple = pad_to(device)
 
     def take(self, step, part=0):
         """The Batch of a step; with micro-batches one part of it, with several processes this one's rows of that."""

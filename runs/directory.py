@@ -17,7 +17,7 @@ from runs.speed import report_speed
 from svd_lora import fingerprint
 
 # flags that change nothing of what is trained, but for the last bits
-UNTRAINED = {"out", "device", "log_every", "eval", "checkpoint", "compile", "parallel"}
+UNTRAINED = {"out", "device", "log_every", "eval", "checkpoint", "parallel"}
 # methods as tables and pictures call them
 LABELS = {"panacea": "Panacea", "rs": "Rewarded soups", "dps": "Discrete policy solutions", "pama": "PAMA",
           "mgda": "MGDA"}
