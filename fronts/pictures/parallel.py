@@ -29,7 +29,7 @@ def parallel_figure(results):
 
 
 def draw_parallel(ax, r):
-    """Parallel coordinates of one run: an axis a dimension, a line a preference; bold those nearest to the vertices."""
+    """Parallel coordinates of one run: one axis per dimension, one line per preference; bold: vertices."""
     lams, Y = arrays(r)
     m, x, base = lams.shape[1], np.arange(lams.shape[1]), r["base"]["points"]
     shown = np.vstack([Y] + ([base] if base is not None else []))

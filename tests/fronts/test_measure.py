@@ -1,6 +1,4 @@
 """test_measure.py - World measures policies exactly: against loops over responses, on a small world; stationarity."""
-import math
-
 import pytest
 import torch
 
@@ -16,45 +14,27 @@ from fronts.stationarity import min_norm
 from model import Config, Transformer
 
 BETA = 0.4
-SLOTS = dict(OPENINGS=("plain", "formal", "joke", "warm"), BODIES=("full", "hint", "safer", "refuse"),
-             CAUTIONS=("none",), CLOSINGS=("none", "cheer"))
-
-
-def shrink(monkeypatch, every, **slots):
-    """Cuts the embedded world down, for as long as monkeypatch lasts: each `every`-th prompt of a split, and of each
-    slot the options given. Call toy._world.cache_clear() after monkeypatch.undo()."""
-    prompts, probs = toy.prompts, toy.base_probs
-    for name, kept in slots.items():
-        monkeypatch.setattr(toy, name, {key: getattr(toy, name)[key] for key in kept})
-    monkeypatch.setattr(toy, "N_RESPONSES", math.prod(map(len, slots.values())))
-    monkeypatch.setattr(toy, "prompts", lambda split: prompts(split)[::every[split]])
-    monkeypatch.setattr(toy, "base_probs", lambda prompt: probs(prompt) / probs(prompt).sum())
-    toy._world.cache_clear()
 
 
 @pytest.fixture(scope="module")
 def small():
-    """A world of 2 prompts, one of them risky, and 32 responses; a tiny base model that knows it roughly."""
-    patch = pytest.MonkeyPatch()
-    shrink(patch, dict(train=80, eval=23), **SLOTS)
-    tokenizer = load_tokenizer("toy")
-    prompts = toy.prompts("eval")
-    assert [toy._tasks()[x][0].risky for x in prompts] == [False, True]
-    config = Config(tokenizer.vocab_size, 64, n_layer=2, n_head=2, d_model=32)
-    model = Transformer(config).init_weights(torch.Generator().manual_seed(0))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    (batch,) = measure.world_batches(prompts, tokenizer, "cpu")
-    probs = torch.stack([toy.base_probs(x) for x in prompts]).float()
-    for _ in range(100):
-        loss = -(probs * batch_logprobs(model, batch).view(2, 32)).sum()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    raw = world_rewards(["helpful", "harmless"], None).raw
-    rewards = Rewards(["helpful", "harmless"], ["helpful", "harmless"], raw, [0.3, -0.2], [1.5, 2.0], [1.0, 3.0])
-    yield model, rewards, tokenizer
-    patch.undo()
-    toy._world.cache_clear()
+    """A world of 4 prompts, some of them risky, and 8 responses; a tiny base model that knows it roughly."""
+    from running import small_world
+    with small_world():
+        tokenizer, prompts = load_tokenizer("toy"), toy.prompts("eval")
+        config = Config(tokenizer.vocab_size, 64, n_layer=2, n_head=2, d_model=32)
+        model = Transformer(config).init_weights(torch.Generator().manual_seed(0))
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        (batch,) = measure.world_batches(prompts, tokenizer, "cpu")
+        probs = torch.stack([toy.base_probs(x) for x in prompts]).float()
+        for _ in range(60):
+            loss = -(probs * batch_logprobs(model, batch).view(4, 8)).sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        raw = world_rewards(["helpful", "harmless"], None).raw
+        rewards = Rewards(["helpful", "harmless"], ["helpful", "harmless"], raw, [0.3, -0.2], [1.5, 2.0], [1.0, 3.0])
+        yield model, rewards, tokenizer
 
 
 def world(small):
@@ -99,7 +79,7 @@ def test_the_base_has_no_kl_and_its_mean_reward(small):
     got = data.measure(small[0], BETA)
     assert got["kl"] == got["kl_all"] == 0 and 0.02 < got["outside_mass"] < 0.6
     for J, ref, r in ((got["J"], data.ref, data.r_all[:, :-1]), (got["J_all"], data.ref_all, data.r_all)):
-        assert torch.allclose(ref.exp().sum(-1), torch.ones(2, dtype=torch.float64))
+        assert torch.allclose(ref.exp().sum(-1), torch.ones(4, dtype=torch.float64))
         assert J == pytest.approx((ref.exp()[..., None] * r).sum(1).mean(0).tolist(), rel=1e-9)
     assert (data.r_all[:, -1] < data.r_all[:, :-1].amin((0, 1))).all()         # "any other text" is the worst there is
 
@@ -110,7 +90,7 @@ def test_measure_equals_a_loop_over_responses(small):
     J, scores, kl, outside = by_loops(policy, small[0], small)
     assert got["J_all"] == pytest.approx(J.tolist(), rel=1e-4)
     assert got["scores"] == pytest.approx(scores, rel=1e-4)              # of the world's responses, in raw units
-    assert got["kl_all"] == pytest.approx(kl.item(), rel=1e-3) and kl > 0.05
+    assert got["kl_all"] == pytest.approx(kl.item(), rel=1e-3) and kl > 0.02
     assert got["outside_mass"] == pytest.approx(outside.item(), rel=1e-3)
     narrow = small[1].normalise(torch.tensor(got["scores"]))             # over the world's own responses alone
     assert (torch.tensor(got["J"]) + BETA * got["kl"]).tolist() == pytest.approx(narrow.tolist(), rel=1e-5)
@@ -142,7 +122,7 @@ def gradients(policy, small):
 def test_stationarity(small, rows, close):
     data, policy = world(small)
     data.batches = measure.world_batches(toy.prompts("eval"), small[2], "cpu", rows=rows)
-    assert len(data.batches) == (1 if rows == 40 else 2)
+    assert len(data.batches) == (1 if rows == 40 else 4)
     norm, c, single = min_norm(data, policy, BETA)
     G, matrices = gradients(policy, small)
     assert close(single, G.norm(dim=1), 1e-3) and min(single) > 0.01
@@ -170,7 +150,7 @@ def test_stationarity_falls_towards_the_front(small):
     (batch,) = data.batches
     for step in range(80):
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 80)
-        logps = with_outside(batch_logprobs(policy, batch).double().view(2, 32))
+        logps = with_outside(batch_logprobs(policy, batch).double().view(4, 8))
         loss = -rlhf_objectives(logps, data.ref_all, data.r_all, BETA)[0].mean()
         grads = torch.autograd.grad(loss, matrices)
         for p, g in zip(matrices, grads):
