@@ -92,7 +92,7 @@ def main(flags):
     tasks = [toy.as_row(x, toy.responses(x)[:32]) for x in toy.prompts("eval")[:flags.prompts]]
     rows = tokenize(tasks, tokenizer, 10_000)[0]
     one = pack(rows).to(device)
-    of_row = lams.repeat_interleave(len(rows), dim=0)                                 # one λ a row
+    of_row = lams.repeat_interleave(len(rows), dim=0)                                 # one λ per row
     mixed = [(pack((rows * len(lams))[i:i + flags.micro]).to(device), of_row[i:i + flags.micro])
              for i in range(0, len(of_row), flags.micro)]
     def together():

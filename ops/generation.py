@@ -309,7 +309,7 @@ class Decoder:
         for layer in self.model.modules():
             if isinstance(layer, FastLinear) and layer.factors is not None:
                 V, d, Ut = layer.factors
-                layer.factors = V, d[rows] if d.ndim == 3 else d, Ut                  # one preference a row
+                layer.factors = V, d[rows] if d.ndim == 3 else d, Ut                  # one preference per row
         for layer in self.model.modules():
             if getattr(layer, "one_token", None) is not None:
                 layer.one_token.stack_d(layer.layers if isinstance(layer, Joined) else [layer])
@@ -318,16 +318,14 @@ class Decoder:
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling.
 
-def sample_token(logits, temperature, top_p, generator=None, uniform=None):
+def sample_token(logits, temperature, top_p, uniform=None):
     """One token per row from logits (B, V): the best for temperature 0, else from the nucleus of mass top_p. -> (B,)
 
-    uniform: (B,) random numbers in [0, 1) to use, None: drawn from the generator.
+    uniform: (B,) random numbers in [0, 1); not needed for temperature 0.
     """
     assert temperature >= 0 and 0 < top_p <= 1
     if temperature == 0:
         return logits.argmax(-1)
-    if uniform is None:
-        uniform = torch.rand(len(logits), generator=generator, device=logits.device)
     probs = (logits.float() / temperature).softmax(-1)
     if top_p < 1:
         probs, ids = probs.sort(-1, descending=True)
@@ -342,15 +340,13 @@ def sample_token(logits, temperature, top_p, generator=None, uniform=None):
 
 
 @torch.inference_mode()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, generator=None, graph=None,
-             pack=None):
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, generator=None, pack=None):
     """Continues every prompt until EOS or max_new_tokens. temperature 0 is greedy.
 
     prompts: list of token lists, of any lengths >= 1; a row's logits do not depend on the others. eos_id: default the
     config's; -1 never stops. generator: on any device; the same seed gives the same tokens.
-    graph: replay the decode step as a CUDA graph (None: on CUDA). pack: copy the weights into a faster layout for this
-    call, which takes their memory once more, for a quantised base that of the dense weights (None: on a CPU, if
-    max_new_tokens is large enough to gain by it).
+    pack: copy the weights into a faster layout for this call, which takes their memory once more, for a quantised base
+    that of the dense weights (None: on a CPU, if max_new_tokens is large enough to gain by it).
     Returns a list of token lists, the new tokens alone; one that ends in EOS stopped by itself. Raises ValueError where
     prompt and new tokens exceed the context.
     """
@@ -367,16 +363,15 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
         seed = torch.randint(2 ** 62, (), generator=generator, device=generator.device).item()
         generator = torch.Generator(device).manual_seed(seed)
     on_cpu, B = device.type == "cpu", len(prompts)
-    graph = device.type == "cuda" if graph is None else graph
     pack = on_cpu and max_new_tokens >= PACK_STEPS if pack is None else pack
-    decoder = Decoder(model, prompts, max_new_tokens, graph, pack)
+    decoder = Decoder(model, prompts, max_new_tokens, device.type == "cuda", pack)
     logits, rows = decoder.prefill(), torch.arange(B, device=device)                  # rows: those still in the batch
     out = torch.zeros(B, max_new_tokens, dtype=torch.int64, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
     for i in range(max_new_tokens):
         # B numbers in every step, also for rows that were dropped: so dropping rows changes no sample
         uniform = torch.rand(B, generator=generator, device=device)[rows] if temperature > 0 else None
-        token = sample_token(logits, temperature, top_p, uniform=uniform)
+        token = sample_token(logits, temperature, top_p, uniform)
         out[rows, i] = token
         if i + 1 == max_new_tokens:
             break

@@ -1,6 +1,6 @@
 """triton_kernels.py - the Triton kernels that ops/ launches on CUDA, each with a thin launcher.
 
-    svd_lora_down         h = (x V) · d                            svd_lora_up_         y += h Uᵀ + b, in place
+    svd_lora_down         h = (x V) · d                            svd_lora_up_         y += h Uᵀ, in place
     svd_lora_decode       x Wᵀ + b + ((x V) · d) Uᵀ of a few rows: whole layers in one launch, W maybe quantised
     logprob_rows          log-probabilities from rows of logits, with their gradient, two passes over them
     rms_norm_forward/backward        rotate_, in place             swiglu_forward/backward
@@ -100,7 +100,7 @@ def svd_lora_down(x, V, d, rows):
 
 
 @triton.jit
-def _up_kernel(y, h, U, bias, N, d_out, r, sy, sy_column, sh, sU, BN: tl.constexpr, BD: tl.constexpr):
+def _up_kernel(y, h, U, N, d_out, r, sy, sy_column, sh, sU, BN: tl.constexpr, BD: tl.constexpr):
     tiles = tl.cdiv(d_out, BD)                                # neighbouring programs share rows of y and h
     i = tl.program_id(0) // tiles * BN + tl.arange(0, BN)
     j = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
@@ -113,20 +113,18 @@ def _up_kernel(y, h, U, bias, N, d_out, r, sy, sy_column, sh, sU, BN: tl.constex
         a = tl.load(h_rows + k[None, :], mask=(i[:, None] < N) & (k[None, :] < r), other=0.0)               # (BN, 16)
         b = tl.load(U + j[None, :] * sU + k[:, None], mask=(j[None, :] < d_out) & (k[:, None] < r), other=0.0)
         new += _dot(a, b, y.dtype.element_ty)                                         # (BN, 16) (16, BD)
-    if bias is not None:
-        new += tl.load(bias + j, mask=j < d_out, other=0.0).to(tl.float32)[None, :]
     tl.store(tile, new.to(y.dtype.element_ty), mask=mask)
 
 
 @_on_its_device
-def svd_lora_up_(y, h, U, bias=None):
-    """y += h Uᵀ (+ bias), in place. y: (N, d_out) of any strides, h: (N, r), U: (d_out, r), bias: (d_out,) or None."""
+def svd_lora_up_(y, h, U):
+    """y += h Uᵀ, in place. y: (N, d_out) of any strides, h: (N, r), U: (d_out, r)."""
     (N, d_out), r = y.shape, U.shape[1]
     if N > 0:
-        h, U, bias = _rows(h), _rows(U), bias if bias is None else bias.contiguous()
+        h, U = _rows(h), _rows(U)
         tile = 64                                             # 16 elements per thread: they stay in its registers
         _up_kernel[(triton.cdiv(N, tile) * triton.cdiv(d_out, tile),)](
-            y, h, U, bias, N, d_out, r, y.stride(0), y.stride(1), h.stride(0), U.stride(0), BN=tile, BD=tile,
+            y, h, U, N, d_out, r, y.stride(0), y.stride(1), h.stride(0), U.stride(0), BN=tile, BD=tile,
             num_warps=8)
     return y
 
@@ -219,14 +217,14 @@ def _decode_kernel(x, W, W1, W2, scales, scales1, scales2, table, V, d, U, bias,
 
 
 @_on_its_device
-def svd_lora_decode(x, W, V, d, U, bias=None, finished=None, scales=None, table=None, group=64):
+def svd_lora_decode(x, W, V, d, U, bias, finished, scales=None, table=None, group=64):
     """y = x Wᵀ + b + ((x V) · d) Uᵀ for one to three layers of one input, in one launch.
 
     x: (N, d_in), N <= DECODE_ROWS   W: a tuple of (d_out, d_in), one matrix per layer   V: (layers, BR, d_in), each
     layer's V transposed and padded with zeros to a rank BR that is a power of two from 16 to DECODE_RANK, contiguous;
     or None, then d and U too   d: (layers, r) or (layers, N, r), r <= BR   U: (all d_out, BR), the layers' stacked,
     padded alike   bias: (all d_out,) or None   finished: (all d_out,) int32 zeros, which the kernel leaves zero; two
-    launches that may run at the same time must not share them (None: new ones, which costs a launch).
+    launches that may run at the same time must not share them.
     Quantised: W int8, scales a tuple of (d_out,); or W uint8, two codes in a byte, the even column in the low four
     bits, scales a tuple of (d_out, ceil(d_in / group)), and table (16,), the codes' values. With bf16, a table of 16
     bits is much faster: Triton would copy wider values to shared memory one by one. No dequantised W is written.
@@ -252,8 +250,6 @@ def svd_lora_decode(x, W, V, d, U, bias=None, finished=None, scales=None, table=
         steps = triton.cdiv(tiles, min(8, triton.cdiv(DECODE_OUTPUTS, sum(sizes))))
         splits, BN = triton.cdiv(tiles, steps), max(16, triton.next_power_of_2(N))
         parts = torch.empty(strips * splits * BO * BN if splits > 1 else 0, dtype=torch.float32, device=x.device)
-        if finished is None:
-            finished = torch.zeros(strips, dtype=torch.int32, device=x.device)
         assert len(finished) >= strips
         three = lambda seq: (*seq, *[None] * (3 - len(seq)))
         _decode_kernel[(strips * splits,)](

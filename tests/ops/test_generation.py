@@ -134,7 +134,7 @@ def test_generation_stops_at_eos(family, talker):
 
 def test_dropping_rows_changes_no_sample(talker, monkeypatch):
     """Rows that have ended leave the batch; the others continue with their own random numbers, keys and values.
-    Wrong: as many numbers a step as rows are left; the cache, padding or last tokens not cut down alike."""
+    Wrong: as many numbers per step as rows are left; the cache, padding or last tokens not cut down alike."""
     sizes, keep = [], Decoder.keep
     monkeypatch.setattr(Decoder, "keep", lambda self, rows: (sizes.append(len(rows)), keep(self, rows)))
     model = talker("llama")
@@ -146,7 +146,7 @@ def test_dropping_rows_changes_no_sample(talker, monkeypatch):
 
 
 def test_generation_does_no_more_than_it_must(talker, monkeypatch):
-    """The prompts once, then one token a step, until all rows are done; and every query has something to look at."""
+    """The prompts once, then one token per step, until all rows are done; and every query has something to look at."""
     calls, forward = [], Transformer.forward
 
     def record(self, tokens, positions, mask, *args, **kwargs):
@@ -230,7 +230,7 @@ def test_the_decode_step_can_be_replayed(family, tiny, close):
 # Fast products.
 
 def layers(dtype):
-    """A Linear, one without bias, an SVDLoRALinear with one λ a row and one with one for all; and x (4, 3, 256)."""
+    """A Linear, one without bias, an SVDLoRALinear with one λ per row and one with one for all; and x (4, 3, 256)."""
     torch.manual_seed(0)
     plain, bare = nn.Linear(256, 300).to(dtype), nn.Linear(256, 300, bias=False).to(dtype)
     rows, shared = (SVDLoRALinear(x, 8, 2, 64.0) for x in (plain, bare))
@@ -327,7 +327,7 @@ def test_sampling(temperature, top_p, expected):
     """The exact support of the nucleus, and frequencies within 5 sigma. Halving the temperature squares the ratios, and
     a nucleus is one of the tempered distribution."""
     logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().expand(20_000, 4) + 3
-    drawn = sample_token(logits, temperature, top_p, seeded(0))
+    drawn = sample_token(logits, temperature, top_p, torch.rand(20_000, generator=seeded(0)))
     assert drawn.shape == (20_000,)
     p = torch.tensor(expected) / sum(expected)
     frequency = drawn.bincount(minlength=4) / 20_000
@@ -351,7 +351,7 @@ def test_the_ends_of_the_distribution():
 def test_rows_are_sampled_from_their_own_logits():
     logits = torch.tensor([[0.0, 9, 1], [9, 0, 1], [0, 1, 9]]) * 10
     for temperature, top_p in ((0, 1.0), (1.0, 1.0), (1.0, 0.9)):
-        assert sample_token(logits, temperature, top_p).tolist() == [1, 0, 2]
+        assert sample_token(logits, temperature, top_p, torch.rand(3)).tolist() == [1, 0, 2]
     for temperature, top_p in ((-1.0, 1.0), (1.0, 0.0), (1.0, 1.1)):
         with pytest.raises(AssertionError):
             sample_token(logits, temperature, top_p)
