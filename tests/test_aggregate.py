@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from aggregate import (
+    denominators,
     linear_scalarization,
     min_norm_weights,
     models_of,
@@ -312,7 +313,23 @@ def test_readings_of_pama_by_hand():
     assert c is None and combined[mask.bool()].tolist() == [0, 0, 1]
 
 
-# ---- one reward of several, and the models of a method ----
+# ---- from sums to means, one reward of several, and the models of a method ----
+
+def test_denominators_by_hand():
+    known = torch.tensor([[2.0, 0.0], [4.0, 6.0]])                       # labels under two preferences
+    sums, lam = torch.tensor([[6.0, 0.0], [2.0, 9.0]]), torch.tensor([[0.5, 0.5], [0.25, 0.75]])
+    counts, absent = denominators(known, "ls")
+    assert counts.tolist() == [[3, 3]] and absent == 0
+    # every label weighs λ_i / (3 · 2), under whichever preference it is. wrong: λ_i / (count of its own preference · 2)
+    assert linear_scalarization(sums / counts + absent, lam).mean().item() == pytest.approx(
+        (0.5 * 6 + 0.25 * 2 + 0.75 * 9) / 6)
+    counts, absent = denominators(known, "tche")
+    L = sums / counts + absent
+    assert L[0, 0] == 3 and L[1].tolist() == [0.5, 1.5]                  # means over each preference's own labels
+    assert tchebycheff(L, lam).tolist() == [1.5, 1.125]                  # wrong: 0 / 0 where no label is
+    below = torch.tensor([[-5.0, 0.0]])                                  # also where the other loss is negative
+    assert tchebycheff(below + absent[:1], lam[:1]) == -2.5
+
 
 def test_scalar_reward_by_hand():
     r, z, lam = torch.tensor([[1.0, 3.0], [4.0, 0.0]]), torch.tensor([5.0, 4.0]), torch.tensor([0.25, 0.75])
