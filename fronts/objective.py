@@ -165,7 +165,7 @@ def rlhf_optimum(lams, world, o, everything=False):
     r, ref = (world.r_all, world.ref_all) if everything else (world.r_all[:, :-1], world.ref)
     # a trained reward model's own largest rewards are not these: the true ones then
     z = r.amax((0, 1)) if o["ideal"] is None else torch.tensor(o["ideal"], dtype=torch.float64)
-    return *optimum.rlhf_optimum(lams, r, ref, o["beta"], o["aggregate"], z, o["smooth"]), 0.0
+    return *optimum.rlhf_closed_form(lams, r, ref, o["beta"], o["aggregate"], z, o["smooth"]), 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -299,7 +299,7 @@ def rlhf_objectives(logps, ref, rewards, beta):
     return torch.einsum("...xo,xom->...m", p, rewards) / len(ref) - beta * kl[..., None], kl
 
 
-def rlhf_optimum(lams, rewards, ref, beta, aggregate="ls", ideal=None, smooth=0.0):
+def rlhf_closed_form(lams, rewards, ref, beta, aggregate="ls", ideal=None, smooth=0.0):
     """The optimum of Eq. (12) or (13) over all policies, in closed form: π* ∝ π_ref exp(R_λ / β), R_λ = scalar_reward.
 
     lams: (F, m)   rewards: (X, O, m)   ref: (X, O) log π_ref  ->  J (F, m), log π* (F, X, O)

@@ -9,7 +9,7 @@ from data.tokenizers import load_tokenizer, tokenize
 from data.trees import batch_logprobs
 from fronts import measure
 from fronts.objective import OBJECTIVES
-from fronts.optimum import rlhf_objectives, rlhf_optimum, with_outside
+from fronts.optimum import rlhf_closed_form, rlhf_objectives, with_outside
 from fronts.stationarity import min_norm
 from model import Config, Transformer
 
@@ -102,7 +102,7 @@ def test_no_policy_is_measured_above_the_exact_front(small):
     data, policy = world(small)
     lams = simplex_lattice(2, 10)
     for key, r, ref in (("J", data.r_all[:, :-1], data.ref), ("J_all", data.r_all, data.ref_all)):
-        J, logps = rlhf_optimum(lams, r, ref, BETA)
+        J, logps = rlhf_closed_form(lams, r, ref, BETA)
         for net in (policy, small[0]):
             reached = torch.tensor(data.measure(net, BETA)[key], dtype=torch.float64)
             assert (lams @ reached < (lams * J).sum(1) - 0.01).all()

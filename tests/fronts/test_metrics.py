@@ -156,7 +156,7 @@ def test_few_points():
 @pytest.mark.parametrize("m, n", [(1, 9), (2, 30), (3, 14), (4, 9), (5, 6), (6, 4)])
 @TIED
 def test_hypervolume_equals_cells_of_a_grid(m, n, levels):
-    for seed in range(3):
+    for seed in range(2):
         P = random_points(n, m, seed, levels) + 0.05
         assert hypervolume(P, np.zeros(m)) == pytest.approx(cells(P), rel=1e-12)
 
@@ -183,13 +183,13 @@ def test_hypervolume_equals_slabs(m, n, levels):
 def test_hypervolume_equals_monte_carlo_in_ten_dimensions():
     reference, rng = np.full(10, -4.0), np.random.default_rng(0)
     for P in (sphere(60, 10), random_points(60, 10)):
-        x, inside = rng.random((40_000, 10)) * (P.max(0) - reference) + reference, np.zeros(40_000, dtype=bool)
+        x, inside = rng.random((20_000, 10)) * (P.max(0) - reference) + reference, np.zeros(20_000, dtype=bool)
         for p in P:
             inside |= (x <= p).all(1)
         volume, share = (P.max(0) - reference).prod(), inside.mean()
         error = (share * (1 - share) / len(x)) ** 0.5
-        assert error < 0.01 * share and abs(hypervolume(P, reference) / volume - share) < 4 * error
-        assert abs(hypervolume(P[:20], reference) / volume - share) > 8 * error          # two thirds of them are missed
+        assert error < 0.02 * share and abs(hypervolume(P, reference) / volume - share) < 4 * error
+        assert abs(hypervolume(P[:20], reference) / volume - share) > 6 * error          # two thirds of them are missed
 
 
 @pytest.mark.parametrize("m, n", [(4, 200), (6, 60), (8, 40), (10, 30)])

@@ -16,8 +16,8 @@ from fronts.optimum import (
     most_scores,
     newton,
     problems,
+    rlhf_closed_form,
     rlhf_objectives,
-    rlhf_optimum,
     win_probs,
 )
 from objectives import dpo_loss
@@ -292,7 +292,7 @@ def test_score_front_is_the_rlhf_optimum_at_its_beta(close):
     lams = simplex_lattice(3, 3)
     r, kl, beta = most_scores(lams, scores, ref, [0.2])
     for n, lam in enumerate(lams):
-        J, logps = rlhf_optimum(lam[None], scores, ref, beta[0, n].item())
+        J, logps = rlhf_closed_form(lam[None], scores, ref, beta[0, n].item())
         free, spent = rlhf_objectives(logps, ref, scores, 0.0)
         assert close(r[0, n], free[0], 1e-9) and spent.item() == pytest.approx(0.2, abs=1e-6)
 
@@ -302,7 +302,7 @@ def test_no_policy_scores_higher_within_the_budget():
     lams, budget = simplex_lattice(3, 3), 0.2
     r, _, beta = most_scores(lams, scores, ref, [budget])
     best = (lams * r[0]).sum(1)
-    optima = torch.stack([rlhf_optimum(lam[None], scores, ref, b.item())[1][0] for lam, b in zip(lams, beta[0])])
+    optima = torch.stack([rlhf_closed_form(lam[None], scores, ref, b.item())[1][0] for lam, b in zip(lams, beta[0])])
     g = torch.Generator().manual_seed(5)
     within = 0
     for size in (1e-3, 0.1, 1.0):

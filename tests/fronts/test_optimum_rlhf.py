@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from aggregate import simplex_lattice
-from fronts.optimum import rlhf_objectives, rlhf_optimum, with_outside
+from fronts.optimum import rlhf_closed_form, rlhf_objectives, with_outside
 
 BETA = 0.4
 AGGREGATES = {"ls": {}, "tche": {}, "smooth": {"smooth": 0.3}}
@@ -29,7 +29,7 @@ def one_reward(rewards, lam, z, aggregate, smooth=0.0):
 
 
 def front(lams, ref, rewards, z, aggregate):
-    return rlhf_optimum(lams, rewards, ref, BETA, "ls" if aggregate == "ls" else "tche", z, **AGGREGATES[aggregate])
+    return rlhf_closed_form(lams, rewards, ref, BETA, "ls" if aggregate == "ls" else "tche", z, **AGGREGATES[aggregate])
 
 
 def soft_value(R, ref):
@@ -110,7 +110,7 @@ def test_numerical_optimisation_finds_the_same_policy(aggregate, close):
 def test_no_policy_beats_the_front():
     ref, rewards, _ = problem()
     lams = simplex_lattice(3, 4)
-    J, logps = rlhf_optimum(lams, rewards, ref, BETA)
+    J, logps = rlhf_closed_form(lams, rewards, ref, BETA)
     best = (lams * J).sum(1)
     g = torch.Generator().manual_seed(5)
     for size in (1e-2, 0.3, 3.0):                        # neighbours of every optimum, and far from it
@@ -123,8 +123,8 @@ def test_no_policy_beats_the_front():
 
 def test_vertices(close):
     ref, rewards, _ = problem()
-    J, logps = rlhf_optimum(torch.eye(3), rewards, ref, BETA)
-    every = rlhf_optimum(simplex_lattice(3, 10), rewards, ref, BETA)[0]
+    J, logps = rlhf_closed_form(torch.eye(3), rewards, ref, BETA)
+    every = rlhf_closed_form(simplex_lattice(3, 10), rewards, ref, BETA)[0]
     for i in range(3):
         p = ref.exp() * (rewards[..., i] / BETA).exp()
         assert close(logps[i].exp(), p / p.sum(-1, keepdim=True), 1e-12)
@@ -136,13 +136,13 @@ def test_any_other_text_is_an_outcome():
     inside, rewards, _ = problem()
     ref = with_outside(inside[:, :-1].log_softmax(-1) + math.log(0.5))
     lam = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
-    J, logps = rlhf_optimum(lam, rewards, ref, BETA)
+    J, logps = rlhf_closed_form(lam, rewards, ref, BETA)
     R = rewards @ lam[0]
     Z = (ref.exp() * (R / BETA).exp()).sum(-1)
     assert torch.allclose(logps[0, :, -1].exp(), 0.5 * (R[:, -1] / BETA).exp() / Z, rtol=1e-10)
     assert 0 < logps[0, :, -1].exp().max() < 0.02
     # wrong: renormalised to the set, where the same policy seems to cost nothing for leaving the other texts
-    narrow, _ = rlhf_optimum(lam, rewards[:, :-1], ref[:, :-1].log_softmax(-1), BETA)
+    narrow, _ = rlhf_closed_form(lam, rewards[:, :-1], ref[:, :-1].log_softmax(-1), BETA)
     assert (narrow - J).min() > 0.9 * BETA * math.log(2)
 
 
@@ -159,15 +159,15 @@ def test_the_kl_of_lumped_outcomes_is_a_lower_bound_and_exact_at_the_optimum():
     assert (kl_lumped < kl - 0.01).all() and (kl_lumped > 0).all()
     assert torch.allclose(J_lumped + BETA * kl_lumped[:, None], J + BETA * kl[:, None], atol=1e-10)  # E r is the same
     lams = simplex_lattice(2, 5)
-    lumped = rlhf_optimum(lams, few, lump(ref), BETA)[0]
-    assert torch.allclose(lumped, rlhf_optimum(lams, rewards, ref, BETA)[0], atol=1e-10)
+    lumped = rlhf_closed_form(lams, few, lump(ref), BETA)[0]
+    assert torch.allclose(lumped, rlhf_closed_form(lams, rewards, ref, BETA)[0], atol=1e-10)
 
 
 def test_the_front_is_monotone_in_the_preference():
     ref, rewards, _ = problem(m=2)
-    J, logps = rlhf_optimum(simplex_lattice(2, 20), rewards, ref, BETA)                # λ_0 ascending
+    J, logps = rlhf_closed_form(simplex_lattice(2, 20), rewards, ref, BETA)                # λ_0 ascending
     assert (J[:, 0].diff() > 0).all() and (J[:, 1].diff() < 0).all()
-    policy = lambda b: rlhf_optimum(torch.tensor([[0.5, 0.5]]), rewards, ref, b)[1]
+    policy = lambda b: rlhf_closed_form(torch.tensor([[0.5, 0.5]]), rewards, ref, b)[1]
     kl = torch.stack([rlhf_objectives(policy(b), ref, rewards, b)[1][0]
                       for b in (0.1, 0.4, 1.6)])
     assert (kl.diff() < 0).all()                         # a larger β keeps the policy nearer to its reference

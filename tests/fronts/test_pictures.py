@@ -182,7 +182,7 @@ def test_more_dimensions_with_other_preferences_show_every_point():
 
 # ---- files: every number of dimensions, one run and several, with and without the truth, and a single policy ----
 
-@pytest.mark.parametrize("m, runs", [(2, 1), (3, 1), (3, 2), (5, 1)])
+@pytest.mark.parametrize("m, runs", [(2, 1), (3, 2), (5, 1)])
 def test_fronts_of_few_preferences_are_drawn(m, runs, tmp_path):
     known = dict(exact_front=runs == 2, objective="rlhf")
     one = result(m, [[1 / m] * m], method="pama", **known)
