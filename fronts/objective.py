@@ -1,9 +1,9 @@
 """objective.py - what a run optimises, described once: one row of OBJECTIVES per objective.
 
-A run's config.json names its objective: {"name": a key of OBJECTIVES, "beta", "aggregate": "ls" | "tche", "ideal",
-"smooth"}. Whatever evaluates or draws the run asks this table: how its J is computed on the embedded world, which exact
-front stands beside it, what it is measured on where the truth is not known, and what all of this is called. A new
-objective is a loss in objectives.py, a choice in its training script, and here its functions and its row: see IPO.
+A run's config.json names its objective: {"name": a key of OBJECTIVES, "beta", "aggregate": "ls" | "tche", "ideal"}.
+Whatever evaluates or draws the run asks this table: how its J is computed on the embedded world, which exact front
+stands beside it, what it is measured on where the truth is not known, and what all of this is called. A new objective
+is a loss in objectives.py, a choice in its training script, and here its functions and its row: see IPO.
 
 F: preferences   lams: (F, m)   m: dimensions   X: prompts   S: the world's responses   O = S + 1: with "any other text"
 Q: distinct problems among the prompts   world: measure.World after reference()   logps: (X, S) log π(y|x) of a policy
@@ -165,7 +165,7 @@ def rlhf_optimum(lams, world, o, everything=False):
     r, ref = (world.r_all, world.ref_all) if everything else (world.r_all[:, :-1], world.ref)
     # a trained reward model's own largest rewards are not these: the true ones then
     z = r.amax((0, 1)) if o["ideal"] is None else torch.tensor(o["ideal"], dtype=torch.float64)
-    return *optimum.rlhf_closed_form(lams, r, ref, o["beta"], o["aggregate"], z, o["smooth"]), 0.0
+    return *optimum.rlhf_closed_form(lams, r, ref, o["beta"], o["aggregate"], z), 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

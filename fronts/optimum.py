@@ -299,12 +299,12 @@ def rlhf_objectives(logps, ref, rewards, beta):
     return torch.einsum("...xo,xom->...m", p, rewards) / len(ref) - beta * kl[..., None], kl
 
 
-def rlhf_closed_form(lams, rewards, ref, beta, aggregate="ls", ideal=None, smooth=0.0):
+def rlhf_closed_form(lams, rewards, ref, beta, aggregate="ls", ideal=None):
     """The optimum of Eq. (12) or (13) over all policies, in closed form: π* ∝ π_ref exp(R_λ / β), R_λ = scalar_reward.
 
     lams: (F, m)   rewards: (X, O, m)   ref: (X, O) log π_ref  ->  J (F, m), log π* (F, X, O)
     """
-    R = scalar_reward(rewards, lams.double()[:, None, None], aggregate, ideal, smooth)   # (F, X, O)
+    R = scalar_reward(rewards, lams.double()[:, None, None], aggregate, ideal)   # (F, X, O)
     logps = (ref + R / beta).log_softmax(-1)
     return rlhf_objectives(logps, ref, rewards, beta)[0], logps
 

@@ -15,7 +15,7 @@ from fronts.objective import OBJECTIVES, POINTS, ipo_losses, measured_on, same_o
 from objectives import ipo_loss
 from runs.files import UserError
 
-LS = {"beta": 0.5, "aggregate": "ls", "ideal": None, "smooth": 0.0}
+LS = {"beta": 0.5, "aggregate": "ls", "ideal": None}
 TCHE = LS | {"aggregate": "tche"}
 
 
