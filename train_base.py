@@ -57,16 +57,14 @@ def train(model, out, rows, probs, flags, device):
         for j in epoch_batch(len(rows), flags.batch_size, flags.seed, step).tolist():
             drawn = torch.multinomial(probs[j], flags.responses, replacement=True, generator=g).tolist()
             batch.append(replace(rows[j], responses=[rows[j].responses[s] for s in drawn]))
-        batch = pack(batch)
-        tokens, predicted = int(batch.nodes.sum()), len(batch.targets)
-        batch = batch.to(device)
+        batch = pack(batch).to(device)
 
         # 2. loss: nats per token of the responses
         loss = sft_loss(batch_logprobs(model, batch)).sum() / batch.on_path.sum()
 
         # 3. backward, clip, step
         run.update(loss)
-        run.log(tokens, predicted)
+        run.log(*batch.size)
 
 
 def main(flags):

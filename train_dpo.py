@@ -94,7 +94,7 @@ def train(model, out, name, fixed_lam, rows, reference, dims, flags, steps, memb
 
         # line 8: a step of gradient descent on U, V, σ and s
         run.update(objective, flags.orth_coeff and flags.orth_coeff * orthogonality_penalty(model))
-        run.log(batch.tokens, batch.predicted, ("losses", "accuracy"), lam=lam.tolist(),
+        run.log(*batch.tree.size, ("losses", "accuracy"), lam=lam.tolist(),
                 means={"losses": (losses, batch.known), "accuracy": (correct, batch.known)})
     save_adapter(model, out / f"{name}.safetensors", dims, method=flags.method, beta=flags.beta,
                  lam=None if fixed_lam is None else fixed_lam.tolist())

@@ -90,9 +90,7 @@ def train(model, out, stage, member, g, lams, rows, near, dims, flags, resume, d
     for step in run.steps():
         # 1. the next B of the k pairs, which are shuffled anew when all have been seen
         chosen = epoch_batch(len(near), flags.batch_size, flags.seed, first + step).tolist()
-        batch = pack([rows[near[i]] for i in chosen], pad_to(device))
-        tokens, predicted = int(batch.nodes.sum()), len(batch.targets)
-        batch = batch.to(device)
+        batch = pack([rows[near[i]] for i in chosen], pad_to(device)).to(device)
 
         # 2. loss: nats per token. Not the mean over responses of their own means: this is the pairs' likelihood, and
         #    divided by tokens it has one scale for short and for long texts
@@ -100,7 +98,7 @@ def train(model, out, stage, member, g, lams, rows, near, dims, flags, resume, d
 
         # 3. backward, clip, step
         run.update(loss)
-        run.log(tokens, predicted, stage=stage, adapter=g)
+        run.log(*batch.size, stage=stage, adapter=g)
     last = stage == 2 or not flags.stage2
     save_adapter(model, out / f"adapter-{g:03d}.safetensors" if last else stage1_file(out, g), dims, method="hqd",
                  stage=stage, lam=lams[g].tolist())

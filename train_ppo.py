@@ -205,11 +205,9 @@ def look(model, rows, responses, index, run, flags, device):
     π/π_old is exactly 1.
     """
     K = flags.samples
-    batch = pack([TokenRow(rows[x].prompt, responses[x * K:(x + 1) * K]) for x in index], pad_to(device))
-    tokens, predicted = int(batch.nodes.sum()), len(batch.targets)
+    batch = pack([TokenRow(rows[x].prompt, responses[x * K:(x + 1) * K]) for x in index], pad_to(device)).to(device)
     for base in (2, 2, *[4] * flags.update_iters):            # policy and reference forward, then the updates
-        run.work(tokens, predicted, base)
-    batch = batch.to(device)
+        run.work(*batch.size, base)
     states = predicting_states(model, batch)                                          # (N, D)
     old = path_logprobs(model, batch, states)                                         # (R', L)
     with adapters_off(model):
@@ -267,9 +265,8 @@ def own_texts(rows, chosen, weights, flags, draw):
 
 def ptx_loss(model, rows, run, device):
     """The SFT loss, nats per token, of rows with texts of their own, under the λ in place."""
-    batch = pack(rows, pad_to(device))
-    run.work(int(batch.nodes.sum()), len(batch.targets), base=4)
-    batch = batch.to(device)
+    batch = pack(rows, pad_to(device)).to(device)
+    run.work(*batch.size, base=4)
     return sft_loss(batch_logprobs(model, batch)).sum() / batch.on_path.sum()
 
 

@@ -73,9 +73,7 @@ def train(model, rows, dims, flags, out, resume, device):
     for step in run.steps():
         # 1. a batch of rows
         chosen = epoch_batch(len(rows), flags.batch_size, flags.seed, step, lengths).tolist()
-        batch, last = pack_ends([rows[j] for j in chosen], pad_to(device))
-        tokens = int(batch.nodes.sum())
-        batch, last = batch.to(device), last.to(device)
+        batch, last = (x.to(device) for x in pack_ends([rows[j] for j in chosen], pad_to(device)))
 
         # 2. rewards of all responses, all dimensions
         raw = model(batch.tokens, last, batch.positions, batch.mask)                  # (R, m)
@@ -86,7 +84,7 @@ def train(model, rows, dims, flags, out, resume, device):
 
         # 4. backward, clip, step
         run.update(loss)
-        run.log(tokens, 0, ("losses", "accuracy"), labels=known.sum(0).long().tolist(),
+        run.log(batch.size[0], 0, ("losses", "accuracy"), labels=known.sum(0).long().tolist(),
                 means={"losses": (losses, known), "accuracy": (correct, known)})
 
 

@@ -88,7 +88,7 @@ def train(model, out, name, fixed_lam, rows, kinds, scale, ideal, dims, flags, s
 
         # line 8: a step of gradient descent on U, V, σ and s
         run.update(objective)
-        run.log(batch.tokens, batch.predicted, ("losses",), lam=lam.tolist(), means={"losses": (nats, batch.known)})
+        run.log(*batch.tree.size, ("losses",), lam=lam.tolist(), means={"losses": (nats, batch.known)})
     save_adapter(model, out / f"{name}.safetensors", dims, method=flags.method,
                  lam=None if fixed_lam is None else fixed_lam.tolist())
 

@@ -26,8 +26,6 @@ class Batch:
     rows: list[int]             # (B,) which rows of the data
     group: torch.Tensor         # (B,) which of the G preferences each is under
     tree: TreeBatch
-    tokens: int                 # that run through the blocks
-    predicted: int              # N
     known: torch.Tensor         # (items, m)
     item_group: torch.Tensor    # (items,) the preference that each item is under
     counts: torch.Tensor        # (G or 1, m) what sums are divided by, and
@@ -69,9 +67,8 @@ class Batches:
         rows, group = chosen[mine].tolist(), self.group[mine]
         tree, known = pack([self.rows[j] for j in rows], self.multiple), [self.known[j] for j in rows]
         item_group = group.repeat_interleave(torch.tensor([len(x) for x in known]))
-        return Batch(rows, group, tree.to(self.device), int(tree.nodes.sum()), len(tree.targets),
-                     torch.cat(known).to(self.device), item_group.to(self.device), counts,
-                     absent + torch.zeros_like(labels, device=self.device))
+        return Batch(rows, group, tree.to(self.device), torch.cat(known).to(self.device), item_group.to(self.device),
+                     counts, absent + torch.zeros_like(labels, device=self.device))
 
 
 @torch.no_grad()

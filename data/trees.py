@@ -49,16 +49,17 @@ class TreeBatch:
     pairs: torch.Tensor         # (P, 2)          the compared responses, as indices into the R
     pair_row: torch.Tensor      # (P,)            the row of each pair
     better: torch.Tensor        # (P, m)          0: the first is better, 1: the second, -1: no label
-    nodes: torch.Tensor         # (B,)            how many of the T of each row are nodes; the rest is padding
+    nodes: list[int]            # (B,)            how many of the T of each row are nodes; the rest is padding
 
     def to(self, device):
         """The same batch on another device."""
-        return TreeBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return TreeBatch(**{k: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for k, x in moved.items()})
 
     @property
-    def rows(self):
-        """The row of each edge. (N,)"""
-        return self.parents // self.tokens.shape[1]
+    def size(self):
+        """How many tokens run through the blocks, and how many of them the head predicts."""
+        return sum(self.nodes), len(self.targets)
 
     @property
     def on_path(self):
@@ -111,7 +112,7 @@ def pack(rows, multiple=1):
     return TreeBatch(torch.from_numpy(tokens), torch.from_numpy(positions), torch.from_numpy(mask),
                      torch.from_numpy(np.concatenate(parents)), torch.from_numpy(np.concatenate(targets)),
                      torch.from_numpy(paths), tensor(pairs, -1, 2), tensor(pair_row, -1),
-                     tensor(better, len(better), -1 if better else 0), tensor([len(nodes) for nodes, *_ in trees], -1))
+                     tensor(better, len(better), -1 if better else 0), [len(nodes) for nodes, *_ in trees])
 
 
 def _tree(prompt, responses):

@@ -110,7 +110,7 @@ def train_pooled(base, config, labelers, flags, tokenizer, device):
         ref = torch.cat([reference[j] for j in batch.rows]).to(device)                # (R,)
         losses, correct, known = losses_on_pairs(dpo_loss, pi, ref, batch.tree.pairs, batch.tree.better, settings.beta)
         run.update(batch.mean(losses).mean())                                         # (P, 1) -> (1, 1) -> ()
-        run.log(batch.tokens, batch.predicted, ("losses",), means={"losses": (losses, known)})
+        run.log(*batch.tree.size, ("losses",), means={"losses": (losses, known)})
     return model
 
 
