@@ -110,6 +110,8 @@ def main(flags):
 
 def check(flags, runs):
     """Raises UserError for flags that do not fit together, and for runs that cannot be evaluated together."""
+    if not runs:
+        raise UserError("name the directory of at least one run")
     if flags.evolution and len(runs) > 1:
         raise UserError("--evolution takes one run")
     if flags.parts is not None and flags.parts < 1:

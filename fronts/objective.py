@@ -74,7 +74,7 @@ def dpo_J(world, logps, beta):
 
 
 def zero_or_ideal(world, o):
-    """z of losses that are never below 0."""
+    """z: the losses that were given, else 0, which no loss of pairs is below."""
     return o["ideal"] or [0.0] * len(world.dims)
 
 
@@ -139,8 +139,8 @@ def sft_ideal(dims, split):
     return optimum.sft_entropies(writers(dims, split)).tolist()
 
 
-def sft_z(world, o):
-    """The losses that Tchebycheff aims at: those given, else the least that there are."""
+def least_or_ideal(world, o):
+    """z: the losses that were given, else the least that there are."""
     return o["ideal"] or optimum.sft_entropies(world.writers).tolist()
 
 
@@ -148,7 +148,7 @@ def sft_optimum(lams, world, o):
     """Mixtures of the writers' distributions, whatever the aggregation."""
     if o["aggregate"] == "ls":
         return *optimum.sft_ls(lams, world.writers), 0.0
-    return optimum.sft_tche(lams, world.writers, sft_z(world, o))
+    return optimum.sft_tche(lams, world.writers, least_or_ideal(world, o))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ OBJECTIVES = {
                      zero_or_ideal),
     "rlhf": Objective("RLHF", "E r − β KL", "s", rlhf_J, rlhf_optimum, Samples, MEAN_REWARD, sampled=True,
                       optimum_all=partial(rlhf_optimum, everything=True)),
-    "sft": Objective("SFT", "E log π(y|x)", "^", sft_J, sft_optimum, DemonstrationFiles, GAIN, sft_z),
+    "sft": Objective("SFT", "E log π(y|x)", "^", sft_J, sft_optimum, DemonstrationFiles, GAIN, least_or_ideal),
     "scores": Objective("scores", "mean score", "P", None, score_optimum, Samples, MEAN_REWARD,
                         scale=lambda *args: score_optimum(*args, NATS)[0], exact_points=MEAN_SCORE)}
 POINTS = {kind.name: kind for row in OBJECTIVES.values() for kind in (row.points, row.exact_points)}
