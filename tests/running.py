@@ -37,6 +37,7 @@ SMALL = {
     "train_reward": dict(rows=24, responses=4, batch_size=4, steps=20, max_new_tokens=8, reward_scale=[1.0, 5.0])}
 CONSTANTS = {train_hqd: dict(MOST_PROMPTS=10), train_ppo: dict(REFERENCE_SAMPLES=16),
              train_reward: dict(EVAL_ROWS=4, N_REFERENCE=12)}
+USUAL = {(module, name): getattr(module, name) for module, constants in CONSTANTS.items() for name in constants}
 
 
 @contextmanager
@@ -93,10 +94,9 @@ def go(script, name, **flags):
     """Trains out/<name> with a script's small flags and these; returns its directory as an absolute path."""
     module = importlib.import_module(script)
     with pytest.MonkeyPatch.context() as patch:
-        for target, constants in CONSTANTS.items():
-            for constant, value in constants.items():
-                if getattr(target, constant) > value:                  # a test's own, smaller one stays
-                    patch.setattr(target, constant, value)
+        for (target, constant), usual in USUAL.items():
+            if getattr(target, constant) == usual:                     # where a test has set its own, that stays
+                patch.setattr(target, constant, CONSTANTS[target][constant])
         argv = words(COMMON | SMALL[script] | flags | {"out": f"out/{name}"})
         return Path(module.main(cli(module.Flags, "", argv))).resolve()
 

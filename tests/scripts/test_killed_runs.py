@@ -1,0 +1,171 @@
+"""test_killed_runs.py - a run that was killed, at any point, goes on and ends in the very same files.
+
+Most kills are exceptions within a step, after its record was written and before its checkpoint: what a kill leaves. One
+is a real SIGKILL.
+"""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import eval_front
+import train_hqd
+import train_ppo
+from running import BASE, COMMON, Killed, ROOT, SMALL, go, killed, metrics, own_rows, read, timeless, words
+from runs.directory import read_state_header
+from runs.files import UserError
+
+
+def same_files(run, whole):
+    """Asserts that two runs hold the same files with the same bytes, but for what the clock or the name decides."""
+    names = lambda run: {str(f.relative_to(run)) for f in run.rglob("*") if f.is_file()}
+    made = {name for name in names(run) if not name.startswith(("front.", "evolution.", "stationarity.", "samples.",
+                                                                "histograms."))}
+    assert made == {name for name in names(whole) if name in made} and "adapter" in " ".join(made)
+    for name in made - {"timing.json", "config.json", "metrics.jsonl"}:
+        assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+    assert timeless(run) == timeless(whole)
+    assert not (run / "state.safetensors").exists() and not list(run.rglob(".*"))
+
+
+AT = lambda member, step: lambda record: (record["member"], record["step"]) == (member, step)
+LONG = dict(steps=12, method="rs", save_every=2)
+
+
+@pytest.mark.parametrize("script, flags, at, since", [
+    ("train_dpo", LONG, (0, 4), 2), ("train_dpo", LONG, (1, 4), 2), ("train_sft", LONG, (1, 5), 4),
+    ("train_dpo", LONG | dict(method="panacea", accumulate=2, aggregate="tche", lams_per_step=2), (0, 7), 6),
+    ("train_ppo", dict(steps=6, save_every=2, method="rs"), (1, 2), 3),
+    ("train_reward", dict(save_every=4), (0, 10), 8)])
+def test_it_goes_on_bit_for_bit(capsys, script, flags, at, since):
+    name = f"{script}-{flags.get('method', '')}-{flags.get('aggregate', '')}"
+    whole = go(script, f"{name}-whole", **flags)
+    run = killed(script, f"{name}-killed{at[0]}", AT(*at), **flags)
+    if script == "train_reward":
+        assert not (run / "reward.json").exists()
+    else:
+        with pytest.raises(UserError, match="training has not ended"):                # half a run is not evaluated
+            eval_front.main(eval_front.Flags(runs=[str(run)], device="cpu"))
+    capsys.readouterr()
+    # where no checkpoint of its own exists yet, a model goes on from the end of the one before
+    assert go(script, run.name, **flags) == run
+    after, member = (since, at[0]) if since < at[1] else (since, at[0] - 1)
+    assert f"continuing after step {after} of model {member + 1}" in capsys.readouterr().out
+    same_files(run, whole)
+
+
+def test_tchebycheff_s_ideal_comes_back(monkeypatch):
+    """RLHF on text rewards: z is the largest reward so far. Here rewards rise for three steps and fall ever after, so
+    a run that has forgotten z would find a smaller one."""
+    at, rollout, rewards_in = {}, train_ppo.rollout, train_ppo.rewards_in
+
+    def tracked(model, rows, tokenizer, flags, draw, run):
+        at["draw"] = draw
+        return rollout(model, rows, tokenizer, flags, draw, run)
+
+    def tilted(*args):
+        rewards, at["draw"] = rewards_in(*args), 0                     # 0 while their mean is measured
+        raw = rewards.raw
+        rewards.raw = lambda *texts: raw(*texts) + 10.0 * (2 - abs(at["draw"] - 2))
+        return rewards
+
+    monkeypatch.setattr(train_ppo, "rollout", tracked)
+    monkeypatch.setattr(train_ppo, "rewards_in", tilted)
+    flags = dict(rewards=["length", "narrative"], aggregate="tche", steps=8, save_every=2)
+    whole = go("train_ppo", "ideal-whole", **flags)
+    run = killed("train_ppo", "ideal-killed", AT(0, 5), **flags)
+    header, ideals = read_state_header(run / "state.safetensors"), [r["ideal"] for r in metrics(run)]
+    assert header["step"] == 4 and header["kept"]["ideal"] == ideals[3]
+    go("train_ppo", "ideal-killed", **flags)
+    same_files(run, whole)
+    ideals = np.array([r["ideal"] for r in metrics(run)])
+    assert (np.diff(ideals[:3], axis=0) > 0).all() and (ideals[3:] == ideals[2]).all()
+    best = np.array([r["normalised"] for r in metrics(run)])
+    assert (best[4:] < ideals[4:]).all()                               # what the resumed steps alone have seen is less
+
+
+@pytest.mark.parametrize("at", [(1, 0, 3), (1, 1, 2), (2, 3, 0), (2, 4, 2)])
+def test_both_stages_of_hqd(hqd_run, monkeypatch, at):
+    """In stage 1, in its first model and in a later one; after the answers of stage 2; within its training."""
+    name = "hqd-killed-" + "-".join(map(str, at))
+    run = killed("train_hqd", name, lambda r: (r["stage"], r["member"], r["step"]) == at)
+    said, generate = [], train_hqd.generate
+    monkeypatch.setattr(train_hqd, "generate", lambda *a, **k: said.append(1) or generate(*a, **k))
+    assert go("train_hqd", name) == run
+    assert bool(said) == (at != (2, 4, 2))               # answers are made once, and then read
+    same_files(run, hqd_run[0])
+
+
+def test_a_run_that_is_killed_in_its_evaluation_trains_nothing_again(monkeypatch, panacea, capsys):
+    def stop(flags):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(eval_front, "main", stop)
+        go("train_dpo", "not-evaluated", eval=True)
+    capsys.readouterr()
+    seen = []
+    monkeypatch.setattr(eval_front, "main", lambda flags: seen.append(flags.runs))
+    run = go("train_dpo", "not-evaluated", eval=True)
+    assert seen == [["out/not-evaluated"]] and "step 00001" not in capsys.readouterr().out
+    same_files(run, panacea)
+
+
+def test_other_flags_or_another_base_start_afresh(work, panacea, capsys):
+    for name, before, after, said in (("rate", dict(steps=9), dict(lr=1e-3), "other lr"),
+                                      ("same", {}, dict(log_every=3), "continuing after step 2")):
+        run = killed("train_dpo", f"changed-{name}", AT(0, 3), save_every=1, **before)
+        (run / "front.json").write_text("{}")
+        capsys.readouterr()
+        assert go("train_dpo", run.name, save_every=1, **after) == run
+        printed = capsys.readouterr().out
+        assert said in printed and [r["step"] for r in metrics(run)] == [1, 2, 3, 4]
+        assert ("starting afresh" in printed) == (name == "rate") != (run / "front.json").exists()
+    run = killed("train_dpo", "changed-state", AT(0, 3), save_every=1)
+    (run / "state.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(UserError, match="state.safetensors is not a state file; delete it to start afresh"):
+        go("train_dpo", "changed-state", save_every=1)
+
+
+def test_a_finished_run_is_trained_anew(panacea):
+    """Nothing of the run before is left, where it was a longer one with other files."""
+    run = go("train_dpo", "twice", steps=6, method="rs", snapshots=3)
+    (run / "front.json").write_text("{}")
+    assert go("train_dpo", "twice") == run
+    same_files(run, panacea)
+    assert not (run / "front.json").exists() and not list(run.glob("adapter-*"))
+
+
+def test_sigkill(work, capsys):
+    """On files, since the world of another process is the whole one."""
+    own_rows(work / "kill.jsonl", 24)
+    flags = dict(init=BASE, data=["kill.jsonl"], steps=400, save_every=5, method="rs")
+    argv = words(COMMON | SMALL["train_dpo"] | flags | {"out": "out/sigkill"})
+    run = work / "out/sigkill"
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_dpo.py"), *argv], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    while not ((run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= 12):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    header, done = read_state_header(run / "state.safetensors"), len(metrics_of_a_killed(run))
+    assert header["member"] == 0 and 10 <= header["step"] <= done < 200 and not (run / "timing.json").exists()
+    # it goes on as the first model of a run that is killed, in this process, 20 steps later: state against state
+    at = header["step"] + 20 - header["step"] % 5
+    states = []
+    for name in ("sigkill", "sigkill-never"):
+        states.append(killed("train_dpo", name, AT(0, at + 1), **flags) / "state.safetensors")
+    assert "continuing after step" in capsys.readouterr().out
+    assert read_state_header(states[0]) == read_state_header(states[1]) and header["step"] < at
+    assert states[0].read_bytes() == states[1].read_bytes()
+    assert timeless(run) == timeless(work / "out/sigkill-never")
+
+
+def metrics_of_a_killed(run):
+    """The whole lines of a metrics.jsonl whose last one may be cut short."""
+    return (run / "metrics.jsonl").read_text().split("\n")[:-1]
