@@ -30,7 +30,7 @@ from data.batches import Batches
 from data.prompts import read_demonstrations
 from data.tokenizers import tokenize
 from data.trees import batch_logprobs
-from fronts.exact import sft_ideal
+from fronts.objective import sft_ideal
 from objectives import sft_loss
 from runs.directory import close_run, end_training, models_left, open_run, steps_each
 from runs.files import UserError

@@ -8,7 +8,6 @@ import torch
 
 from aggregate import sample_preference, simplex_lattice, vertex_paths
 from fronts.metrics import hypervolume
-from fronts.objective import sft_ideal  # noqa: F401
 from runs.randomness import generator_for
 
 

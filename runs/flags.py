@@ -52,7 +52,7 @@ class BaseFlags:
     precision: Literal["auto", "fp32", "bf16"] = flag(
         "auto", "of the frozen base (auto: bf16 on a GPU, else fp32); what is trained is fp32 always")
     quantize: Literal["none", "int8", "nf4"] = flag(
-        "none", "keep the matrices of the frozen base in 8 or 4 bits a weight: less memory, slower products")
+        "none", "keep the matrices of the frozen base in 8 or 4 bits per weight: less memory, slower products")
     checkpoint: bool = flag(False, "keep only the input of each block for the backward pass and compute the rest "
                                    "again: less memory, about a third more time")
 
