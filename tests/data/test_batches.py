@@ -1,0 +1,164 @@
+"""test_batches.py - means of losses over rows, preferences, micro-batches and processes; the reference's log-probs."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from aggregate import linear_scalarization, tchebycheff
+from data import batches
+from data.batches import Batches, pad_to, reference_logprobs
+from data.tokenizers import TokenRow
+from data.trees import batch_logprobs, pack
+from runs.randomness import epoch_batch
+from svd_lora import inject_svd_lora, svd_lora_layers
+
+CPU = torch.device("cpu")
+
+
+def rows_of(n, m=2, seed=0):
+    """n rows with 2 to 4 responses; uneven labels: some pairs have none for a dimension, some rows none at all."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda low, high, *shape: torch.randint(low, high, shape, generator=g).tolist()
+    rows, known = [], []
+    for j in range(n):
+        responses = [[1 + i, *draw(0, 60, 1 + (i + j) % 3)] for i in range(2 + j % 3)]
+        pairs = [(a, b) for b in range(len(responses)) for a in range(b)]
+        better = torch.tensor(draw(-1, 2, len(pairs), m))
+        better[:, j % m] = -1 if j % 3 == 0 else better[:, j % m]
+        rows.append(TokenRow(draw(0, 60, 2 + j % 4), responses, pairs, better.tolist()))
+        known.append((better >= 0).float())
+    return rows, known
+
+
+def item_loss(row, item, i, weight):
+    """A loss of one item for dimension i, linear in `weight`: which row and item it is of can be read off it."""
+    return weight * (1 + 0.1 * row + 0.01 * item + 0.5 * i)
+
+
+def losses_of(batch, known, weight):
+    """The losses of all items of a Batch: (items, m)"""
+    return torch.stack([torch.stack([item_loss(j, item, i, weight) for i in range(known[j].shape[1])])
+                        for j in batch.rows for item in range(len(known[j]))])
+
+
+def plain_mean(chosen, G, known, aggregate, weight):
+    """L (G, m) by loops. ls: divided by the mean number of labels of a preference; tche: by its own number."""
+    m = known[0].shape[1]
+    L = [[0.0] * m for _ in range(G)]
+    for i in range(m):
+        sums, counts = [0.0] * G, [0] * G
+        for b, j in enumerate(chosen):
+            g = b // (len(chosen) // G)
+            for item in range(len(known[j])):
+                if known[j][item, i]:
+                    sums[g], counts[g] = sums[g] + item_loss(j, item, i, weight), counts[g] + 1
+        for g in range(G):
+            by = sum(counts) / G if aggregate == "ls" else counts[g]
+            L[g][i] = sums[g] / by if by else (0.0 if aggregate == "ls" else -1e9)
+    return torch.stack([torch.stack([torch.as_tensor(x, dtype=torch.float32) for x in row]) for row in L])
+
+
+def scalar(aggregate, L):
+    """One number of L (G, m), as training has it."""
+    lam = torch.tensor([[0.3, 0.7], [0.6, 0.4], [1.0, 0.0], [0.5, 0.5]])[:len(L)]
+    return (linear_scalarization if aggregate == "ls" else tchebycheff)(L, lam).mean()
+
+
+@pytest.mark.parametrize("aggregate", ["ls", "tche"])
+@pytest.mark.parametrize("G, parts", [(1, 1), (4, 1), (2, 2), (4, 4)])
+def test_means_equal_a_plain_loop(aggregate, G, parts):
+    """For each step: the value, and with micro-batches the sum of their values and gradients."""
+    rows, known = rows_of(13)
+    flags = SimpleNamespace(batch_size=8, seed=3, aggregate=aggregate)
+    data = Batches(rows, known, flags, G, CPU, first=5, parts=parts)
+    for step in range(4):
+        chosen = epoch_batch(13, 8, 3, 5 + step).tolist()
+        plain = torch.tensor(2.0, requires_grad=True)
+        L = plain_mean(chosen, G, known, aggregate, plain)
+        scalar(aggregate, L).backward()
+        weight, taken, groups, value, total = torch.tensor(2.0, requires_grad=True), [], [], 0.0, 0.0
+        for part in range(parts):
+            batch = data.take(step, part)
+            mean = batch.mean(losses_of(batch, known, weight))
+            taken, groups = taken + batch.rows, groups + batch.group.tolist()
+            loss = scalar(aggregate, mean)
+            loss.backward()
+            value, total = value + loss.item(), total + mean.detach()
+            assert batch.tokens == int(pack([rows[j] for j in batch.rows]).nodes.sum()) > 0
+            assert batch.predicted == len(batch.tree.targets) and torch.equal(
+                batch.known, torch.cat([known[j] for j in batch.rows]))
+        assert taken == chosen and groups == [b // (8 // G) for b in range(8)]
+        assert value == pytest.approx(scalar(aggregate, L).item(), rel=1e-5)
+        assert torch.allclose(total[L > -1e8], L[L > -1e8], rtol=1e-5) and (total[L < -1e8] < -1e8).all()
+        assert weight.grad.item() == pytest.approx(plain.grad.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("aggregate", ["ls", "tche"])
+def test_two_processes_have_the_value_of_all_and_the_gradients_of_their_own(monkeypatch, aggregate):
+    rows, known = rows_of(13)
+    flags = SimpleNamespace(batch_size=8, seed=0, aggregate=aggregate)
+    chosen = epoch_batch(13, 8, 0, 2).tolist()
+    plain = torch.tensor(2.0, requires_grad=True)
+    L = plain_mean(chosen, 2, known, aggregate, plain)
+    scalar(aggregate, L).backward()
+
+    def process(rank, all_sum):
+        monkeypatch.setattr(batches, "ranks", lambda: (rank, 2))
+        monkeypatch.setattr(batches, "all_sum", all_sum)
+        weight = torch.tensor(2.0, requires_grad=True)
+        batch = Batches(rows, known, flags, 2, CPU).take(2)
+        mean = batch.mean(losses_of(batch, known, weight))
+        scalar(aggregate, mean).backward()
+        return batch.rows, mean.detach(), weight.grad
+
+    local = []                                           # first what each contributes, then with what all have together
+    for rank in range(2):
+        process(rank, lambda x: local.append(x) or x)
+    (own, mean, grad), (others, same, more) = (process(rank, lambda x: local[0] + local[1]) for rank in range(2))
+    assert own == chosen[::2] and others == chosen[1::2]
+    assert torch.allclose(mean, L, rtol=1e-5) and torch.equal(mean, same)
+    assert (grad + more).item() == pytest.approx(plain.grad.item(), rel=1e-5)
+
+
+def test_a_dimension_without_labels_is_never_tchebycheff_s_maximum():
+    rows, known = rows_of(8)
+    known = [torch.cat([torch.ones(len(k), 1), torch.zeros(len(k), 1)], dim=1) for k in known]
+    batch = Batches(rows, known, SimpleNamespace(batch_size=4, seed=0, aggregate="tche"), 2, CPU).take(0)
+    mean = batch.mean(torch.ones(len(batch.known), 2))
+    assert mean[:, 0].tolist() == [1, 1] and (mean[:, 1] < -1e8).all()
+    batch = Batches(rows, known, SimpleNamespace(batch_size=4, seed=0, aggregate="ls"), 2, CPU).take(0)
+    assert (batch.mean(torch.ones(len(batch.known), 2))[:, 1] == 0).all()
+
+
+def test_batches_by_length_and_shapes():
+    rows, known = rows_of(160)
+    rows = [TokenRow(row.prompt * (1 + j % 5), row.responses, row.pairs, row.better) for j, row in enumerate(rows)]
+    flags = SimpleNamespace(batch_size=4, seed=0, aggregate="ls")
+    spread = lambda data: sum(max(len(rows[j].prompt) for j in data.take(s).rows)
+                              - min(len(rows[j].prompt) for j in data.take(s).rows) for s in range(40))
+    alike, mixed = Batches(rows, known, flags, 1, CPU, by_length=True), Batches(rows, known, flags, 1, CPU)
+    assert spread(alike) < 0.7 * spread(mixed)
+    assert pad_to(CPU) == 1 and pad_to(CPU, compiled=True) == pad_to(torch.device("cuda")) == 64
+    flags.compile = True
+    assert Batches(rows, known, flags, 1, CPU).take(0).tree.tokens.shape[1] % 64 == 0
+
+
+def test_reference_logprobs(tiny, monkeypatch):
+    """Of the model without its adapter, each row's own; several processes share them."""
+    rows, _ = rows_of(7)
+    model = tiny()
+    with torch.no_grad():
+        alone = [batch_logprobs(model, pack([row])) for row in rows]
+    inject_svd_lora(model, 2, 0, generator=torch.Generator().manual_seed(0))
+    for layer in svd_lora_layers(model).values():
+        torch.nn.init.normal_(layer.sigma.data)
+    got = reference_logprobs(model, rows, 3, 1, CPU)
+    assert len(got) == 7 and all(torch.allclose(a, b, atol=1e-4) for a, b in zip(got, alone))
+    assert not any(x.requires_grad for x in got) and not torch.allclose(batch_logprobs(model, pack(rows[:1])), alone[0])
+    local = []
+    monkeypatch.setattr(batches, "all_sum", lambda x: local.append(x) or x)
+    for rank in range(2):
+        monkeypatch.setattr(batches, "ranks", lambda: (rank, 2))
+        reference_logprobs(model, rows, 3, 1, CPU)
+    assert torch.allclose(local[0] + local[1], torch.cat(alone), atol=1e-4)
+    assert (local[0] * local[1] == 0).all() and local[0].any() and local[1].any()

@@ -1,0 +1,105 @@
+"""test_flags.py - a dataclass becomes flags: types, ranges, lists; errors are one line and exit status 2."""
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+import train_dpo
+from runs.files import UserError
+from runs.flags import RunFlags, cli, flag, run_main
+
+
+@dataclass
+class Flags(RunFlags):
+    """One flag of each kind."""
+    runs: list[str] = flag([], "positional", positional=True)
+    rate: float | None = flag(None, "a number or none", "positive")
+    count: int = flag(3, "an integer", 1)
+    kind: Literal["a", "b"] = flag("a", "a choice")
+    names: list[str] | None = flag(None, "several names")
+    weights: list[float] = flag([1.0, 0.5], "several numbers", "share")
+    decay: float = flag(0.0, "not below 0", "not negative")
+
+
+def test_types_come_from_the_annotations():
+    flags = cli(Flags, "", ["x", "y"])
+    assert flags == Flags(runs=["x", "y"]) and flags.weights == [1.0, 0.5] and flags.eval is True
+    flags = cli(Flags, "", "x --rate 1 --count 5 --kind b --names p q --weights 0 1 --no-eval --out o".split())
+    assert (flags.rate, flags.count, flags.kind, flags.names, flags.weights, flags.eval, flags.out) == (
+        1.0, 5, "b", ["p", "q"], [0.0, 1.0], False, "o") and isinstance(flags.rate, float)
+    Flags().weights.append(3.0)
+    assert Flags().weights == [1.0, 0.5]                      # a default list is nobody's own
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--count 0", "--count 0: must be at least 1"), ("--rate 0", "--rate 0.0: must be positive"),
+    ("--rate nan", "--rate nan: must be positive"), ("--rate inf", "--rate inf: must be positive"),
+    ("--weights 0.5 1.5", "--weights 1.5: must be between 0 and 1"), ("--weights nan", "must be between 0 and 1"),
+    ("--decay -1", "--decay -1.0: must not be negative"), ("--decay nan", "--decay nan: must not be negative"),
+    ("--save_every 0", "--save_every 0: must be at least 1")])
+def test_ranges_stand_in_the_declarations(words, message):
+    with pytest.raises(UserError, match=f"^[^\n]*{message}$"):
+        cli(Flags, "", ["x", *words.split()])
+
+
+@pytest.mark.parametrize("words", ["--kind c", "--count x", "--nobody 1", "--config preset.json", "--count"])
+def test_what_argparse_refuses(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli(Flags, "", ["x", *words.split()])
+    assert end.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+def test_help_tells_every_flag_and_its_default(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli(train_dpo.Flags, train_dpo.__doc__, ["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and "--lams_per_step" in text and "(default: 1920)" in text and "--no-eval" in text
+    assert text.index("--beta") < text.index("--log_every")   # the script's own first
+
+
+def ends(monkeypatch, main, argv=("x",), **more):
+    """The exit status of run_main, 0 where it returns."""
+    monkeypatch.setattr(sys, "argv", ["train_x.py", *argv])
+    try:
+        run_main(main, Flags, "", **more)
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_errors_of_users_are_one_line(monkeypatch, capsys):
+    def bad(flags):
+        raise UserError(f"{flags.runs[0]} is no run")
+
+    def stopped(flags):
+        raise KeyboardInterrupt
+
+    assert ends(monkeypatch, lambda flags: None) == 0
+    assert ends(monkeypatch, bad) == 2 and capsys.readouterr().err == "error: x is no run\n"
+    assert ends(monkeypatch, bad, ["x", "--count", "0"]) == 2
+    assert capsys.readouterr().err == "error: --count 0: must be at least 1\n"
+    assert ends(monkeypatch, stopped) == 130 and capsys.readouterr().err == "stopped\n"
+
+    def broken(flags):
+        raise ValueError("a bug")                             # is no user's error, and not hidden
+
+    with pytest.raises(ValueError):
+        ends(monkeypatch, broken)
+
+
+def test_scripts_of_one_process_refuse_torchrun(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    ran = []
+    assert ends(monkeypatch, ran.append) == 2 and not ran
+    assert capsys.readouterr().err == "error: train_x.py is one process: start it with python, not with torchrun\n"
+    assert ends(monkeypatch, ran.append, several=True) == 0 and len(ran) == 1
+
+
+def test_of_several_processes_the_first_alone_prints(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys, "stdout", sys.stdout)            # put back at the end
+    assert ends(monkeypatch, lambda flags: print("said twice"), several=True) == 0
+    assert capsys.readouterr().out == ""
