@@ -84,9 +84,8 @@ def test_means_equal_a_plain_loop(aggregate, G, parts):
             loss = scalar(aggregate, mean)
             loss.backward()
             value, total = value + loss.item(), total + mean.detach()
-            assert batch.tokens == int(pack([rows[j] for j in batch.rows]).nodes.sum()) > 0
-            assert batch.predicted == len(batch.tree.targets) and torch.equal(
-                batch.known, torch.cat([known[j] for j in batch.rows]))
+            assert torch.equal(batch.tree.tokens, pack([rows[j] for j in batch.rows]).tokens)
+            assert torch.equal(batch.known, torch.cat([known[j] for j in batch.rows]))
         assert taken == chosen and groups == [b // (8 // G) for b in range(8)]
         assert value == pytest.approx(scalar(aggregate, L).item(), rel=1e-5)
         assert torch.allclose(total[L > -1e8], L[L > -1e8], rtol=1e-5) and (total[L < -1e8] < -1e8).all()
@@ -138,9 +137,7 @@ def test_batches_by_length_and_shapes():
                               - min(len(rows[j].prompt) for j in data.take(s).rows) for s in range(40))
     alike, mixed = Batches(rows, known, flags, 1, CPU, by_length=True), Batches(rows, known, flags, 1, CPU)
     assert spread(alike) < 0.7 * spread(mixed)
-    assert pad_to(CPU) == 1 and pad_to(CPU, compiled=True) == pad_to(torch.device("cuda")) == 64
-    flags.compile = True
-    assert Batches(rows, known, flags, 1, CPU).take(0).tree.tokens.shape[1] % 64 == 0
+    assert pad_to(CPU) == 1 and pad_to(torch.device("cuda")) == 64
 
 
 def test_reference_logprobs(tiny, monkeypatch):

@@ -41,4 +41,4 @@ def test_batches_are_of_one_length_and_in_no_order():
 
 def test_row_lengths_bound_the_trees():
     rows = [TokenRow([1, 2, 3], [[4, 5, 6], [4, 7]]), TokenRow([1], [[2]])]
-    assert row_lengths(rows).tolist() == [8, 2] and pack(rows).nodes.tolist() == [5, 1]
+    assert list(row_lengths(rows)) == [8, 2] and pack(rows).nodes == [5, 1]
