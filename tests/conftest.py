@@ -96,8 +96,9 @@ def soups(work):
 @pytest.fixture(scope="session")
 def sft_run(work):
     """An SFT run of four steps, evaluated at three preferences."""
-    import eval_front
     import running
+
+    import eval_front
     with running.inside(work):
         run = running.go("train_sft", "sft")
         eval_front.main(eval_front.Flags(runs=["out/sft"], parts=2, device="cpu"))
@@ -108,6 +109,7 @@ def sft_run(work):
 def ppo_run(work):
     """(an RLHF run of four steps, what was sampled in each: prompts and responses, every preference that was set)"""
     import running
+
     import train_ppo
     sampled, preferences = [], []
     with running.inside(work), pytest.MonkeyPatch.context() as patch:
@@ -122,6 +124,7 @@ def ppo_run(work):
 def hqd_run(work):
     """(a ParetoHqD run of both stages, three preferences, four and three steps each; the rows of every batch)"""
     import running
+
     import train_hqd
     batches = []
     with running.inside(work), pytest.MonkeyPatch.context() as patch:

@@ -47,7 +47,8 @@ def small_world():
         yield
         return
     prompts, probs, every = toy.prompts, toy.base_probs, dict(train=8, eval=10)
-    slots = dict(OPENINGS=("plain", "formal"), BODIES=("hint", "refuse"), CAUTIONS=("none",), CLOSINGS=("none", "cheer"))
+    slots = dict(OPENINGS=("plain", "formal"), BODIES=("hint", "refuse"), CAUTIONS=("none",),
+                 CLOSINGS=("none", "cheer"))
     with pytest.MonkeyPatch.context() as patch:
         for name, kept in slots.items():
             patch.setattr(toy, name, {key: getattr(toy, name)[key] for key in kept})
@@ -80,7 +81,8 @@ def make_base():
 
 
 def words(flags):
-    """{"steps": 4, "eval": False, "dims": ["a", "b"], "lr": None} -> ["--steps", "4", "--no-eval", "--dims", "a", "b"]"""
+    """Flags as a command line: {"steps": 4, "eval": False, "dims": ["a", "b"], "lr": None} -> ["--steps", "4",
+    "--no-eval", "--dims", "a", "b"]"""
     out = []
     for name, value in flags.items():
         if isinstance(value, bool):
@@ -105,7 +107,7 @@ def command(script, *argv, cwd, status=0):
     """Runs a script of the project as a user does; returns the finished process, whose exit status must be `status`."""
     done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *map(str, argv)], cwd=cwd, capture_output=True,
                           text=True)
-    assert done.returncode == status, f"{argv} ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == status, f"{argv}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done
 
 
@@ -127,7 +129,8 @@ class Killed(Exception):
 
 
 def killed(script, name, when, **flags):
-    """Trains out/<name> until the record of a step for which when(record) holds is in its log; returns its directory."""
+    """Trains out/<name> until the record of a step for which when(record) holds is in its log. Returns its directory.
+    """
     step = Log.step
 
     def stop(log, record, line):

@@ -107,7 +107,8 @@ def test_the_rules_can_fail(line, wrong):
 
 
 def test_the_top_level():
-    card = "model svd_lora objectives aggregate train_base train_dpo train_ppo train_sft train_reward train_hqd eval_front"
+    card = ("model svd_lora objectives aggregate train_base train_dpo train_ppo train_sft train_reward train_hqd "
+            "eval_front")
     later = {"chat", "export"}
     files = {f.stem for f in ROOT.glob("*.py")}
     assert set(card.split()) <= files <= set(card.split()) | later and len(files) <= 14

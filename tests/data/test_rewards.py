@@ -77,7 +77,8 @@ def test_named_rewards():
                            (["length", "sad", "length"], "must all differ")]:
         with pytest.raises(UserError, match=message):
             named_rewards(names, None, None, "cpu")
-    assert rewards_of(["helpful", "warm"], None, True, None, "cpu").mean == world_rewards(["helpful", "warm"], None).mean
+    of_the_world = rewards_of(["helpful", "warm"], None, True, None, "cpu")
+    assert of_the_world.mean == world_rewards(["helpful", "warm"], None).mean
     assert rewards_of(["sad", "concise:5"], None, True, None, "cpu").mean == [None, None]         # texts, on the world
     assert rewards_of(["concise:5", "sad"], None, False, None, "cpu").dims == ["concise", "sad"]
 

@@ -3,12 +3,12 @@ import json
 
 import pytest
 import torch
+from running import read
 
 from data import toy
 from data.tokenizers import load_tokenizer
 from experiments import labelers
 from fronts.measure import World, base_of
-from running import read
 from runs.files import UserError
 
 

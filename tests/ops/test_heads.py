@@ -7,7 +7,6 @@ from data.trees import pack_ends
 from ops.heads import Critic, RewardModel
 from svd_lora import inject_svd_lora, svd_lora_layers
 
-
 # ---- the critic ----
 
 def sequences(B=40, L=5, d=16, seed=0):

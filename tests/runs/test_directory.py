@@ -5,8 +5,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from runs.directory import (close_run, load_state, models_left, prepare_run, read_state_header, run_name, save_state,
-                            steps_each, truncate_log)
+from runs.directory import (
+    close_run,
+    load_state,
+    models_left,
+    prepare_run,
+    read_state_header,
+    run_name,
+    save_state,
+    steps_each,
+    truncate_log,
+)
 from runs.files import UserError, read_json, write_json, write_whole
 from train_dpo import Flags
 
@@ -39,7 +48,8 @@ def unfinished(out, **changes):
 def test_a_killed_run_is_resumed(tmp_path, capsys):
     unfinished(tmp_path)
     state = prepare_run(tmp_path, CONFIG | {"flags": CONFIG["flags"] | {"log_every": 7}})
-    assert state == {"step": 2, "member": 1, "kept": {}} and "continuing after step 2 of model 2" in capsys.readouterr().out
+    assert state == {"step": 2, "member": 1, "kept": {}}
+    assert "continuing after step 2 of model 2" in capsys.readouterr().out
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()      # the step after the checkpoint is made again
     assert [(json.loads(x)["member"], json.loads(x)["step"]) for x in lines] == [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2)]
     assert read_json(tmp_path / "config.json")["flags"]["log_every"] == 7
@@ -134,7 +144,8 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 def test_what_is_no_json(tmp_path):
     (tmp_path / "a").write_text("{")
     (tmp_path / "b").write_bytes(b"\xff\xfe")
-    for name, text in (("a", "a is not JSON"), ("b", "b is not JSON"), ("c", "c does not exist"), ("", "cannot be read")):
+    for name, text in (("a", "a is not JSON"), ("b", "b is not JSON"), ("c", "c does not exist"),
+                       ("", "cannot be read")):
         with pytest.raises(UserError, match=text) as error:
             read_json(tmp_path / name)
         assert "\n" not in str(error.value)

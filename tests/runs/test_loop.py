@@ -66,7 +66,8 @@ def weights(model):
 
 def test_the_learning_rate_rises_and_falls():
     rates = [learning_rate(step, 100, 2.0, 0.1) for step in range(100)]
-    assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2) == rates[10] and rates[55] == pytest.approx(1)
+    assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2) == rates[10]
+    assert rates[55] == pytest.approx(1)                      # half of the way down
     assert all(a > b for a, b in zip(rates[10:], rates[11:])) and 0 < rates[99] < 0.01
     assert learning_rate(0, 1, 2.0, 0.0) == 2.0               # a single step is made at the peak
 

@@ -1,11 +1,10 @@
-"""test_command_lines.py - every script as a user starts it: bad input is one line and status 2, --help tells its flags."""
+"""test_command_lines.py - every script as a user starts it: bad input is one line and status 2; --help tells flags."""
 import pytest
-
 from running import ROOT, command
 
 BAD = {"train_base": ["--size", "huge"], "train_dpo": ["--pref_dim", 1], "train_sft": ["--pref_dim", 1],
-       "train_ppo": ["--lam", 0.7, 0.7, "--method", "dps"], "train_hqd": ["--near", 0], "train_reward": ["--dims", "kind"],
-       "eval_front": ["out/nowhere"]}
+       "train_ppo": ["--lam", 0.7, 0.7, "--method", "dps"], "train_hqd": ["--near", 0],
+       "train_reward": ["--dims", "kind"], "eval_front": ["out/nowhere"]}
 
 
 def test_every_script_is_here():

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from running import BASE, go, metrics, read
 
 import eval_front
 from data import toy
@@ -17,7 +18,6 @@ from fronts.objective import OBJECTIVES, measured_on
 from fronts.optimum import sft_losses
 from fronts.stationarity import min_norm
 from model import Transformer
-from running import BASE, go, metrics, read
 from runs.files import UserError
 from svd_lora import load_adapter, merged_state_dict
 
@@ -27,7 +27,7 @@ def evaluate(*runs, **flags):
     return eval_front.main(eval_front.Flags(runs=[str(run) for run in runs], device="cpu", **flags))
 
 
-def test_several_runs_of_dpo(work, panacea, soups, capsys):
+def test_several_runs_of_dpo(work, panacea, soups, pictures, capsys):
     evaluate(panacea, soups, parts=2, out="out/both")
     printed = capsys.readouterr().out
     assert "HV share" in printed and "panacea" in printed and "soups" in printed
@@ -127,8 +127,9 @@ def test_sft_is_evaluated_by_the_exact_expectation(sft_run):
     assert np.allclose(E["J"][30], -sft_losses(mixture.log(), demos), rtol=1e-9)
 
 
-def test_rlhf_on_the_world(work, ppo_run):
-    runs = [ppo_run[0], go("train_ppo", "eval-rs", method="rs", steps=4), go("train_ppo", "eval-pama", aggregate="pama")]
+def test_rlhf_on_the_world(work, ppo_run, pictures):
+    runs = [ppo_run[0], go("train_ppo", "eval-rs", method="rs", steps=4),
+            go("train_ppo", "eval-pama", aggregate="pama")]
     results = evaluate(*runs, parts=2, out="out/all")
     for run, result, count in zip(runs, results, (3, 3, 1)):
         r = read(run, "front.json")
@@ -170,7 +171,7 @@ def test_stationarity_of_runs(ppo_run):
     norm, c, single = min_norm(world, model, 0.2)
     for run, result in zip((ppo_run[0], soups), results):
         assert read(run, "stationarity.json") == json.loads(json.dumps(result))
-        assert len(result["before"]) == 1 and len(result["after"]) == 3               # a model, or soup, for each of 3 λ
+        assert len(result["before"]) == 1 and len(result["after"]) == 3               # a model, or soup, for each λ
         assert result["before"][0][0] == pytest.approx(norm, rel=1e-5) and 0 < norm <= min(single)
         assert all(0 < after[0] != norm and sum(after[1]) == pytest.approx(1) for after in result["after"])
     assert len({after[0] for after in results[0]["after"]}) == 3
@@ -192,13 +193,13 @@ def test_more_dimensions(panacea):
 
 # ---- runs of every kind in one space ----
 
-def test_comparison_of_runs_of_different_objectives(work, panacea, sft_run, hqd_run):
+def test_comparison_of_runs_of_different_objectives(work, panacea, sft_run, hqd_run, pictures):
     results = evaluate(sft_run, panacea, hqd_run[0], parts=2, out="out/three")
     c = read("out/three/compare.json")
     assert (work / "out/three/compare.png").exists()
     assert [r["label"] for r in c["runs"]] == ["Panacea, SFT", "Panacea, DPO", "ParetoHqD, scores"]
     limits, lams = np.array([limit["points"] for limit in c["limits"]]), np.array(c["limit_lams"])     # (budgets, F, 2)
-    reach = (limits * (np.array(c["ideal"]) - c["nadir"]) * lams).sum(-1)             # λ · scores, up to a constant of λ
+    reach = (limits * (np.array(c["ideal"]) - c["nadir"]) * lams).sum(-1)             # λ · scores, but for a constant
     assert (np.diff(reach, axis=0) > -1e-6).all() and (np.diff(reach[:3], axis=0) > 1e-6).all()    # more KL, more score
     assert np.allclose(limits[-2].max(0), 1) and np.allclose(limits[-2].min(0), 0)    # 2 nats set the scale
     for run, r in zip(c["runs"], results):

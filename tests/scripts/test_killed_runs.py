@@ -11,11 +11,11 @@ import time
 
 import numpy as np
 import pytest
+from running import BASE, COMMON, ROOT, SMALL, Killed, go, killed, metrics, own_rows, timeless, words
 
 import eval_front
 import train_hqd
 import train_ppo
-from running import BASE, COMMON, Killed, ROOT, SMALL, go, killed, metrics, own_rows, read, timeless, words
 from runs.directory import read_state_header
 from runs.files import UserError
 

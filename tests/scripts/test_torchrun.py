@@ -7,10 +7,10 @@ import time
 
 import pytest
 import torch
+from running import ROOT, go, metrics, timeless, words
 from safetensors.torch import load_file
 
 import train_dpo
-from running import ROOT, go, metrics, timeless, words
 from runs.files import UserError
 from svd_lora import read_adapter_header
 
@@ -70,7 +70,7 @@ def test_two_processes_equal_one(work, two, name, adapters):
         assert a["tokens"] == b["tokens"] and a["flops"] == b["flops"] and a["lam"] == b["lam"]
         assert abs(a["loss"] / b["loss"] - 1) < 1e-5 and abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-3
         assert torch.allclose(torch.tensor(a["losses"]), torch.tensor(b["losses"]), rtol=1e-5)
-        # an untrained adapter moves nothing: which of two rewards is larger is rounding then; later for one pair at most
+        # an untrained adapter moves nothing: which of two rewards is larger is rounding; later for one pair at most
         assert max(abs(x - y) for x, y in zip(a["accuracy"], b["accuracy"])) < 1.01 / 24 or a["step"] < 3
 
 

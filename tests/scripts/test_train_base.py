@@ -1,13 +1,13 @@
-"""test_train_base.py - the embedded world's base model: it learns, is written whole, and is made where it is missing."""
+"""test_train_base.py - the embedded world's base model: it learns, is written whole, is made where it is missing."""
 import math
 import subprocess
 
 import pytest
 import torch
+from running import BASE, metrics, read, refused
 
 import train_base
 from data import base
-from running import BASE, metrics, read, refused
 from runs.files import UserError
 
 

@@ -4,15 +4,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from running import BASE, SHARED, command, go, metrics, own_rows, read, refused, timeless, write_rows
 from safetensors.torch import load_file
 
+import eval_front
 import train_dpo
 from data import batches, toy
 from data.tokenizers import load_tokenizer, tokenize
 from data.trees import batch_logprobs, pack
 from model import Config, Transformer
 from objectives import dpo_loss, losses_on_pairs
-from running import BASE, SHARED, command, go, metrics, own_rows, read, refused, timeless, write_rows
 from runs.files import UserError
 from runs.randomness import epoch_batch, generator_for
 from svd_lora import inject_svd_lora, load_adapter, set_preference
@@ -60,17 +61,12 @@ def test_the_losses_of_a_step_by_hand(panacea):
     assert abs(record["loss"] - L.mean().item()) > 1e-4                # wrong: λ forgotten
 
 
-def test_same_seed_same_files_other_seed_other_files(work, panacea):
-    """The first of them in a process of its own, as a user starts it; on files, for its world is the whole one."""
-    own_rows("repeat.jsonl", 12)
-    flags = dict(init=BASE, data=["repeat.jsonl"], steps=3)
-    one, other = go("train_dpo", "repeat", **flags), go("train_dpo", "repeat-seed", seed=1, **flags)
-    command("train_dpo", *"--device cpu --no-eval --log_every 1 --batch_size 4 --lams_per_step 4 --snapshots 2 --steps 3 "
-            "--out out/again --data repeat.jsonl --init".split(), BASE, cwd=work)
+def test_same_seed_same_files_other_seed_other_files(panacea):
+    """Equal numbers in another process: test_sigkill in test_killed_runs.py."""
+    again, other = go("train_dpo", "panacea-again"), go("train_dpo", "panacea-seed", seed=1)
     adapter = lambda run: (run / "adapter.safetensors").read_bytes()
-    assert adapter(one) == adapter(work / "out/again") != adapter(other)
-    assert timeless(one) == timeless(work / "out/again") != timeless(other)
-    assert adapter(go("train_dpo", "panacea-again")) == adapter(panacea)
+    assert adapter(again) == adapter(panacea) != adapter(other)
+    assert timeless(again) == timeless(panacea) != timeless(other)
 
 
 def test_rewarded_soups_and_discrete_policy_solutions(soups):
@@ -187,7 +183,7 @@ def test_missing_labels_keep_the_weight_of_lambda():
         assert np.allclose(metrics(run)[0]["losses"], math.log(2), atol=1e-5)
     assert abs(metrics(go("train_dpo", "half1", init=BASE, data=["half.jsonl"], batch_size=8, lams_per_step=1,
                           steps=1))[0]["loss"] - math.log(2)) < 1e-5   # not half of it
-    write_rows("one.jsonl", [{"prompt": f"How do I clean a bicycle {i}?", "response_0": "First look.", "response_1": "No.",
+    write_rows("one.jsonl", [{"prompt": f"How do I clean a bicycle {i}?", "response_0": "Look.", "response_1": "No.",
                               "better": {"helpful": 0} if i % 4 else {"harmless": 1}} for i in range(8)])
     records = metrics(go("train_dpo", "one", init=BASE, data=["one.jsonl"], batch_size=2, lams_per_step=2, steps=4,
                          vertex_share=0))
@@ -202,9 +198,9 @@ def test_real_model_and_real_preferences():
     with open("pku.jsonl", "w", encoding="utf-8") as f:
         f.write("\n".join(lines[:12]) + "\n")
     run = go("train_dpo", "pku", init=str(material / "stories260K"), data=["pku.jsonl"], eval_data=["pku.jsonl"],
-             max_length=96, lams_per_step=2, lr=2e-3, epochs=8, steps=None, eval=True)
+             max_length=96, lams_per_step=2, lr=2e-3, epochs=8, steps=None)
     assert abs(metrics(run)[0]["loss"] - math.log(2)) < 1e-4
-    r = read(run, "front.json")
+    (r,) = eval_front.main(eval_front.Flags(runs=[str(run)], parts=1, device="cpu"))
     assert max(r["scores"][-1][0], r["scores"][0][1]) > 0.7            # it can fit the rows it has seen
 
 
@@ -286,7 +282,8 @@ def test_two_threads_repeat_bit_for_bit():
     """At full batch size and with two threads: a gradient accumulated in a free order would differ in the last bits."""
     rows = toy.sample_pairs("train", ["helpful", "harmless"], 8, 8, torch.Generator().manual_seed(3))
     batch = pack(tokenize(rows, load_tokenizer("toy"), 256)[0])
-    model = Transformer(Config(835, 256, n_layer=2, n_head=4, d_model=128)).init_weights(torch.Generator().manual_seed(0))
+    model = Transformer(Config(835, 256, n_layer=2, n_head=4, d_model=128))
+    model.init_weights(torch.Generator().manual_seed(0))
     inject_svd_lora(model, 8, 2, generator=torch.Generator().manual_seed(4))
     set_preference(model, torch.tensor([[0.3, 0.7]] * 8))
     parameters, threads = [p for p in model.parameters() if p.requires_grad], torch.get_num_threads()

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from running import BASE, go, metrics, read, refused, timeless, write_rows
 from safetensors.torch import load_file
 
 import eval_front
@@ -15,7 +16,6 @@ from data.prompts import split
 from data.text_rewards import text_rewards
 from data.tokenizers import load_tokenizer, spoken
 from model import Transformer
-from running import BASE, go, metrics, read, refused, timeless, write_rows
 from runs.files import UserError
 from runs.randomness import generator_for
 from svd_lora import load_adapter, read_adapter_header
@@ -115,7 +115,7 @@ def test_every_adapter_is_trained_on_its_own_near_points(hqd_run):
             for batch in parts[g * steps:(g + 1) * steps]:
                 assert len(batch) == 3
                 seen |= {(tokenizer.decode(row.prompt), spoken(row.responses, tokenizer)[0][0]) for row in batch}
-            # all points once before any comes again, but where a batch is the last of one epoch and the next one's first
+            # all points once before any comes again, but in a batch that belongs to two epochs
             assert seen <= mine and len(seen) >= min(k, 3 * steps) - 2
         assert len({tuple(i) for i in s["index"]}) > 1
         scores = torch.cat([toy.scores(x.removesuffix("\n"), [y]) for x, y in pools[stage]])[:, :2]
@@ -178,7 +178,7 @@ def test_degenerate_answers_are_counted_and_dropped(monkeypatch):
     monkeypatch.setattr(train_hqd, "generate", some)
     monkeypatch.setattr(train_hqd, "GEN_BATCH", 20)
     run = go("train_hqd", "degenerate", steps=1, steps2=1)
-    assert calls == [20, 10] * 3                                       # the m + 1 representatives, 10 prompts three times
+    assert calls == [20, 10] * 3                                       # m + 1 representatives, 10 prompts three times
     s = read(run, "selection.json")["stage 2"]
     assert [r["lam"] for r in s["representatives"]] == [[1, 0], [0, 1], [0.5, 0.5]]
     said = answers_of(run)
@@ -188,7 +188,7 @@ def test_degenerate_answers_are_counted_and_dropped(monkeypatch):
         n = lambda key: sum(map(key, real))
         assert r["answers"] == 30 and r["empty"] == pytest.approx((4 + n(lambda x: not x["response"].strip())) / 30)
         assert r["cut_off"] == pytest.approx((6 + n(lambda x: not x["ended"])) / 30)
-        assert r["collapsed"] == pytest.approx((6 + n(lambda x: x["collapsed"])) / 30)           # the loop and the empty
+        assert r["collapsed"] == pytest.approx((6 + n(lambda x: x["collapsed"])) / 30)           # loops, empty ones
         assert 4 / 30 <= r["outside"] < 1 and r["kept"] <= 18
     kept = list(dict.fromkeys((x["prompt"], x["response"]) for x in said
                               if x["ended"] and x["response"].strip() and not x["collapsed"]))
@@ -242,8 +242,8 @@ def test_an_offline_set_of_one_s_own(work, capsys):
     rows = [{"prompt": f"How do I clean {5 + i % 20} bicycles?", "response": say()} for i in range(40)]
     rows += [{"prompt": f"How do I clean {i} bicycles?", "response_0": say(), "response_1": say()} for i in range(5)]
     file = write_rows(work / "own.jsonl", rows)
-    run = go("train_hqd", "hqd-own", data=[file], init=BASE, rewards=["length", "narrative"], near=10, steps=2, steps2=1,
-             samples2=None, max_new_tokens=16, eval=True)
+    run = go("train_hqd", "hqd-own", data=[file], init=BASE, rewards=["length", "narrative"], near=10, steps=2,
+             steps2=1, samples2=None, max_new_tokens=16, eval=True)
     train, held = split(read_offline([file])[0])
     assert len(train) + len(held) == 50 and len(held) >= 2
     said, s, config = answers_of(run), read(run, "selection.json"), read(run, "config.json")
@@ -268,7 +268,8 @@ BAD = {
     "data without a base": (dict(data=["x.jsonl"], rewards=["sad", "length"]), "--data needs --init and --rewards"),
     "data without rewards": (dict(data=["x.jsonl"], init=BASE), "--data needs --init and --rewards"),
     "a base without data": (dict(init="elsewhere", rewards=["sad", "length"]), "--init needs --data"),
-    "no such file": (dict(data=["nowhere.jsonl"], init=BASE, rewards=["sad", "length"]), "nowhere.jsonl: cannot be read"),
+    "no such file": (dict(data=["nowhere.jsonl"], init=BASE, rewards=["sad", "length"]),
+                     "nowhere.jsonl: cannot be read"),
     "one dimension": (dict(pref_dim=1), "at least 2 dimensions"),
     "one reward": (dict(rewards=["length"]), "name two rewards"),
     "unknown reward": (dict(rewards=["length", "joyful"]), "joyful is not a finished run"),

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from running import BASE, go, metrics, read, refused, timeless, write_rows
 
 import train_reward
 from data import rewards as data_rewards
@@ -13,12 +14,10 @@ from data.rewards import load_reward_model, raw_rewards
 from data.tokenizers import load_tokenizer
 from model import Transformer
 from ops.heads import RewardModel
-from running import BASE, go, metrics, read, refused, timeless, write_rows
 from runs.files import UserError
 from runs.randomness import generator_for
 from svd_lora import inject_svd_lora, set_preference, svd_lora_layers
 from train_reward import compare, held_out_accuracy
-
 
 # ---- loss and labels ----
 
@@ -89,8 +88,8 @@ def references(run):
 
 
 def test_run_directory(reward_run):
-    assert {f.name for f in reward_run.iterdir()} == {"config.json", "metrics.jsonl", "timing.json", "heads.safetensors",
-                                                      "adapter.safetensors", "reference.jsonl", "reward.json"}
+    assert {f.name for f in reward_run.iterdir()} == {"config.json", "metrics.jsonl", "timing.json", "reward.json",
+                                                      "heads.safetensors", "adapter.safetensors", "reference.jsonl"}
     records = metrics(reward_run)
     assert [r["step"] for r in records] == list(range(1, 21)) and records[0]["labels"] == [24, 24]
     assert abs(records[0]["loss"] - math.log(2)) < 1e-6                # the heads start at 0

@@ -2,13 +2,13 @@
 import numpy as np
 import pytest
 import torch
+from running import BASE, go, metrics, read, refused, timeless, write_rows
 
 from aggregate import sample_preference, tchebycheff
 from data import toy
 from data.tokenizers import load_tokenizer
 from fronts.objective import sft_ideal
 from model import Transformer
-from running import BASE, go, metrics, read, refused, timeless, write_rows
 from runs.randomness import epoch_batch, generator_for
 
 
