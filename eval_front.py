@@ -64,9 +64,8 @@ def main(flags):
     # 1. every run alone: measured; its files and pictures
     results, known = [], {}
     for run in runs:
-        r = evaluate(run, device, flags.parts, known=known)
-        if samples := r.pop("samples", None):
-            samples = {"lams": r["lams"], "dims": r["dims"], **samples}
+        r, samples = evaluate(run, device, known, flags.parts)
+        if samples:
             write_json(run / "samples.json", samples)
             draw_histograms(samples, run / "histograms.png")
         write_json(run / "front.json", r)
@@ -74,7 +73,7 @@ def main(flags):
         results.append(r)
 
     # 2. the tables
-    first = results[0]
+    first, exact, out = results[0], results[0]["exact"], Path(flags.out)
     if len(results) == 1 and len(first["dims"]) <= 3:
         print(front_table(first))
     print(run_table(results))
@@ -82,16 +81,15 @@ def main(flags):
         if "hypervolume_share_all" in r:
             print(f"{Path(r['run']).name}: share {r['hypervolume_share_all']:.4f} where all other texts count too, "
                   f"with the score {toy.OUTSIDE:g}")
-    if first["exact"]:
-        print(f"HV share: hypervolume divided by the exact front's {first['exact']['hypervolume']:.4f} on "
-              f"{len(first['exact']['lams'])} preferences; the exact front itself has, at these "
-              f"{len(first['lams'])}: {first['exact']['share_at_these_lams']:.4f}. J share: gain of the aggregated "
-              f"objective over the base's, divided by the optimum's gain")
+    if exact:
+        print(f"HV share: hypervolume divided by the exact front's {exact['hypervolume']:.4f} on {len(exact['lams'])} "
+              f"preferences; the exact front itself has, at these {len(first['lams'])}: "
+              f"{exact['share_at_these_lams']:.4f}. J share: gain of the aggregated objective over the base's, divided "
+              f"by the optimum's gain")
     print(f"reference point {first['reference_point']} in {first['points_are']}; pictures: "
           + ", ".join(str(run / "front.png") for run in runs))
 
     # 3. several runs: in one picture if they share an objective, else in the space of what they say
-    out = Path(flags.out)
     if len(results) > 1 and same_objective(results):
         write_json(out / "front.json", results)
         draw_fronts(results, out / "front.png")
@@ -100,7 +98,7 @@ def main(flags):
         c = compare(results, device)
         write_json(out / "compare.json", c)
         draw_comparison(c, out / "compare.png")
-        print(comparison_table(c))
+        print(run_table(c["runs"]))
         print(f"mean scores of what the runs say, 0 and 1 being the ends of the front of what any policy can reach "
               f"within {NATS:g} nats of the base; HV share: hypervolume divided by that of the front without a limit; "
               f"gain share: gain in λ·scores divided by the largest possible gain at the same KL; picture: "
@@ -130,57 +128,46 @@ def check(flags, runs):
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables.
 
-def metric_columns(results):
-    """The metrics of fronts/metrics.py, of the runs' points."""
-    keys = {"HV": "hypervolume", "HV share": "hypervolume_share", "IP": "inner_product", "sparsity": "sparsity",
-            "spacing": "spacing"}
-    return {head: shown([r[key] for r in results], ".4f") for head, key in keys.items()}
+# head -> key, and how its number is shown; a list is one value per dimension or preference
+COLUMNS = {"what": ("label", str), "J share": ("objective_share", "{:.4f}".format),
+           "HV": ("hypervolume", "{:.4f}".format), "HV share": ("hypervolume_share", "{:.4f}".format),
+           "IP": ("inner_product", "{:.4f}".format), "sparsity": ("sparsity", "{:.4f}".format),
+           "spacing": ("spacing", "{:.4f}".format), "Spearman": ("spearman", lambda x: f"{min(x):.3f}"),
+           "KL mean": ("kl", lambda x: f"{np.mean(x):.3f}"), "KL max": ("kl", lambda x: f"{max(x):.3f}"),
+           "gain share": ("gain_share", "{:.3f}".format), "outside": ("outside_mass", lambda x: f"{max(x):.3f}"),
+           "collapse": ("collapsed", lambda x: f"{max(x):.3f}"), "models": ("models", str), "steps": ("steps", str),
+           "train s": ("train_seconds", "{:.0f}".format)}
 
 
-def cost_columns(results):
-    """Models, steps and seconds of the training."""
-    seconds = [read_json(Path(r["run"]) / "timing.json")["train_seconds"] for r in results]
-    return {"models": shown([r["models"] for r in results], "d"), "steps": shown([r["steps"] for r in results], "d"),
-            "train s": shown(seconds, ".0f")}
+def run_table(runs):
+    """One line per run, of front.json's or of fronts.comparison.compare's; columns of what no run has are left out.
 
-
-def run_table(results):
-    """One line per run; collapse: the largest part of its responses, at any preference, that fell into a loop."""
-    most = lambda values: max((x for x in values or [] if x is not None), default=None)
-    return table({"run": [Path(r["run"]).name for r in results],
-                  "J share": shown([r["objective_share"] for r in results], ".4f"), **metric_columns(results),
-                  "Spearman": shown([min(r["spearman"]) for r in results], ".3f"),
-                  "outside": shown([most(r["outside_mass"]) for r in results], ".3f"),
-                  "collapse": shown([most(r["collapsed"]) for r in results], ".3f"), **cost_columns(results)})
+    Spearman: the least of the dimensions; outside, collapse: the largest at any preference (collapse: the part of the
+    responses that fell into a loop).
+    """
+    known = lambda x: x is not None and not (isinstance(x, list) and None in x)
+    runs = [{key: x for key, x in (r | read_json(Path(r["run"]) / "timing.json")).items() if known(x)} for r in runs]
+    return table({"run": [Path(r["run"]).name for r in runs]} | {
+        head: [say(r[key]) if key in r else "-" for r in runs]
+        for head, (key, say) in COLUMNS.items() if any(key in r for r in runs)})
 
 
 def front_table(r):
-    """One line per preference: λ, J, the mean scores (± standard error where they are sampled; accuracies for
-    preference files), KL, outside mass, the loss on the prompts' own texts in nats per token, tokens, collapse rate."""
-    scores, none = np.array(r["scores"]), [None] * len(r["lams"])
-    error = ((scores * (1 - scores) / r["eval_labels"]) ** 0.5 if r["eval_labels"] else
-             np.array(r["scores_se"]) if r["scores_se"] and not r["exact"] else None)
-    what, columns = "acc" if r["eval_labels"] else "score", {}
-    for name, values, form in (("λ", r["lams"], ".2f"), ("J", r["J"], ".4f")):
-        columns |= {f"{name}_{d[:8]}": shown(column, form) for d, column in zip(r["dims"], zip(*values))}
-    for i, dim in enumerate(r["dims"]):
-        columns[f"{what}_{dim[:8]}"] = [f"{x:.3f}" + ("" if error is None else f" ± {error[n, i]:.3f}")
-                                        for n, x in enumerate(scores[:, i])]
+    """One line per preference: λ, J, the mean scores (accuracies for preference files) and, where they are sampled,
+    ± their standard errors, KL, outside mass, the loss on the prompts' own texts in nats per token, tokens, collapse
+    rate."""
+    scores, error = np.array(r["scores"]), None if r["exact"] else r["scores_se"]
+    if r["eval_labels"]:
+        error = (scores * (1 - scores) / r["eval_labels"]) ** 0.5
+    columns = {f"{name}_{dim[:8]}": shown(values, form)
+               for name, points, form in (("λ", r["lams"], ".2f"), ("J", r["J"], ".4f"),
+                                          ("acc" if r["eval_labels"] else "score", scores, ".3f"), ("±", error, ".3f"))
+               if points is not None for dim, values in zip(r["dims"], zip(*points))}
     for head, key, form in (("KL", "kl", ".3f"), ("outside", "outside_mass", ".3f"),
                             ("own text", "own_text_loss", ".3f"), ("tokens", "length", ".1f"),
                             ("collapse", "collapsed", ".3f")):
-        columns[head] = shown(r[key] or none, form)
+        columns[head] = shown(r[key] or [None] * len(scores), form)
     return table(columns)
-
-
-def comparison_table(c):
-    """One line per run of what fronts.comparison.compare returns."""
-    runs = c["runs"]
-    return table({"run": [Path(r["run"]).name for r in runs], "what": [r["label"] for r in runs],
-                  **metric_columns(runs), "KL mean": shown([np.mean(r["kl"]) for r in runs], ".3f"),
-                  "KL max": shown([max(r["kl"]) for r in runs], ".3f"),
-                  "gain share": shown([r["gain_share"] for r in runs], ".3f"),
-                  "outside": shown([max(r["outside_mass"]) for r in runs], ".3f"), **cost_columns(runs)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,8 +179,7 @@ def evolution(run, device, parts):
     steps = [read_adapter_header(f)["step"] for f in files] + [run_config(run)["flags"]["steps"]]
     results, known = [], {}
     for step, file in zip(steps, files + [run / "adapter.safetensors"]):
-        r = evaluate(run, device, parts, file, known)
-        r.pop("samples", None)
+        r, _ = evaluate(run, device, known, parts, file)
         results.append(r)
         print(f"step {step:06d} | hypervolume {r['hypervolume']:.4f} | share {r['hypervolume_share']}")
     write_json(run / "evolution.json", {"steps": steps, "fronts": results})

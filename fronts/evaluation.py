@@ -17,7 +17,7 @@ from fronts.dominance import nondominated
 from fronts.exact import drawn_rows, evaluation_preferences, exact_front, front_preferences, normalise, path_rows
 from fronts.measure import base_of, policies, run_config
 from fronts.metrics import hypervolume, inner_product, spacing, sparsity, spearman
-from fronts.objective import OBJECTIVES, measured_on
+from fronts.objective import ACCURACY, OBJECTIVES, measured_on
 from runs.files import UserError
 from svd_lora import fingerprint
 
@@ -25,12 +25,13 @@ from svd_lora import fingerprint
 AGGREGATED = ("panacea", "rs", "dps")
 
 
-def evaluate(run, device, parts=None, adapters=None, known=None):
-    """Measures one run at every preference of exact.evaluation_preferences. Returns what front.json holds, and
-    where responses were sampled "samples": the rewards and texts of samples.json.
+@torch.no_grad()
+def evaluate(run, device, known, parts=None, adapters=None):
+    """Measures one run at every preference of exact.evaluation_preferences. Returns what front.json holds, and what
+    samples.json holds, the rewards and texts: None where no responses were sampled.
 
-    adapters: a snapshot instead of the run's final adapter (Panacea); then only what is exact is measured. known: a
-    dict that keeps exact fronts, for runs that share them. Raises UserError for another base model than the run's.
+    known: a dict that keeps exact fronts, for runs that share them. adapters: a snapshot instead of the run's final
+    adapter (Panacea); then only what is exact is measured. Raises UserError for another base model than the run's.
     """
     config = run_config(run)
     o, flags, dims = config["objective"], config["flags"], config["dims"]
@@ -45,13 +46,11 @@ def evaluate(run, device, parts=None, adapters=None, known=None):
     # 1. what the base reaches, and the run at every preference; exact figures replace sampled ones
     world, held_out = measured_on(config, model, tokenizer, device)
     data = [each for each in (held_out if adapters is None or world is None else None, world) if each]
-    measure = lambda policy: {k: v for each in data for k, v in each.measure(policy, o["beta"]).items()}
-    for each in data:
-        each.reference(model)
-    base = measure(model)                                                             # no adapter yet: π = π_ref
-    lams, results = [], []
-    grid = evaluation_preferences(m, parts)
-    for lam, policy in tqdm(policies(run, config, model, grid.float(), adapters), desc="front", disable=None):
+    measure = lambda policy: {"kl": None, "outside_mass": None} | {
+        k: v for each in data for k, v in each.measure(policy, o["beta"]).items()}
+    base, lams, results = measure(model), [], []                                      # no adapter yet: π = π_ref
+    grid = evaluation_preferences(m, parts).float()
+    for lam, policy in tqdm(policies(run, config, model, grid, adapters), desc="front", disable=None):
         lams.append([round(x, 6) for x in lam.tolist()])
         results.append(measure(policy))
     column = {key: [r[key] for r in results] for key in results[0]}                   # key -> one value per preference
@@ -61,34 +60,31 @@ def evaluate(run, device, parts=None, adapters=None, known=None):
     if world:
         front, kind = cached_front(known, config, world, front_preferences(m, torch.tensor(lams))), row.exact_points
         column["points"], base["points"] = (normalise(x["J"], front).tolist() for x in (column, base))
-    elif not kind.base:
-        base["points"] = None
+    elif kind is ACCURACY:
+        base["points"] = None                                                         # the base itself orders no pair
     rewards = {"rewards": {k: config["rewards"][k] for k in ("names", "scale")}} if "rewards" in config else {}
-    result = {"run": str(run), "objective": o | rewards,
-              **{k: config[k] for k in ("method", "label", "models", "dims")}, "steps": flags["steps"],
-              "seed": flags["seed"], "lams": lams, "points_are": kind.name,
-              "hypervolume_share": None, "objective_share": None, "base": base, "exact": front,
-              **{k: column[k] for k in ("J", "scores", "points", "kl", "outside_mass")},
-              **{k: column.get(k) for k in ("scores_se", "length", "ended", "collapsed", "own_text_loss")},
+    result = {"run": str(run), "objective": o | rewards, "steps": flags["steps"], "seed": flags["seed"],
+              "lams": lams, "points_are": kind.name, "hypervolume_share": None, "objective_share": None,
+              "base": base, "exact": front, **{k: config[k] for k in ("method", "label", "models", "dims")},
+              **{k: column.get(k) for k in ("J", "scores", "points", "kl", "outside_mass", "scores_se", "length",
+                                            "ended", "collapsed", "own_text_loss")},
               "eval_labels": getattr(held_out, "labels", None),
               **front_metrics(lams, column["points"], [kind.reference] * m)}
-    if "raw" in column:                                       # the sampled responses, for samples.json and histograms
-        result["samples"] = {"base": {key: base.pop(key) for key in ("raw", "texts")},
-                             **{key: column[key] for key in ("raw", "texts")}}
+    samples = {"lams": lams, "dims": dims, "raw": column["raw"], "texts": column["texts"],
+               "base": {key: base.pop(key) for key in ("raw", "texts")}} if "raw" in column else None
 
     # 3. shares of what is possible
     if front:
         result |= shares(result, front)
-    if front and row.optimum_all:                             # the same where all other texts count, too
-        strict = exact_front(torch.tensor(front["lams"], dtype=torch.float64), row, world, o, everything=True)
+    if front and row.speaks:                             # the same where all other texts count, too
+        strict = exact_front(torch.tensor(front["lams"], dtype=torch.float64), row, world, o | {"everything": True})
         result |= {"J_all": column["J_all"], "kl_all": column["kl_all"], "hypervolume_share_all": hypervolume(
             normalise(column["J_all"], strict), result["reference_point"]) / strict["hypervolume"]}
-    return result
+    return result, samples
 
 
 def cached_front(known, config, world, lams):
     """The exact front of a run on the world, out of the dict `known` where one of its objective and base is there."""
-    known = {} if known is None else known
     key = str([config["objective"], config.get("rewards"), config["dims"], config["fingerprint"], lams.tolist(),
                *(config["flags"].get(k) for k in ("quantize", "precision"))])
     if key not in known:
@@ -100,11 +96,11 @@ def front_metrics(lams, points, reference):
     """What metrics.py says of the points (F, m) that were reached at lams (F, m); reference (m,): hypervolume's."""
     points = np.asarray(points)
     kept = nondominated(points)
-    along = [(path_rows(lams, i), i) for i in range(len(reference))]
+    along = [path_rows(lams, i) for i in range(len(reference))]
     return {"hypervolume": hypervolume(points, reference), "reference_point": list(reference),
             "inner_product": inner_product(lams, points), "sparsity": sparsity(points[kept]),
             "spacing": spacing(points[kept]), "nondominated": int(kept.sum()),
-            "spearman": [spearman([lams[n][i] for n in rows], points[rows, i]) for rows, i in along]}
+            "spearman": [spearman(np.array(lams)[rows, i], points[rows, i]) for i, rows in enumerate(along)]}
 
 
 def shares(r, front):
@@ -126,8 +122,8 @@ def objective_share(J, base, best, lams, aggregate, z):
     """The gain of a run's aggregated objective over the base's, divided by the optimum's gain: the mean over lams.
 
     J, best (F, m): what the run and the optimal policies reach; base (m,); lams (F, m). Linear scalarisation:
-    Σ λ_i J_i; Tchebycheff: −max λ_i (−J_i − z_i), Eq. (7), (16). Preferences for which the base is optimal already do
-    not count; None where it is for all.
+    Σ λ_i J_i, Eq. (6); Tchebycheff: −max λ_i (−J_i − z_i), Eq. (7), (15), (16). Preferences for which the base is
+    optimal already do not count; None where it is for all.
     """
     lams, (J, base, best) = torch.tensor(lams), (torch.tensor(x) for x in (J, base, best))
     value = lambda J: (-tchebycheff(-J, lams, z) if aggregate == "tche" else linear_scalarization(J, lams))

@@ -11,27 +11,28 @@ from fronts.metrics import hypervolume
 from runs.randomness import generator_for
 
 
-def exact_front(lams, row, world, o, everything=False):
+def exact_front(lams, row, world, o):
     """The front of all policies for the objective `row` (objective.OBJECTIVES) of a run with the settings `o`.
 
-    lams: (F, m)   world: measure.World after reference()   everything: all other texts count as one more response.
+    lams: (F, m)   world: measure.World after reference()   o["everything"] (RLHF): all other texts are one more response
     Returns a dict: lams; J (F, m); ideal and nadir (m,), the best and the worst J_i on the front that gives the scale,
     which is that of linear scalarisation where the objective names no other; points (F, m), J with ideal at 1 and
     nadir at 0; their hypervolume; scores (F, m), the mean scores of the optimal policies; z (m,), the
     losses that Tchebycheff aims at, or None; residual: what the solver left of
     a gradient or a duality gap, checked to be 0 but for rounding.
     """
-    optimum = row.optimum_all if everything else row.optimum
+    z = row.least and (o["ideal"] or row.least(world))
+    o = o | ({"ideal": z} if z else {})
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                    # for many small matrices a second thread costs more than it gives
-    J, logps, residual = optimum(lams, world, o)
-    scale = (row.scale(lams, world, o) if row.scale else
-             optimum(lams, world, o | {"aggregate": "ls"})[0] if o["aggregate"] != "ls" else J)
+    J, logps, residual = row.optimum(lams, world, o)
+    own = o["aggregate"] == "ls" and not row.scale
+    scale = J if own else (row.scale or row.optimum)(lams, world, o | {"aggregate": "ls"})[0]
     torch.set_num_threads(threads)
     if not residual < 1e-8:
         raise RuntimeError(f"the exact front is not exact: residual {residual}")
     front = {"lams": lams.tolist(), "J": J.tolist(), "ideal": scale.amax(0).tolist(), "nadir": scale.amin(0).tolist(),
-             "z": row.z(world, o), "residual": residual}
+             "z": z, "residual": residual}
     points = normalise(front["J"], front)
     volume = hypervolume(points, [row.exact_points.reference] * points.shape[1])
     return front | {"points": points.tolist(), "hypervolume": volume,
@@ -58,7 +59,7 @@ def evaluation_preferences(m, parts=None):
     and 100 drawn evenly, always the same.
     """
     if parts is not None or m <= 3:
-        return simplex_lattice(m, parts or (10 if m > 1 else 1))
+        return simplex_lattice(m, parts or 10)
     drawn = sample_preference(100, m, alpha=1.0, vertex_share=0.0, generator=generator_for(0, "evaluation")).double()
     return torch.cat([vertex_paths(m, PATH), drawn / drawn.sum(-1, keepdim=True)])
 

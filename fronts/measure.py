@@ -5,9 +5,10 @@ prompts can be listed, so a policy's expectations are sums. *Outside mass* is th
 texts other than the listed responses. Elsewhere nothing can be listed, and held-out pairs or demonstrations, or sampled
 responses, stand for the truth.
 X: evaluation prompts   S: the world's responses to a prompt   O = S + 1: with "any other text"   m: dimensions
-Every class here has reference(model), which measures the base once, and measure(policy, beta), which returns
-J (m,) the objectives as they were trained, scores (m,) the mean rewards (or accuracies) themselves, kl, outside_mass,
-and, where no exact front gives J a scale, points (m,). policies() gives a run's policies, one per preference.
+Every class here measures the base once, when it is made (World: by reference(model)). measure(policy, beta) returns
+J (m,) the objectives as they were trained, scores (m,) the mean rewards (or accuracies) themselves, where they are
+known kl and outside_mass, and, where no exact front gives J a scale, points (m,). policies() gives a run's policies,
+one per preference.
 """
 import math
 from functools import cached_property
@@ -178,14 +179,8 @@ class PreferenceFiles:
         """loss: objectives.dpo_loss, or another of its kind. rewards plays no part."""
         rows, *_ = read_preferences(config["flags"]["eval_data"], dims=config["dims"], seed=config["flags"]["seed"])
         self.loss, self.batches = loss, held_out_batches(rows, config, tokenizer, model, device)
+        self.ref = [batch_logprobs(model, batch) for batch in self.batches]
 
-    @torch.no_grad()
-    def reference(self, model):
-        """Measures the base model once; what measure() needs of it."""
-        with adapters_off(model):
-            self.ref = [batch_logprobs(model, batch) for batch in self.batches]
-
-    @torch.no_grad()
     def measure(self, model, beta):
         """J = −loss (m,) and scores: the implicit-reward accuracy (m,) on the rows that have the label."""
         loss = correct = count = 0.0
@@ -193,7 +188,7 @@ class PreferenceFiles:
             l, c, known = losses_on_pairs(self.loss, batch_logprobs(model, batch), ref, batch.pairs, batch.better, beta)
             loss, correct, count = loss + (l * known).sum(0), correct + (c * known).sum(0), count + known.sum(0)
         self.labels, scores = count.int().tolist(), (correct / count).tolist()
-        return {"J": (-loss / count).tolist(), "scores": scores, "points": scores, "kl": None, "outside_mass": None}
+        return {"J": (-loss / count).tolist(), "scores": scores, "points": scores}
 
 
 class DemonstrationFiles:
@@ -205,13 +200,8 @@ class DemonstrationFiles:
         self.batches = held_out_batches(rows, config, tokenizer, model, device)
         self.kinds = torch.tensor([i for kind in kinds for i in kind])                                 # (R,)
         self.scale = torch.tensor(config["loss_scale"], dtype=torch.float64)                           # (m,)
+        self.ref = self.objectives(model)
 
-    def reference(self, model):
-        """Measures the base model once; what measure() needs of it."""
-        with adapters_off(model):
-            self.ref = self.objectives(model)
-
-    @torch.no_grad()
     def objectives(self, model):
         """J (m,): mean nats per response, or by the mean length, as in training (config's loss_scale)."""
         logps = torch.cat([batch_logprobs(model, batch) for batch in self.batches]).double().cpu()    # (R,)
@@ -221,11 +211,11 @@ class DemonstrationFiles:
         """J (m,), and scores (m,): J less the base's."""
         J = self.objectives(model)
         scores = (J - self.ref).tolist()
-        return {"J": J.tolist(), "scores": scores, "points": scores, "kl": None, "outside_mass": None}
+        return {"J": J.tolist(), "scores": scores, "points": scores}
 
 
 class Samples:
-    """Sampled responses to evaluation prompts: rewards with a standard error, and what no reward shows."""
+    """Sampled responses to evaluation prompts: rewards with a standard error, Eq. (1), and what no reward shows."""
 
     per_prompt, most = 4, 64
 
@@ -240,27 +230,21 @@ class Samples:
         self.prompts = [row.prompt for row in tokenize(rows[:self.most], tokenizer, length, length - self.new)[0]]
         own = [row for row in tokenize(rows, tokenizer, length)[0] if row.responses]
         self.own = [pack(own[i:i + 16]).to(device) for i in range(0, min(len(own), 2 * self.most), 16)]
-        self.device = device
+        self.device, self.base = device, shared_base(model)                   # the base, on the same memory
 
-    def reference(self, model):
-        """Keeps the base, on the same memory; what measure() needs of it."""
-        self.base = shared_base(model)
-
-    @torch.no_grad()
     def measure(self, model, beta):
         """J = mean r − β KL; scores: mean raw rewards, and their standard errors (over prompts); points: the scores,
         normalised; KL as the mean of log π/π_ref; length in tokens; ended and collapsed: parts of the responses, in
         [0, 1], that ended by themselves and that fell into a loop; own_text_loss: nats per token on the texts that the
         prompts were cut from; raw (R, m) and texts, the samples themselves."""
-        prompts = [x for x in self.prompts for _ in range(self.per_prompt)]
+        prompts, asked = ([x for x in each for _ in range(self.per_prompt)] for each in (self.prompts, self.texts))
         responses = generate(model, prompts, self.new, eos_id=self.tokenizer.eos_id,
                              generator=generator_for(0, "evaluation"))
         texts, finished = spoken(responses, self.tokenizer)
-        raw = self.rewards.raw([x for x in self.texts for _ in range(self.per_prompt)], texts, finished)      # (R, m)
+        raw = self.rewards.raw(asked, texts, finished)                                                 # (R, m)
         kl = 0.0
         for i in range(0, len(prompts), 64):
-            part = pack([TokenRow(*xy) for xy in zip(prompts[i:i + 64], [[y] for y in responses[i:i + 64]])])
-            part = part.to(self.device)
+            part = pack([TokenRow(x, [y]) for x, y in zip(prompts[i:i + 64], responses[i:i + 64])]).to(self.device)
             kl += (batch_logprobs(model, part) - batch_logprobs(self.base, part)).sum().item() / len(prompts)
         own = (None if not self.own else -sum(batch_logprobs(model, b).sum().item() for b in self.own)
                / sum((b.paths < len(b.targets)).sum().item() for b in self.own))
@@ -268,7 +252,7 @@ class Samples:
         J = self.rewards.normalise(raw).mean(0) - beta * kl
         return {"J": J.tolist(), "scores": raw.mean(0).tolist(),
                 "points": self.rewards.normalise(raw.mean(0)).tolist(),
-                "scores_se": (by_prompt.std(0) / math.sqrt(len(by_prompt))).tolist(), "kl": kl, "outside_mass": None,
+                "scores_se": (by_prompt.std(0) / math.sqrt(len(by_prompt))).tolist(), "kl": kl,
                 "length": sum(map(len, responses)) / len(responses), "ended": sum(finished) / len(finished),
                 "collapsed": sum(map(collapsed, responses)) / len(responses), "own_text_loss": own,
                 "raw": raw.tolist(), "texts": texts[::self.per_prompt]}

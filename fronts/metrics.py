@@ -30,8 +30,6 @@ def hypervolume(points, reference):
     if m > 64:
         raise ValueError(f"hypervolume of {m} dimensions: 64 are the most")
     Y = np.unique(Y[nondominated(Y)], axis=0)                                 # ascending in the first dimension
-    if m == 1:
-        return float(Y.max())
     if m == 2:
         return float(_staircase(Y))
     if m == 3:        # a slice between neighbouring values of the first dimension: the points above, in the other two

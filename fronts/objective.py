@@ -34,7 +34,6 @@ class Points:
     unit: str                   # on its axes; {} for the objective's label
     key: str = "points"         # what it shows: the points, or "scores" in raw units
     weighed: bool = False       # shown beside: what each dimension reaches by its weight (J itself would say no more)
-    base: bool = True           # whether the base model has a place among them
 
 
 NORMALISED_J = Points("normalised J", -0.1, "Objectives: 1 is the best that any policy can do, 0 the worst on the "
@@ -42,7 +41,7 @@ NORMALISED_J = Points("normalised J", -0.1, "Objectives: 1 is the best that any 
 MEAN_SCORE = Points("normalised mean score", -0.1, f"Mean scores: 0 and 1 are the ends of the exact front within "
                     f"{NATS:g} nats of the base", "normalised mean score", weighed=True)
 ACCURACY = Points("implicit-reward accuracy", 0.0, "Held-out accuracy of the implicit reward",
-                  "part of the pairs ordered as labelled", base=False)   # the base itself orders no pair
+                  "part of the pairs ordered as labelled")     # the base itself orders no pair
 GAIN = Points("gain in log-likelihood", -1.0, "Gain in log-likelihood on held-out demonstrations", "nats", weighed=True)
 MEAN_REWARD = Points("normalised mean reward", -2.0, "Mean rewards of sampled responses, ± standard error", "reward",
                      key="scores")
@@ -58,36 +57,36 @@ class Objective:
     optimum: Callable           # (lams, world, o) -> J (F, m) of the best policies, log π (F, X, ·), its residual
     held_out: Callable          # (config, model, tokenizer, device, rewards) -> what measures it without a known truth
     points: Points              # …, and what its points are there
-    z: Callable = lambda world, o: None     # the losses that Tchebycheff aims at; None: J alone does not tell its value
-    scale: Callable | None = None           # (lams, world, o) -> J (F, m) whose best is 1 and worst 0; None: of "ls"
+    least: Callable | None = None           # world -> Tchebycheff's z, the least losses; None: no function of J
+    scale: Callable | None = None           # an optimum whose J have the best at 1 and the worst at 0; None: of "ls"
     exact_points: Points = NORMALISED_J     # what its points are on the embedded world
-    sampled: bool = False                   # whether responses are sampled there too
-    optimum_all: Callable | None = None     # optimum where all other texts count as one more response
+    speaks: bool = False                    # trained on what the policy says: sampled on the world too, and its optimum
+    #                                         has a second form, o["everything"]: all other texts are one more response
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # DPO: J_i = −L_DPO,i, Eq. (2), the expectation over all pairs of responses and their Bradley-Terry labels.
 
 def dpo_J(world, logps, beta):
-    """J_i = −L_DPO,i, (m,)"""
+    """J_i = −L_DPO,i, Eq. (2). (m,)"""
     return -optimum.dpo_losses(beta * (logps - world.ref), world.wins[world.problems[2]]).mean(0)
 
 
-def zero_or_ideal(world, o):
-    """z: the losses that were given, else 0, which no loss of pairs is below."""
-    return o["ideal"] or [0.0] * len(world.dims)
+def zero(world):
+    """No loss of pairs is below 0. -> m floats"""
+    return [0.0] * len(world.dims)
 
 
 def dpo_optimum(lams, world, o):
     """Eq. (14) and (16), over all policies: Newton's method, π* ∝ π_ref exp(h/β)."""
     scores, w, problem = world.problems
     J, h, left = (optimum.dpo_ls(lams, scores, w) if o["aggregate"] == "ls" else
-                  optimum.dpo_tche(lams, scores, w, zero_or_ideal(world, o)))
+                  optimum.dpo_tche(lams, scores, w, o["ideal"]))
     return J, world.ref + h[:, problem] / o["beta"], left
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# IPO (arXiv:2310.12036, Eq. 17): J_i = −L_IPO,i, the expectation over the same pairs and labels. With h = log π/π_ref
+# IPO Eq. (17) (arXiv:2310.12036): J_i = −L_IPO,i, the expectation over the same pairs and labels. With h = log π/π_ref
 # and win_i(a,b) the probability that a is labelled better,
 #
 #     L_i(h) = mean over pairs {a,b} of (h_a − h_b)² − (h_a − h_b) (2 win_i(a,b) − 1) / β, + 1/(4β²),
@@ -96,7 +95,7 @@ def dpo_optimum(lams, world, o):
 # x_i(a) = (1/S) Σ_b (2 win_i(a,b) − 1) / (2β), and labels enter linearly: for weights c it is h = Σ_i c_i x_i.
 
 def ipo_losses(h, wins, beta):
-    """L_i of every problem. h: (…, Q, S)   wins: (Q, m, S), Σ_b win_i(a,b)  ->  (…, Q, m)"""
+    """L_i of every problem, IPO Eq. (17). h: (…, Q, S)   wins: (Q, m, S), Σ_b win_i(a,b)  ->  (…, Q, m)"""
     S = h.shape[-1]
     h = h - h.mean(-1, keepdim=True)
     pull = torch.einsum("...qs,qms->...qm", h, 2 * wins - (S - 1)) / beta
@@ -109,7 +108,7 @@ def ipo_J(world, logps, beta):
 
 
 def ipo_optimum(lams, world, o):
-    """Linear scalarisation in closed form; Tchebycheff by its dual, of quadratic functions of c."""
+    """Of IPO Eq. (17): linear scalarisation in closed form; Tchebycheff by its dual, of quadratic functions of c."""
     (_, w, problem), wins, beta, S = world.problems, world.wins, o["beta"], world.wins.shape[-1]
     x = (2 * wins - (S - 1)) / (2 * beta * S)                                                          # (Q, m, S)
 
@@ -119,7 +118,7 @@ def ipo_optimum(lams, world, o):
         return h, w @ ipo_losses(h, wins, beta), -4 / (S - 1) * torch.einsum("qis,qjs->ij", apart, apart)
 
     if o["aggregate"] == "tche":
-        J, h, left = optimum.by_the_dual(lams, torch.tensor(zero_or_ideal(world, o)).double(), solve)
+        J, h, left = optimum.by_the_dual(lams, torch.tensor(o["ideal"]).double(), solve)
     else:
         h, losses, _ = zip(*map(solve, lams.double() / lams.double().sum(-1, keepdim=True)))
         J, left = -torch.stack(losses), 0.0
@@ -139,16 +138,11 @@ def sft_ideal(dims, split):
     return optimum.sft_entropies(writers(dims, split)).tolist()
 
 
-def least_or_ideal(world, o):
-    """z: the losses that were given, else the least that there are."""
-    return o["ideal"] or optimum.sft_entropies(world.writers).tolist()
-
-
 def sft_optimum(lams, world, o):
     """Mixtures of the writers' distributions, whatever the aggregation."""
     if o["aggregate"] == "ls":
         return *optimum.sft_ls(lams, world.writers), 0.0
-    return optimum.sft_tche(lams, world.writers, least_or_ideal(world, o))
+    return optimum.sft_tche(lams, world.writers, o["ideal"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,13 +150,13 @@ def sft_optimum(lams, world, o):
 # renormalised to them; and over everything ("all"), any other text being one more outcome (World.measure).
 
 def rlhf_J(world, logps, beta):
-    """J_i = E r_i − β KL, (m,), over the world's responses alone"""
+    """J_i = E r_i − β KL, Eq. (1), (m,), over the world's responses alone"""
     return optimum.rlhf_objectives(logps.log_softmax(-1), world.ref, world.r_all[:, :-1], beta)[0]
 
 
-def rlhf_optimum(lams, world, o, everything=False):
+def rlhf_optimum(lams, world, o):
     """Eq. (12), (13), in closed form."""
-    r, ref = (world.r_all, world.ref_all) if everything else (world.r_all[:, :-1], world.ref)
+    r, ref = (world.r_all, world.ref_all) if o.get("everything") else (world.r_all[:, :-1], world.ref)
     # a trained reward model's own largest rewards are not these: the true ones then
     z = r.amax((0, 1)) if o["ideal"] is None else torch.tensor(o["ideal"], dtype=torch.float64)
     return *optimum.rlhf_closed_form(lams, r, ref, o["beta"], o["aggregate"], z), 0.0
@@ -183,15 +177,13 @@ def score_optimum(lams, world, o, budget=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 OBJECTIVES = {
-    "dpo": Objective("DPO", "−DPO loss", "o", dpo_J, dpo_optimum, partial(PreferenceFiles, dpo_loss), ACCURACY,
-                     zero_or_ideal),
-    "ipo": Objective("IPO", "−IPO loss", "h", ipo_J, ipo_optimum, partial(PreferenceFiles, ipo_loss), ACCURACY,
-                     zero_or_ideal),
-    "rlhf": Objective("RLHF", "E r − β KL", "s", rlhf_J, rlhf_optimum, Samples, MEAN_REWARD, sampled=True,
-                      optimum_all=partial(rlhf_optimum, everything=True)),
-    "sft": Objective("SFT", "E log π(y|x)", "^", sft_J, sft_optimum, DemonstrationFiles, GAIN, least_or_ideal),
+    "dpo": Objective("DPO", "−DPO loss", "o", dpo_J, dpo_optimum, partial(PreferenceFiles, dpo_loss), ACCURACY, zero),
+    "ipo": Objective("IPO", "−IPO loss", "h", ipo_J, ipo_optimum, partial(PreferenceFiles, ipo_loss), ACCURACY, zero),
+    "rlhf": Objective("RLHF", "E r − β KL", "s", rlhf_J, rlhf_optimum, Samples, MEAN_REWARD, speaks=True),
+    "sft": Objective("SFT", "E log π(y|x)", "^", sft_J, sft_optimum, DemonstrationFiles, GAIN,
+                     lambda world: optimum.sft_entropies(world.writers).tolist()),
     "scores": Objective("scores", "mean score", "P", None, score_optimum, Samples, MEAN_REWARD,
-                        scale=lambda *args: score_optimum(*args, NATS)[0], exact_points=MEAN_SCORE)}
+                        scale=partial(score_optimum, budget=NATS), exact_points=MEAN_SCORE)}
 POINTS = {kind.name: kind for row in OBJECTIVES.values() for kind in (row.points, row.exact_points)}
 
 
@@ -202,8 +194,10 @@ def same_objective(results):
     return all(meaning(r) == meaning(results[0]) for r in results)
 
 
+@torch.no_grad()
 def measured_on(config, model, tokenizer, device):
-    """What a run is measured on: (World, or None where the truth is not known; held-out data or samples, or None)."""
+    """What a run is measured on: (World, or None where the truth is not known; held-out data or samples, or None).
+    Both have measured the model, which is still without an adapter."""
     row, dims = OBJECTIVES[config["objective"]["name"]], config["dims"]
     if "rewards" not in config:
         known, rewards, true_rewards = config["flags"]["data"] is None, None, None
@@ -215,6 +209,8 @@ def measured_on(config, model, tokenizer, device):
         # behind a trained reward model stand the world's own scores
         true_rewards = rewards if of_world(names) else world_rewards(dims, None) if known else None
     # for every preference of a large grid exact figures are enough
-    sampled = not known or row.sampled and len(dims) <= 3
-    return (World(dims, tokenizer, device, row.J, true_rewards) if known else None,
-            row.held_out(config, model, tokenizer, device, rewards) if sampled else None)
+    sampled = not known or row.speaks and len(dims) <= 3
+    world = World(dims, tokenizer, device, row.J, true_rewards) if known else None
+    if world:
+        world.reference(model)
+    return world, row.held_out(config, model, tokenizer, device, rewards) if sampled else None

@@ -93,7 +93,7 @@ def newton(wins, h):
 
 
 def dpo_ls(lams, scores, w):
-    """The exact DPO optimum under linear scalarisation, Eq. (6), at every preference.
+    """The exact DPO optimum under linear scalarisation, Eq. (6), (14), at every preference.
 
     lams: (F, m)   scores: (Q, S, m)   w: (Q,)  ->  J (F, m), h (F, Q, S), and the largest gradient entry left over.
     """
@@ -324,25 +324,24 @@ def most_scores(lams, scores, ref, budgets):
     (b, F): inf for κ = 0, where π* = π_ref; for no limit, or one that the maximum does not need, 1e-8 of the range of
     λ·r, which stands for β -> 0 and costs at most that times log(1 / smallest π_ref) in score.
     """
-    budgets = torch.tensor([math.inf if k is None else k for k in budgets], dtype=torch.float64)
-    rows = [[], [], []]
-    for lam in lams.double().split(max(1, AT_ONCE // ref.numel())):
-        for kappa in budgets:
-            for row, values in zip(rows, _at_kl(lam, kappa.expand(len(lam)), scores, ref)):
-                row.append(values)
-    b = len(budgets)
-    return tuple(torch.stack([torch.cat(row[k::b]) for k in range(b)]) for row in rows)
+    each = [at_kl(lams, [math.inf if budget is None else budget] * len(lams), scores, ref) for budget in budgets]
+    return tuple(map(torch.stack, zip(*each)))
 
 
 def best_at_kl(lams, kls, scores, ref):
     """The largest λ·E r of any policy that spends at most KL κ, for F pairs of λ (F, m) and κ (F,) in nats: (F,)."""
-    lams, kls = lams.double(), torch.as_tensor(kls, dtype=torch.float64)
-    parts = zip(*(each.split(max(1, AT_ONCE // ref.numel())) for each in (lams, kls)))
-    return torch.cat([(lam * _at_kl(lam, kappa, scores, ref)[0]).sum(-1) for lam, kappa in parts])
+    return (lams.double() * at_kl(lams, kls, scores, ref)[0]).sum(-1)
+
+
+def at_kl(lams, kls, scores, ref):
+    """most_scores for F pairs of λ (F, m) and budget κ (F,): mean scores (F, m), KL (F,), β (F,)."""
+    pairs = torch.cat([lams.double(), torch.as_tensor(kls, dtype=torch.float64)[:, None]], 1)         # (F, m + 1)
+    parts = [_at_kl(part[:, :-1], part[:, -1], scores, ref) for part in pairs.split(max(1, AT_ONCE // ref.numel()))]
+    return tuple(map(torch.cat, zip(*parts)))
 
 
 def _at_kl(lams, kappa, scores, ref):
-    """most_scores for F pairs of λ (F, m) and budget κ (F,): mean scores (F, m), KL (F,), β (F,)."""
+    """at_kl for so few pairs that the (F, X, S) tensors fit into the memory."""
     R = torch.einsum("fm,xsm->fxs", lams, scores)
     R = R - R.amax(-1, keepdim=True)                                                  # a constant per prompt is free
     spread = -R.amin((-2, -1))

@@ -15,7 +15,7 @@ from fronts.objective import OBJECTIVES, measured_on
 from model import Transformer
 from ops.quantize import dense_state_dict
 from runs.files import UserError
-from svd_lora import merged_state_dict
+from svd_lora import merged_state_dict, svd_lora_layers
 
 
 def min_norm(world, model, beta):
@@ -25,19 +25,15 @@ def min_norm(world, model, beta):
     them inside the blocks): unlike the adapter's own factors, these mean the same before and after training.
     Returns the norm, c (m,) and the norms of the single gradients (m,). The model's requires_grad is changed.
     """
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    model.requires_grad_(False)
-    for p in matrices:
-        p.requires_grad_(True)
-    total, start = [0.0] * world.r_all.shape[-1], 0
+    matrices = [p.requires_grad_(True) for p in model.requires_grad_(False).blocks.parameters() if p.ndim == 2]
+    total, start = 0.0, 0
     for batch in world.batches:
         logps = optimum.with_outside(batch_logprobs(model, batch).double().cpu().view(-1, toy.N_RESPONSES))
         here = slice(start, start := start + len(logps))                              # the batch's prompts
         J, _ = optimum.rlhf_objectives(logps, world.ref_all[here], world.r_all[here], beta)
-        for j, value in enumerate(J * len(logps) / len(world.r_all)):
-            grads = torch.autograd.grad(value, matrices, retain_graph=True)
-            total[j] = total[j] + torch.cat([g.flatten() for g in grads]).double()
-    gram = torch.stack(total) @ torch.stack(total).T                                  # (m, m)
+        grads = [torch.autograd.grad(value, matrices, retain_graph=True) for value in J * len(logps) / len(world.r_all)]
+        total = total + torch.stack([torch.cat([g.flatten() for g in each]).double() for each in grads])
+    gram = total @ total.T                                                            # (m, m)
     c = min_norm_weights(gram)
     return (c @ gram @ c).clamp(min=0).sqrt().item(), c.tolist(), gram.diagonal().sqrt().tolist()
 
@@ -50,14 +46,14 @@ def stationarity(run, device):
     config = run_config(run)
     model, beta = base_of(config, device), config["objective"]["beta"]
     world, _ = measured_on(config, model, load_tokenizer(config["tokenizer"]), device)
-    if world is None or OBJECTIVES[config["objective"]["name"]].optimum_all is None:
+    if world is None or not OBJECTIVES[config["objective"]["name"]].speaks:
         raise UserError(f"{run}: --stationarity takes runs of train_ppo.py on the embedded world's own dimensions")
-    world.reference(model)
     plain = Transformer(model.config).to(model.embed.weight)
-    plain.load_state_dict(dense_state_dict(model))
-    before, after = [min_norm(world, plain, beta)], []
-    for lam, policy in policies(run, config, model, simplex_lattice(len(config["dims"]), 2).float()):
-        if config["method"] != "rs":                                                  # a soup is merged already
-            plain.load_state_dict(merged_state_dict(policy, lam if config["method"] == "panacea" else None))
-        after.append(min_norm(world, policy if config["method"] == "rs" else plain, beta))
-    return {"before": before, "after": after}
+
+    def at(lam, policy):
+        adapted = svd_lora_layers(policy)                                             # the base and soups are not
+        plain.load_state_dict(merged_state_dict(policy, lam) if adapted else dense_state_dict(policy))
+        return min_norm(world, plain, beta)
+
+    lams = simplex_lattice(len(config["dims"]), 2).float()
+    return {"before": [at(None, model)], "after": [at(*each) for each in policies(run, config, model, lams)]}

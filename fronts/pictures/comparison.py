@@ -5,21 +5,21 @@ c: what fronts.comparison.compare returns
 import numpy as np
 from matplotlib import ticker
 
-from fronts.pictures.shared import BASE, OUTLINE, PAIRS, arrays, edge_of, looks, plt
+from fronts.pictures.shared import OUTLINE, PAIRS, arrays, edge_of, finish_plane, looks, plt, save
 
 
-def comparison_figure(c):
+def draw_comparison(c, path):
     """Runs of every kind in the space of mean scores: for m = 2 and 3 every plane, beside what any policy can reach
     within so many nats of the base; for any m two summaries, hypervolume, and gain against distance."""
-    m, styles = len(c["dims"]), looks(c["runs"])
-    fig, axes = plt.subplot_mosaic({2: "AAX;AAY", 3: "ABC;XXY"}.get(m, "XXY"), layout="constrained",
-                                   figsize={2: (15, 8.4), 3: (17, 10)}.get(m, (17, 5)))
-    for key, (i, j) in zip("ABC"[:2 * m - 3] if m <= 3 else "", PAIRS):
-        draw_limits_plane(axes[key], c, styles, i, j)
+    styles = looks(c["runs"])
+    panels, size = {2: ("AAX;AAY", (15, 8.4)), 3: ("ABC;XXY", (17, 10))}.get(len(c["dims"]), ("XXY", (17, 5)))
+    fig, axes = plt.subplot_mosaic(panels, figsize=size)
+    for key, (i, j) in zip("ABC", PAIRS):
+        if key in axes:
+            draw_limits_plane(axes[key], c, styles, i, j)
     draw_summaries(axes["X"], axes["Y"], c["runs"], styles)
-    fig.suptitle("What the runs say" + (". Grey: the most that any policy reaches within so many nats of the base"
-                                        if m <= 3 else f", in {m} dimensions"))
-    return fig
+    fig.suptitle("What the runs say. Grey: the most that any policy reaches within so many nats of the base")
+    return save(fig, path)
 
 
 def draw_limits_plane(ax, c, styles, i, j):
@@ -29,24 +29,19 @@ def draw_limits_plane(ax, c, styles, i, j):
     edge = edge_of(np.array(c["limit_lams"]), i, j)
     for limit in c["limits"]:
         Y = np.array(limit["points"])[edge][:, [i, j]]
-        free = limit["kl"] is None
-        ax.plot(*Y.T, color="0.35" if free else "0.6", lw=1.6 if free else 0.8, zorder=1)
-        ax.annotate("no limit" if free else f"{limit['kl']:g}", Y[-1], xytext=(0, -3), textcoords="offset points",
-                    fontsize=8, color="0.35", ha="center", va="top", path_effects=OUTLINE, zorder=98)
+        ax.plot(*Y.T, color="0.6", lw=0.8 if limit["kl"] else 1.6, zorder=1)
+        ax.annotate(f"{limit['kl']:g}" if limit["kl"] else "no limit", Y[-1], xytext=(0, -3), fontsize=8, color="0.35",
+                    textcoords="offset points", ha="center", va="top", path_effects=OUTLINE, zorder=98)
     for n, (r, look) in enumerate(zip(c["runs"], styles)):
         lams, Y = arrays(r)
-        on = edge_of(lams, i, j) if len(Y) > 1 else np.array([0])
-        off = np.setdiff1d(range(len(lams)), on)
-        front = dict(color=look["color"], marker=look["marker"], alpha=look["alpha"], zorder=3 + len(styles) - n)
-        ax.plot(Y[off, i], Y[off, j], **front | {"alpha": 0.3 * look["alpha"]}, ls="", ms=3)
-        ax.plot(Y[on, i], Y[on, j], **front, ms=9 if len(Y) == 1 else 6, lw=1.2)
-    ax.plot(c["base"][i], c["base"][j], marker="*", ms=15, color=BASE, ls="", zorder=99)
+        on = edge_of(lams, i, j) if len(Y) > 1 else [0]
+        front = dict(color=look["color"], marker=look["marker"], zorder=3 + len(styles) - n)
+        ax.plot(Y[:, i], Y[:, j], ls="", ms=3, alpha=0.3 * look["alpha"], **front)
+        ax.plot(Y[on, i], Y[on, j], ms=9 if len(Y) == 1 else 6, lw=1.2, alpha=look["alpha"], **front)
+    finish_plane(ax, [c["dims"][i], c["dims"][j]], c["points_are"], [c["base"][i], c["base"][j]])
     ax.annotate("base", (c["base"][i], c["base"][j]), xytext=(0, -9), textcoords="offset points", fontsize=9,
-                color=BASE, ha="center", va="top", path_effects=OUTLINE)
-    ax.set(xlabel=f"{c['dims'][i]}  ({c['points_are']}; right is better)",
-           ylabel=f"{c['dims'][j]}  ({c['points_are']}; up is better)")
+                ha="center", va="top", path_effects=OUTLINE)
     ax.margins(0.08)
-    ax.grid(alpha=0.25)
 
 
 def draw_summaries(shares, distances, runs, styles):
@@ -55,16 +50,15 @@ def draw_summaries(shares, distances, runs, styles):
     names = [look for look in styles if look["alpha"] == 1]
     for y, look in enumerate(names):
         x = [r["hypervolume_share"] for r in look["seeds"]]
-        shares.plot([0, np.mean(x)], [y, y], color=look["color"], lw=5, alpha=0.2, solid_capstyle="butt")
+        shares.barh(y, np.mean(x), 0.1, color=look["color"], alpha=0.2)
         shares.plot(x, [y] * len(x), ls="", marker=look["marker"], ms=8, color=look["color"], alpha=0.7)
         shares.annotate(f"{np.mean(x):.1%}", (max(x), y), xytext=(9, 0), textcoords="offset points", va="center")
-    models = [look["seeds"][0]["models"] for look in names]
-    shares.set_yticks(range(len(names)),
-                      [f"{look['name']}  ({n} model{'s' * (n > 1)})" for look, n in zip(names, models)])
+    shares.set_yticks(range(len(names)), [f"{look['name']}  (models: {look['seeds'][0]['models']})" for look in names])
     for label, look in zip(shares.get_yticklabels(), names):
         label.set(color=look["color"], fontweight="bold")
-    shares.set(xlim=(0, 1.2 * max(r["hypervolume_share"] for r in runs) or 1), ylim=(len(names) - 0.4, -0.6),
-               xlabel="hypervolume divided by that without a limit", title="How much of the front")
+    shares.set(xlabel="hypervolume divided by that without a limit", title="How much of the front")
+    shares.margins(x=0.15)
+    shares.invert_yaxis()
     for r, look in zip(runs, styles):
         distances.plot(np.mean(r["kl"]), r["gain_share"], marker=look["marker"], ms=9, color=look["color"], alpha=0.8)
     distances.axhline(1, color="0.35", lw=1.6)
@@ -74,5 +68,3 @@ def draw_summaries(shares, distances, runs, styles):
     distances.xaxis.set_major_formatter("{x:g}")
     distances.xaxis.set_minor_formatter(ticker.NullFormatter())
     distances.margins(0.15)
-    for ax in (shares, distances):
-        ax.grid(axis="x", alpha=0.25)

@@ -2,24 +2,20 @@
 import matplotlib
 import numpy as np
 
-from fronts.pictures.shared import EXACT, METHODS, arrays, plt
+from fronts.pictures.shared import EXACT, METHODS, arrays, finish_plane, plt, save
 
 
-def evolution_figure(steps, results):
-    """Left the first two dimensions' plane, right the hypervolume."""
-    first, dims, world = results[0], results[0]["dims"], results[0]["exact"] is not None
-    fig, axes = plt.subplots(1, 2, figsize=(12, 5.4), layout="constrained")
-    shades = matplotlib.colormaps["viridis"](np.linspace(0.9, 0.0, len(results)))
-    if world:
-        axes[0].plot(*arrays(first["exact"])[1].T[:2], color=EXACT, lw=1.5, label="Exact front")
-    for step, r, color in zip(steps, results, shades):
-        axes[0].plot(*arrays(r)[1].T[:2], marker="o", ms=4, lw=1, color=color, label=f"step {step}")
-    axes[0].set(xlabel=f"{dims[0]}  ({first['points_are']}; right is better)", ylabel=f"{dims[1]}  (up is better)")
-    axes[0].legend(fontsize=8.5)
-    axes[1].plot(steps, [r["hypervolume_share" if world else "hypervolume"] for r in results], marker="o",
-                 color=METHODS["panacea"][0])
-    axes[1].set(xlabel="optimizer steps", ylabel="share of the exact front's hypervolume" if world else
-                f"hypervolume of the {first['points_are']}")
-    for ax in axes:
-        ax.grid(alpha=0.25)
-    return fig
+def draw_evolution(steps, results, path):
+    """How the front moves out over the training steps: left the first two dimensions' plane, right the hypervolume.
+    results: front.json after each of the steps."""
+    first, fig, (plane, volume) = results[0], *plt.subplots(1, 2, figsize=(12, 5.4))
+    if first["exact"]:
+        plane.plot(*arrays(first["exact"])[1].T[:2], color=EXACT, label="Exact front")
+    for step, r, color in zip(steps, results, matplotlib.colormaps["viridis"](np.linspace(0.9, 0.0, len(results)))):
+        plane.plot(*arrays(r)[1].T[:2], marker="o", ms=4, lw=1, color=color, label=f"step {step}")
+    finish_plane(plane, first["dims"], first["points_are"], first["base"]["points"] and first["base"]["points"][:2])
+    plane.legend()
+    key = "hypervolume_share" if first["exact"] else "hypervolume"
+    volume.plot(steps, [r[key] for r in results], marker="o", color=METHODS["panacea"][0])
+    volume.set(xlabel="optimizer steps", ylabel=f"{key.replace('_', ' ')}, {first['points_are']}")
+    return save(fig, path)

@@ -1,33 +1,31 @@
 """plane.py - m = 2: the front in the plane of the two objectives."""
 from fronts.objective import OBJECTIVES, POINTS
-from fronts.pictures.shared import BASE, EXACT, OUTLINE, arrays, draw_tracking, legend_text, looks, plt
+from fronts.pictures.shared import EXACT, OUTLINE, arrays, draw_tracking, finish_plane, legend_text, looks, plt, save
 
 
-def plane_figure(results):
+def draw_plane(results, path):
     """m = 2: the plane of objectives, and that of mean scores; where these are the same, what each dimension reaches as
     its weight grows instead."""
     first, dims = results[0], results[0]["dims"]
-    world, kind = first["exact"] is not None, POINTS[first["points_are"]]
+    world, kind = first["exact"], POINTS[first["points_are"]]
     goal = OBJECTIVES[first["objective"]["name"]].label
     panels = [(kind.key, kind.unit.format(goal), kind.title)]
+    fig, axes = plt.subplot_mosaic("AAB;AAC" if kind.weighed else "AB", figsize=(13, 6))
     if kind.weighed:
-        fig, axes = plt.subplot_mosaic("AAB;AAC", figsize=(12.5, 6.2), layout="constrained")
         for i, ax in enumerate((axes["B"], axes["C"])):
             draw_tracking(ax, i, results)
             ax.set_ylabel(kind.unit)
-        axes = [axes["A"]]
+    elif world:
+        panels.append(("scores", "Bradley-Terry score", "What the model says: mean scores (grey: of the optimal "
+                       "policies)"))
     else:
-        fig, axes = plt.subplots(1, 2, figsize=(13, 5.8), layout="constrained")
-        panels.append(
-            ("scores", "Bradley-Terry score", "What the model says: mean scores (grey: of the optimal policies)")
-            if world else
-            ("J", goal if kind.key == "points" else f"normalised {goal}", f"Held-out objective, J = {goal}"))
-    for ax, (key, unit, title) in zip(axes, panels):
+        panels.append(("J", goal if kind.key == "points" else f"normalised {goal}", f"Held-out objective, J = {goal}"))
+    for ax, (key, unit, title) in zip(axes.values(), panels):
         if world:                                             # on the right: the scores of the same optimal policies
-            ax.plot(*arrays(first["exact"], key)[1].T, color=EXACT, lw=1.5, zorder=1,
+            ax.plot(*arrays(world, key)[1].T, color=EXACT, lw=1.5, zorder=1,
                     label="Exact front: the optimum over all policies")
         for j, (r, look) in enumerate(zip(results, looks(results))):
-            if world and abs(r["exact"]["hypervolume"] - first["exact"]["hypervolume"]) > 1e-3:    # another aggregation
+            if world and abs(r["exact"]["hypervolume"] - world["hypervolume"]) > 1e-3:         # another aggregation
                 ax.plot(*arrays(r["exact"], key)[1].T, color=look["color"], lw=1.2, ls=":", zorder=1,
                         label=f"Exact front of {look['name']}" if look["alpha"] == 1 else None)
             lams, Y = arrays(r, key)
@@ -39,13 +37,9 @@ def plane_figure(results):
             for n in range(0, len(Y) if j == 0 and len(Y) > 1 else 0, -(-len(Y) // 11)):    # λ along the first run
                 ax.annotate(f"{lams[n, 0]:.2g}", Y[n], xytext=(7, 5), textcoords="offset points", fontsize=8,
                             color=look["color"], path_effects=OUTLINE, zorder=1.5)
-        if first["base"][key] is not None:
-            ax.plot(*first["base"][key], marker="*", ms=15, color=BASE, ls="", label="Base model, before alignment",
-                    zorder=98)
-        ax.set(xlabel=f"{dims[0]}  ({unit}; right is better)", ylabel=f"{dims[1]}  ({unit}; up is better)")
-        ax.set_title(title, fontsize=11)
-        ax.grid(alpha=0.25)
-    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=3)
+        finish_plane(ax, dims, unit, first["base"][key])
+        ax.set_title(title)
+    fig.legend(*axes["A"].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     fig.suptitle(f"Each point is one preference λ = (weight of {dims[0]}, weight of {dims[1]}); "
-                 f"small numbers: weight of {dims[0]}", fontsize=11)
-    return fig
+                 f"small numbers: weight of {dims[0]}")
+    return save(fig, path)

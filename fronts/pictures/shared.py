@@ -16,10 +16,11 @@ matplotlib.use("Agg")
 from matplotlib import colors, patheffects  # noqa: E402  (after the backend)
 from matplotlib import pyplot as plt
 
+plt.rcParams.update({"figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.25, "axes.titlesize": 11,
+                     "figure.titlesize": 11, "legend.fontsize": 9})
 METHODS = {"panacea": ("#0072B2", "o"), "rs": ("#D55E00", "s"), "dps": ("#009E73", "^"), "hqd": ("#000000", "P"),
            "pama": ("#E69F00", "D"), "mgda": ("#A6611A", "v")}                           # hue and marker
 OTHER = ("#56B4E9", "*")                                                                 # of any other method
-ONE_OBJECTIVE = ("pama", "mgda", "hqd")     # methods of one objective alone: their own marker says all
 EXACT, BASE = "0.45", "#CC79A7"
 DIMENSION = ("#332288", "#DDAA33", "#44AA99", "#CC6677", "#117733", "#88CCEE", "#882255", "#999933", "#AA4499",
              "#000000")
@@ -78,8 +79,7 @@ def looks(runs):
         k, color = shades.index(name), np.array(colors.to_rgb(style[0]))
         t = np.linspace(-0.3 if color.any() else 0, 0.42, len(shades))[k] if len(shades) > 1 else 0
         color = (1 - abs(t)) * color + max(t, 0)                                          # towards black or white
-        marker = (OBJECTIVES[r["objective"]["name"]].marker if several and r["method"] not in ONE_OBJECTIVE else
-                  (style[1] + "X<ph>8")[k % 7])
+        marker = OBJECTIVES[r["objective"]["name"]].marker if several else (style[1] + "X<ph>8")[k % 7]
         result.append({"color": color, "marker": marker, "alpha": 0.3 if name in names[:j] else 1.0, "name": name,
                        "seeds": [q for q, n in zip(runs, names) if n == name]})
     return result
@@ -93,34 +93,41 @@ def legend_text(look):
     return f"{look['name']}, {n} model{'s' * (n > 1)}{share}{seeds}" if look["alpha"] == 1 else None
 
 
-def draw_tracking(ax, i, results):
-    """What dimension i reaches, against its weight λ_i: the runs, the exact front at the same preferences, the base.
+def finish_plane(ax, dims, unit, base):
+    """Two dimensions' names on the axes of a plane, and the base model (2,) as a star; None where it has no place."""
+    ax.set(xlabel=f"{dims[0]}  ({unit}; right is better)", ylabel=f"{dims[1]}  ({unit}; up is better)")
+    if base is not None:
+        ax.plot(*base, marker="*", ms=15, color=BASE, ls="", label="Base model", zorder=98)
 
-    A line where the other dimensions weigh the same (way_to), or a dot for every preference where few such are known.
+
+def draw_tracking(ax, i, results):
+    """What dimension i reaches, against its weight λ_i: the runs, the exact front, the base.
+
+    A line where the other dimensions weigh the same (way_to), or a dot for every preference where few such are known;
+    then a dash beside each dot of the first run is the exact front at this preference.
     """
-    front, base = results[0]["exact"], results[0]["base"]["points"]
+    front, base, dim = results[0]["exact"], results[0]["base"]["points"], results[0]["dims"][i]
     if front:
         E_lams, E = arrays(front)
         way = way_to(E_lams, i)
         ax.plot(E_lams[way, i], E[way, i], color=EXACT, lw=1.5, label="Exact front")
     for j, (r, look) in enumerate(zip(results, looks(results))):
         lams, Y = arrays(r)
-        way, lone = way_to(lams, i), len(way_to(lams, i)) < 3
-        if lone:
-            way = np.arange(len(lams))
+        way, line = way_to(lams, i), "-"
+        if len(way) < 3:
+            way, line = range(len(lams)), ""
             if front and j == 0:
-                same = [nearest(E_lams, lam) for lam in lams]
-                ax.plot(E_lams[same, i], E[same, i], ls="", marker="_", ms=7, color=EXACT)
-        ax.plot(lams[way, i], Y[way, i], ls="" if lone else "-", marker=look["marker"], ms=5, color=look["color"],
-                alpha=look["alpha"], label=look["name"] if look["alpha"] == 1 else None, zorder=2 + len(results) - j)
+                ax.plot(lams[:, i], [E[nearest(E_lams, lam), i] for lam in lams], ls="", marker="_", color=EXACT)
+        ax.plot(lams[way, i], Y[way, i], ls=line, marker=look["marker"], ms=5, color=look["color"], alpha=look["alpha"],
+                label=look["name"] if look["alpha"] == 1 else None, zorder=2 + len(results) - j)
     if base is not None:
         ax.axhline(base[i], color=BASE, ls="--", lw=1.2, label="Base model")
-    dim = results[0]["dims"][i]
-    ax.set(xlabel=f"λ of {dim}", title=dim)
-    ax.grid(alpha=0.25)
+    ax.set_xlabel(f"λ of {dim}")
+    ax.set_title(dim, color=dimension_color(i), fontweight="bold")
 
 
 def save(fig, path):
-    """Writes a figure as a picture, whole or not at all, and closes it."""
+    """Writes a figure as a picture, whole or not at all, and closes it. Returns the figure."""
     write_whole(path, lambda f: fig.savefig(f, dpi=130))
     plt.close(fig)
+    return fig

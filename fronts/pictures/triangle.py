@@ -2,7 +2,7 @@
 import numpy as np
 from matplotlib import colors, tri
 
-from fronts.pictures.shared import BASE, EXACT, PAIRS, arrays, edge_of, legend_text, looks, plt
+from fronts.pictures.shared import BASE, EXACT, PAIRS, arrays, edge_of, finish_plane, legend_text, looks, plt, save
 
 CORNERS = np.array([colors.to_rgb(c) for c in ("#D55E00", "#009E73", "#0072B2")])       # all weight on one dimension
 
@@ -25,21 +25,19 @@ def mixed(lams):
     return np.clip(np.asarray(lams) @ CORNERS, 0, 1) ** 0.8
 
 
-def triangle_figure(results):
+def draw_triangles(results, path):
     """m = 3: the front in space, in the colours of λ; for each dimension what it reaches over the triangle of
     preferences (first run); and the three planes, with the exact front's edge where the third weighs nothing."""
     first, dims, styles = results[0], results[0]["dims"], looks(results)
-    front, base = first["exact"], first["base"]["points"]
-    fig = plt.figure(figsize=(17.5, 7.6), layout="constrained")
+    front, base, unit = first["exact"], first["base"]["points"], first["points_are"]
+    fig = plt.figure(figsize=(17.5, 7.6))
     grid = fig.add_gridspec(2, 4, width_ratios=(2, 1, 1, 1))
     space = fig.add_subplot(grid[:, 0], projection="3d", elev=28, azim=42)              # from outside: better is nearer
     triangles, planes = ([fig.add_subplot(grid[row, 1 + i]) for i in range(3)] for row in (0, 1))
     if front:
         E_lams, E = arrays(front)
-        tenths = (np.abs(E_lams * 10 - np.round(E_lams * 10)) < 1e-6).all(1)                  # a net over the surface
-        for at, look in ((slice(None), dict(color="0.8", alpha=0.35, lw=0)),
-                         (tenths, dict(color=(0, 0, 0, 0), shade=False, lw=0.6, edgecolor="0.55"))):
-            space.plot_trisurf(*E[at].T, triangles=triangulated(E_lams[at]).triangles, **look)
+        space.plot_trisurf(*E.T, triangles=triangulated(E_lams).triangles, color="0.8", alpha=0.35, lw=0.2,
+                           edgecolor="0.55")
     for n, (r, look) in enumerate(zip(results, styles)):
         lams, Y = arrays(r)
         dots = dict(c=mixed(lams), marker=look["marker"], edgecolors="k", linewidths=0.5, alpha=look["alpha"])
@@ -50,20 +48,16 @@ def triangle_figure(results):
         space.plot(*[[x] for x in base], marker="*", ms=15, color=BASE, ls="", label="Base model, before alignment")
     for ax, (i, j) in zip(planes, PAIRS):
         if front:
-            edge = edge_of(E_lams, i, j)
-            ax.plot(E[edge, i], E[edge, j], color=EXACT, lw=1.5, zorder=0)
-        if base is not None:
-            ax.plot(base[i], base[j], marker="*", ms=13, color=BASE, ls="")
-        ax.set(xlabel=f"{dims[i]}  (right is better)", ylabel=f"{dims[j]}  (up is better)")
-        ax.grid(alpha=0.25)
+            ax.plot(*E[edge_of(E_lams, i, j)][:, [i, j]].T, color=EXACT, lw=1.5, zorder=0)
+        finish_plane(ax, [dims[i], dims[j]], unit, base and [base[i], base[j]])
     images = [draw_triangle(ax, i, first) for i, ax in enumerate(triangles)]
-    fig.colorbar(images[0], ax=triangles, shrink=0.7, label=first["points_are"])
+    fig.colorbar(images[0], ax=triangles, shrink=0.7, label=unit)
     space.set_box_aspect((1, 1, 1), zoom=0.97)
-    space.set(xlabel=dims[0], ylabel=dims[1], zlabel=dims[2], title=f"The front: {first['points_are']}")
-    fig.legend(*space.get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=3)
+    space.set(xlabel=dims[0], ylabel=dims[1], zlabel=dims[2], title=f"The front: {unit}")
+    fig.legend(*space.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     fig.suptitle("Points have the colour of their λ, as at the corners of the triangles; white lines: levels that "
-                 f"{styles[0]['name']} reaches" + (", dotted: the exact front" if front else ""), fontsize=11)
-    return fig
+                 f"{styles[0]['name']} reaches" + (", dotted: the exact front" if front else ""))
+    return save(fig, path)
 
 
 def draw_triangle(ax, i, r):
@@ -75,12 +69,11 @@ def draw_triangle(ax, i, r):
         image = ax.scatter(*ternary(lams).T, c=Y[:, i], s=90, edgecolors="k", zorder=3, **shade)
     else:
         image = ax.tripcolor(triangulated(lams), Y[:, i], shading="gouraud", **shade)
-        for at, values, style in [(lams, Y, "solid")] + ([(*arrays(r["exact"]), "dotted")] if r["exact"] else []):
+        for (at, values), style in zip([(lams, Y)] + [arrays(r["exact"])] * bool(r["exact"]), ("solid", "dotted")):
             levels = [x for x in np.linspace(low, high, 6) if values[:, i].min() < x < values[:, i].max()]
-            drawn = ax.tricontour(triangulated(at), values[:, i], levels, colors="white", linewidths=1.1,
-                                  linestyles=style)
+            lines = ax.tricontour(triangulated(at), values[:, i], levels, colors="white", linestyles=style)
             if style == "solid":
-                ax.clabel(drawn, fontsize=8, fmt="%.2g")
+                ax.clabel(lines, fontsize=8, fmt="%.2g")
     corners = ternary(np.eye(3))
     ax.plot(*corners[[0, 1, 2, 0]].T, color="0.3", lw=1)
     for corner, dim, color, dy in zip(corners, r["dims"], CORNERS, (-0.08, -0.08, 0.08)):

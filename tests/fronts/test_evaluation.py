@@ -80,10 +80,10 @@ def test_who_meets_in_one_picture(second, together, monkeypatch, tmp_path, capsy
     result = lambda run, *_, **__: {
         "run": str(run), "dims": ["a", "b"], "lams": [[1, 0]], "points_are": "normalised J", "models": 1, "steps": 3,
         "objective": next(objectives), "reference_point": [0, 0], "spearman": [1, 1], **numbers, **missing}
-    monkeypatch.setattr(eval_front, "evaluate", result)
+    monkeypatch.setattr(eval_front, "evaluate", lambda *args: (result(*args), None))
     monkeypatch.setattr(eval_front, "draw_fronts", lambda results, path: drawn.fronts.append(len(results)))
-    monkeypatch.setattr(eval_front, "compare", lambda results, device: drawn.compared.append(len(results)) or {})
-    monkeypatch.setattr(eval_front, "comparison_table", lambda c: "")
+    monkeypatch.setattr(eval_front, "compare",
+                        lambda results, device: drawn.compared.append(len(results)) or {"runs": results})
     monkeypatch.setattr(eval_front, "draw_comparison", lambda c, path: None)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

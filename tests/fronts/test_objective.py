@@ -1,6 +1,7 @@
 """test_objective.py - the table of objectives: every exact front against its J; IPO in closed form; who meets whom."""
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def J_of(row, world, policies):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_no_policy_beats_the_exact_front(name, o, world, close):
     row, lams = OBJECTIVES[name], simplex_lattice(3, 3)
-    J, policies, residual = row.optimum(lams, world, o)
+    J, policies, residual = row.optimum(lams, world, o | {"ideal": row.least and row.least(world)})
     assert residual < 1e-8 and close(J_of(row, world, policies), J, 1e-7)            # the policies reach what is said
     front = exact_front(lams, row, world, o)
     z = front["z"]
@@ -83,7 +84,7 @@ def test_every_row_says_what_its_points_are():
 
 def test_other_texts_as_one_more_outcome(world, monkeypatch):
     row, lams = OBJECTIVES["rlhf"], simplex_lattice(3, 3)
-    few, all_ = exact_front(lams, row, world, LS), exact_front(lams, row, world, LS, everything=True)
+    few, all_ = exact_front(lams, row, world, LS), exact_front(lams, row, world, LS | {"everything": True})
     assert few["J"] != all_["J"]
     monkeypatch.setattr(measure, "world_logprobs", lambda model, batches: world.ref_all[:, :-1])
     got = world.measure(None, LS["beta"])                                # the reference: no KL, in both ways
@@ -171,7 +172,7 @@ TEXT, TOY, FOUR = ["happy", "sad"], ["helpful", "harmless"], ["helpful", "harmle
 def test_what_a_run_is_measured_on(name, names, dims, files, exact, held_out, monkeypatch):
     judged, own = (Rewards(dims, names or dims, kind, [0.0] * len(dims), [1.0] * len(dims), [1.0] * len(dims))
                    for kind in ("judged", "own"))
-    monkeypatch.setattr(objective, "World", lambda *args: args)
+    monkeypatch.setattr(objective, "World", lambda *args: SimpleNamespace(args=args, reference=lambda model: None))
     monkeypatch.setattr(objective, "rewards_of", lambda *args: judged)
     monkeypatch.setattr(objective, "world_rewards", lambda *args: own)
     monkeypatch.setitem(OBJECTIVES, name, dataclasses.replace(OBJECTIVES[name], held_out=lambda *args: args))
@@ -183,10 +184,12 @@ def test_what_a_run_is_measured_on(name, names, dims, files, exact, held_out, mo
     if names and other:
         assert other[4].mean[0] == 3.0 and other[4].raw == "judged"      # the statistics that the run was trained with
     if names and world:                                                  # behind a trained judge stand the true scores
-        assert world[4].raw == ("own" if names == ["out/judge"] else "judged")
+        assert world.args[4].raw == ("own" if names == ["out/judge"] else "judged")
 
 
 def test_the_least_sft_losses(world):
-    assert OBJECTIVES["sft"].z(world, LS | {"ideal": [1.0, 2.0, 3.0]}) == [1.0, 2.0, 3.0]
+    for ideal in (None, [1.0, 2.0, 3.0]):
+        assert exact_front(torch.eye(3), OBJECTIVES["sft"], world, LS | {"ideal": ideal})["z"] == (
+            ideal or OBJECTIVES["sft"].least(world))
     least = OBJECTIVES["sft"].optimum(torch.eye(3), world, LS)[0].diagonal()             # each writer's own entropy
     assert torch.allclose(optimum.sft_entropies(world.writers), -least)
