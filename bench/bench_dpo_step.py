@@ -3,7 +3,6 @@
     python bench/bench_dpo_step.py                                 # GPT-2 124M, fp32, 4 pairs of 256 tokens
     python bench/bench_dpo_step.py --dtype bf16 --model llama      # a Llama of 100M; base weights in bf16
     python bench/bench_dpo_step.py --model llama2-7b --dtype bf16 --device cuda --length 512 --peers trl
-    python bench/bench_dpo_step.py --peers none --m 2 10           # what more dimensions cost
 
 Every contestant runs in a process of its own and waits for its turn (turns.py). Same weights (a directory that ours
 wrote), same tokens, half of each pair its prompt; adapters on every projection, no dropout; AdamW on the adapter. First
@@ -17,7 +16,6 @@ The peers: pip install transformers==5.23.0 peft==0.21.2 trl==1.16.0; without on
 Model FLOPs are counted for trained tokens alone, 4N of the blocks and of the head (no reference, no recomputation).
 """
 import logging
-import os
 import statistics
 import sys
 import tempfile
@@ -31,19 +29,21 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aggregate import linear_scalarization, sample_preference
-from bench.turns import DTYPES, clock, enter, ratio, reporter, take_turns
-from data.tokenizers import TokenRow
-from data.trees import batch_logprobs, pack
+from bench.pairs import pack_pairs, token_pairs
+from bench.turns import DTYPES, chosen, enter, model_directory, peer_model, relative_error, take_turns, turn_columns
+from data.trees import batch_logprobs
+from fronts.tables import shown, table
 from model import SIZES, Config, Transformer
 from objectives import dpo_loss, losses_on_pairs
 from runs.flags import flag, run_main
 from runs.processes import pick_device
-from runs.speed import matmul_ceiling, model_flops, peak_memory
+from runs.speed import matmul_ceiling, model_flops
 from svd_lora import adapters_off, inject_svd_lora, set_preference
 
 SMALL_LLAMA = Config(32000, 1024, 12, 10, 640, d_ff=1728, bos_id=1, eos_id=2, norm="rmsnorm", positions="rotary",
                      activation="swiglu", qkv_bias=False, out_bias=False, tied=False)                         # 100M
 MODELS = {"gpt2": SIZES["125m"], "llama": SMALL_LLAMA, **SIZES}
+PEERS = ["loop", "trl", "loop-lora", "trl-lora"]
 
 
 @dataclass
@@ -56,120 +56,91 @@ class Flags:
     pairs: int = flag(4, "pairs per step", 1)
     length: int = flag(256, "tokens of a response with its prompt; half of them are the prompt", 2)
     steps: int = flag(5, "turns: timed steps of each contestant", 1)
-    peers: list[str] = flag(["loop", "trl"], "beside ours: loop, trl, loop-lora, trl-lora (rank r LoRA), or none")
-    m: list[int] = flag([2], "dimensions; several are contestants of their own")
+    peers: list[str] = flag(PEERS[:2], "beside ours: loop, trl, loop-lora, trl-lora (LoRA of rank 10), or none")
     quantize: Literal["none", "int8", "nf4"] = flag("none", "ours with a quantised base")
     checkpoint: bool = flag(False, "activation checkpointing, for all contestants")
-    compile: bool = flag(False, "ours with compiled blocks")
-    worker: str | None = flag(None, "used by the script itself")
-    directory: str | None = flag(None, "used by the script itself")
-
-
-def token_pairs(flags, vocabulary, step):
-    """(2, pairs, length): chosen and rejected, which share the first half."""
-    g = torch.Generator().manual_seed(step)
-    ids = torch.randint(3, vocabulary, (2, flags.pairs, flags.length), generator=g)
-    ids[1, :, :flags.length // 2] = ids[0, :, :flags.length // 2]
-    return ids
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The contestants. Each yields once when it is ready, with its report, then does a step whenever it is resumed.
+# The contestants. Each calls turn() when it is ready, with log π_ref if it has it, and then after every step.
 
-def ours(flags, m, keep_reference):
+def ours(turn, name, device, flags, directory):
     """The step of train_dpo.py."""
-    device = torch.device(flags.device)
-    model = Transformer.from_pretrained(flags.directory, DTYPES[flags.dtype], device, flags.quantize)
-    inject_svd_lora(model, 8, m, lora_scaling=8.0, generator=torch.Generator().manual_seed(1))
+    model = Transformer.from_pretrained(directory, DTYPES[flags.dtype], device, flags.quantize)
+    inject_svd_lora(model, 8, 2, lora_scaling=8.0, generator=torch.Generator().manual_seed(1))
     model.checkpoint_blocks = flags.checkpoint
-    if flags.compile:
-        for block in model.blocks:
-            block.compile()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    half, step, ref = flags.length // 2, 0, None
-    while True:
-        ids = token_pairs(flags, model.config.vocab_size, step)
-        rows = [TokenRow(x[:half].tolist(), [x[half:].tolist(), y[half:].tolist()], [(0, 1)], [[0] * m])
-                for x, y in zip(*ids)]
-        batch = pack(rows).to(device)
-        if ref is None or not keep_reference:
+    for step in range(2 * flags.steps):
+        batch = pack_pairs(token_pairs(flags, model.config.vocab_size, step), m=2).to(device)
+        if step == 0 or name != "kept":
             with torch.no_grad(), adapters_off(model):
                 ref = batch_logprobs(model, batch)                                    # (2 pairs,)
         if step == 0:
             flops = model_flops(model.config, batch.tokens.numel(), len(batch.targets))
-            yield {"reference": ref.view(-1, 2).T.flatten().tolist(), "flops": flops}
-        lam = sample_preference(flags.pairs, m, generator=torch.Generator().manual_seed(step)).to(device)
+            turn(reference=ref.view(-1, 2).T.flatten().cpu(), flops=flops)
+        lam = sample_preference(flags.pairs, 2, generator=torch.Generator().manual_seed(step)).to(device)
         set_preference(model, lam)
         pi = batch_logprobs(model, batch)
-        losses, *_ = losses_on_pairs(dpo_loss, pi, ref, batch.pairs, batch.better, 0.1)            # (pairs, m)
+        losses, *_ = losses_on_pairs(dpo_loss, pi, ref, batch.pairs, batch.better, 0.1)            # (pairs, 2)
         linear_scalarization(losses, lam).mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step += 1
-        yield
+        turn()
 
 
-def peer_model(flags, lora):
-    """transformers' model of the same weights, and peft's adapter for it."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
+def adapted_peer(name, device, flags, directory):
+    """transformers' model of the same weights, without dropout, and peft's adapter for it."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    import transformers
+    model = peer_model(directory, DTYPES[flags.dtype], device)
     from peft import AdaLoraConfig, LoraConfig
-    transformers.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(flags.directory, dtype=DTYPES[flags.dtype])
-    model = model.to(flags.device)
     gpt2 = model.config.model_type == "gpt2"
     shared = dict(target_modules=["c_attn", "c_proj", "c_fc"] if gpt2 else
                   [x + "_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")],
                   lora_dropout=0.0, task_type="CAUSAL_LM", lora_alpha=8, fan_in_fan_out=gpt2)
-    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-        if hasattr(model.config, name):
-            setattr(model.config, name, 0.0)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    total = flags.steps + 100
-    return model, (LoraConfig(r=10, **shared) if lora else
-                   AdaLoraConfig(init_r=8, target_r=8, tinit=1, tfinal=1, total_step=total, **shared))
+    if name.endswith("-lora"):
+        return model, LoraConfig(r=10, **shared)
+    return model, AdaLoraConfig(init_r=8, target_r=8, tinit=1, tfinal=1, total_step=flags.steps + 100, **shared)
 
 
-def loop(flags, lora=False):
+def loop(turn, name, device, flags, directory):
     """The shortest transformers + peft loop: what a from-scratch code must not be slower than."""
+    inner, adapter = adapted_peer(name, device, flags, directory)
     from peft import get_peft_model
-    inner, adapter = peer_model(flags, lora)
     model = get_peft_model(inner, adapter).train()
     if flags.checkpoint:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    half, step = flags.length // 2, 0
+    half = flags.length // 2
     def logps(x):
         logits = inner(input_ids=x, use_cache=False).logits[:, :-1].float()
         return logits.log_softmax(-1).gather(-1, x[:, 1:, None])[:, half - 1:, 0].sum(1)
-    while True:
-        x = token_pairs(flags, inner.config.vocab_size, step).flatten(0, 1).to(flags.device)
+    for step in range(2 * flags.steps):
+        x = token_pairs(flags, inner.config.vocab_size, step).flatten(0, 1).to(device)
         with torch.no_grad(), model.disable_adapter():
             ref = logps(x)
         if step == 0:
-            yield {"reference": ref.tolist()}
+            turn(reference=ref.cpu())
         chosen, rejected = (logps(x) - ref).chunk(2)
         (-F.logsigmoid(0.1 * (chosen - rejected))).mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step += 1
-        yield
+        turn()
 
 
-def trl(flags, wait, lora=False):
-    """trl.DPOTrainer on the same tokens. Its own loop calls `wait` before every step: it cannot yield."""
+def trl(turn, name, device, flags, directory):
+    """trl.DPOTrainer on the same tokens."""
+    model, adapter = adapted_peer(name, device, flags, directory)
     import transformers
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from trl import DPOConfig, DPOTrainer
-    model, adapter = peer_model(flags, lora)
     V, half = model.config.vocab_size, flags.length // 2
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, V)},
                                        unk_token="<pad>"))
@@ -181,85 +152,45 @@ def trl(flags, wait, lora=False):
             for step in range(2 * flags.steps) for x, y in zip(*token_pairs(flags, V, step))]
     class Turns(transformers.TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
-            wait()
+            turn()
     with tempfile.TemporaryDirectory() as scratch:
-        settings = DPOConfig(output_dir=scratch, use_cpu=flags.device == "cpu", per_device_train_batch_size=flags.pairs,
+        settings = DPOConfig(output_dir=scratch, use_cpu=device.type == "cpu", per_device_train_batch_size=flags.pairs,
                              max_steps=2 * flags.steps, logging_steps=1000, report_to=[], save_strategy="no",
                              gradient_checkpointing=flags.checkpoint, disable_tqdm=True, max_length=flags.length,
                              learning_rate=1e-4, beta=0.1, dataloader_pin_memory=False, bf16=False)
         trainer = DPOTrainer(model=model, args=settings, train_dataset=Dataset.from_list(rows),
                              processing_class=words, peft_config=adapter, callbacks=[Turns()])
         trainer.train()
-
-
-def work(flags):
-    """One contestant: reports, then does a step for every line on stdin and answers with its seconds."""
-    device, start, send = torch.device(flags.device), None, reporter()
-    def answer(report=None):
-        nonlocal start
-        send({"seconds": clock(device) - start, "peak": peak_memory(device)} if report is None else report)
-        if not sys.stdin.readline():
-            os._exit(0)
-        start = clock(device)
-    if flags.worker.startswith("trl"):
-        turns = iter([{}])
-        trl(flags, lambda: answer(next(turns, None)), flags.worker == "trl-lora")
-        answer()
-    else:
-        name, _, m = flags.worker.partition(":")
-        run = loop(flags, name == "loop-lora") if name.startswith("loop") else ours(flags, int(m), name == "kept")
-        for report in run:
-            answer(report)
+        turn()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 def main(flags):
-    """Starts the contestants, lets them take turns, and prints the table."""
-    if flags.worker:
-        return work(flags)
-    device, _ = pick_device(flags.device)
-    config = replace(MODELS[flags.model], eos_id=None)
-    dtype = DTYPES[flags.dtype]
+    """Starts the contestants, compares their values, lets them take turns, and prints the table."""
+    device, dtype = pick_device(flags.device, flags.dtype)
+    peers = chosen("peers", flags.peers, PEERS)
     ceiling = matmul_ceiling(device, dtype)
-    with tempfile.TemporaryDirectory() as directory:
-        with torch.device(device):
-            model = Transformer(config).to(dtype)
-        model.init_weights(torch.Generator(device).manual_seed(0)).save_pretrained(directory)
-        del model
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        names = [f"{x}:{m}" for m in flags.m for x in ("ours", "kept")] + [x for x in flags.peers if x != "none"]
-        table = race(names, flags, directory)
-    print(f"\n{flags.model}, {flags.dtype}{'' if flags.quantize == 'none' else ' ' + flags.quantize}, {flags.pairs} "
-          f"pairs of {flags.length} tokens, {device.type}, {torch.get_num_threads()} threads; measured ceiling of "
-          f"matrix products {ceiling / 1e12:.2f} TFLOP/s")
-    tokens, first = 2 * flags.pairs * flags.length, table[names[0]]["seconds"]
-    print(f"{'':12} {'s/step [min..max]':>24} {'tokens/s':>9} {'MFU':>6} {'peak MB':>8}   time / ours")
-    for name, result in table.items():
-        s = result["seconds"]
-        mfu = f"{result['flops'] / statistics.median(s) / ceiling:6.1%}" if "flops" in result else " " * 6
-        print(f"{name:12} {statistics.median(s):8.3f} [{min(s):6.3f}..{max(s):6.3f}] "
-              f"{tokens / statistics.median(s):9.0f} {mfu} {result['peak'] / 2 ** 20:8.0f}   {ratio(s, first):.2f}")
-
-
-def race(names, flags, directory):
-    """{contestant: {"seconds": […], "peak": bytes, …}}. Values are compared before any step is timed."""
-    arguments = [str(x) for key in ("model", "dtype", "device", "pairs", "length", "steps", "quantize")
-                 for x in (f"--{key}", getattr(flags, key))] + ["--directory", directory]
-    arguments += [f"--{key}" for key in ("checkpoint", "compile") if getattr(flags, key)]
-    workers, table = {}, {}
-    for name in names:                                        # one after the other: loading does not disturb a turn
-        workers[name], table[name] = enter(__file__, name, *arguments)
-    checked = {name: torch.tensor(result["reference"]) for name, result in table.items() if "reference" in result}
-    expected = checked[names[0]]
-    tolerance = 0.02 if flags.dtype == "bf16" or flags.quantize != "none" else 1e-4
-    for name, values in checked.items():
-        error = ((values - expected).norm() / expected.norm()).item()
-        print(f"log π_ref of {len(values)} responses, {name}: relative difference from {names[0]} {error:.1e}")
-        assert error <= tolerance, f"{name} computes something else"
-    return {name: table[name] | {"seconds": [r["seconds"] for r in reports], "peak": reports[-1]["peak"]}
-            for name, reports in take_turns(workers, flags.steps).items()}
+    workers, first = {}, {}
+    with model_directory(replace(MODELS[flags.model], eos_id=None), dtype, device) as directory:
+        for name in ("ours", "kept", *peers):                 # one after the other: loading does not disturb a turn
+            work = trl if name.startswith("trl") else loop if name.startswith("loop") else ours
+            workers[name], first[name] = enter(work, name, device, flags, directory)
+            if "reference" in first[name]:
+                error = relative_error(first[name]["reference"], first["ours"]["reference"])
+                print(f"log π_ref of all responses, {name}: relative difference from ours {error:.1e}")
+                assert error <= (0.02 if flags.dtype == "bf16" or flags.quantize != "none" else 1e-4), \
+                    f"{name} computes something else"
+        reports = take_turns(workers, flags.steps)
+    print(f"\n{flags.model}, {flags.dtype}, --quantize {flags.quantize}, {flags.pairs} pairs of {flags.length} tokens")
+    print(f"{device.type}, {torch.get_num_threads()} threads, matrix products at most {ceiling / 1e12:.2f} TFLOP/s")
+    seconds = {name: [report["seconds"] for report in rows] for name, rows in reports.items()}
+    medians = {name: statistics.median(s) for name, s in seconds.items()}
+    mfu = [first[name]["flops"] / s / ceiling if "flops" in first[name] else None for name, s in medians.items()]
+    print(table(turn_columns(seconds, "s per step", ".3f", "ours") | {
+        "tokens/s": shown([2 * flags.pairs * flags.length / s for s in medians.values()], ".0f"),
+        "MFU": shown(mfu, ".1%"),
+        "peak MB": shown([rows[-1]["peak"] / 2 ** 20 for rows in reports.values()], ".0f")}))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.turns import chosen
+from fronts.tables import table
 from runs.files import ROOT, UserError
 from runs.flags import flag, run_main
 
@@ -28,10 +30,10 @@ PARTS = {   # name: (seconds it may take, command)
     "step-7b": (150, ["bench/bench_dpo_step.py", *BIG, "--pairs", "8"]),
     "step-7b-16GiB": (120, ["bench/bench_dpo_step.py", *BIG, "--pairs", "4", "--quantize", "nf4", "--checkpoint"]),
     "step-125m": (60, ["bench/bench_dpo_step.py", "--model", "gpt2", "--dtype", "bf16", "--device", "cuda", "--length",
-                       "512", "--pairs", "32", "--compile"]),
-    "generate-7b": (120, ["bench/bench_generate.py", "--size", "llama2-7b", "--dtype", "bf16", "--device", "cuda",
+                       "512", "--pairs", "32"]),
+    "generate-7b": (150, ["bench/bench_generate.py", "--size", "llama2-7b", "--dtype", "bf16", "--device", "cuda",
                           "--batch", "64", "--adapter", "--peer", "none", "--runs", "3"]),
-    "generate-125m": (60, ["bench/bench_generate.py", "--dtype", "bf16", "--device", "cuda", "--runs", "3"]),
+    "generate-125m": (60, ["bench/bench_generate.py", "--dtype", "bf16", "--device", "cuda", "--peer", "none"]),
     "preferences": (60, ["bench/bench_preferences.py", "--device", "cuda"]),
     "load-7b": (120, ["bench/bench_load.py", "--size", "llama2-7b", "--dtype", "bf16", "--device", "cuda", "--turns",
                       "1", "--peers", "none"]),
@@ -42,7 +44,7 @@ PARTS = {   # name: (seconds it may take, command)
 class Flags:
     """The script's flags, with defaults and --help texts."""
 
-    only: list[str] | None = flag(None, f"these parts alone: {', '.join(PARTS)}")
+    only: list[str] = flag(list(PARTS), "these parts alone")
     peers: list[str] = flag(["none"], "of the steps: loop, trl, loop-lora, trl-lora, or none")
     minutes: float = flag(9.5, "no part is started after so long, and none runs longer")
 
@@ -51,22 +53,16 @@ def main(flags):
     """Runs the parts in order and sums up."""
     if not torch.cuda.is_available():
         raise UserError("bench_gpu.py needs a CUDA device; on a CPU run the scripts of bench/ one by one")
-    for name in flags.only or []:
-        if name not in PARTS:
-            raise UserError(f"--only {name}: choose among {', '.join(PARTS)}")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     start, outcomes = time.perf_counter(), {}
-    for name, (limit, command) in PARTS.items():
-        if flags.only and name not in flags.only:
-            continue
+    for name in chosen("only", flags.only, PARTS):
+        limit, command = PARTS[name]
         left = 60 * flags.minutes - (time.perf_counter() - start)
         if left < 10 or outcomes.get("tests", "ok") != "ok":
             outcomes[name] = "not run: " + ("the tests failed" if left >= 10 else "no time left")
             continue
         if name.startswith("step"):
             command = [*command, "--peers", *flags.peers]
-        elif name == "generate-125m" and "none" in flags.peers:
-            command = [*command, "--peer", "none"]
         print(f"\n$ python {' '.join(command)}", flush=True)
         began = time.perf_counter()
         try:
@@ -76,8 +72,7 @@ def main(flags):
             outcomes[name] = f"stopped after {min(limit, left):.0f} s"
         print(f"({time.perf_counter() - began:.0f} s)", flush=True)
     print()
-    for name, outcome in outcomes.items():
-        print(f"{name:16} {outcome}")
+    print(table({"part": list(outcomes), "outcome": list(outcomes.values())}))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,15 @@
 
     python bench/bench_ops.py                                      # CPU: fp32 and bf16
     python bench/bench_ops.py --device cuda                        # with the Triton kernels; Llama-2-7B shapes
-    python bench/bench_ops.py --only linear_logprob --peers trl_chunked torch_lce checkpoint_512 liger liger_compiled
+    python bench/bench_ops.py --only linear_logprob --peers naive checkpoint_512 liger_compiled
 
 First every op is compared with its definition in float64 on fresh random inputs, values and all gradients (relative
 error below 1e-5 in fp32, 1e-2 in bf16); nothing is timed otherwise. Times are of forward and backward together; the
 contestants take turns (turns.py); medians, and the median of the turns' ratios.
 
 linear_logprob also shows memory: what a step adds to the resident set (CPU) or to the allocated bytes (CUDA) at its
-peak, each contestant in a process of its own. Its peers: pip install trl==1.16.0 liger-kernel==0.8.5 (or --peers none).
+peak, each contestant in a process of its own. Its peers: all logits; a checkpoint over chunks of 512 tokens; Liger's
+fused linear DPO loss, compiled (pip install liger-kernel==0.8.5).
 """
 import ctypes
 import statistics
@@ -22,13 +23,15 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench.turns import DTYPES, alternate, clock, enter, ratio, reporter, take_turns
+from bench.turns import DTYPES, alternate, chosen, clock, enter, ratio, relative_error, take_turns, turn_columns
+from fronts.tables import shown, table
 from ops import fused
-from runs.files import UserError
 from runs.flags import flag, run_main
 from runs.processes import pick_device
+from runs.speed import peak_memory
 
-PEERS = ["naive", "trl_chunked", "torch_lce", "torch_lce_1024", "checkpoint_512", "liger", "liger_compiled"]
+OPS = ["svd_lora_linear", "linear_logprob", "rms_norm", "rope_", "swiglu"]
+PEERS = ["naive", "checkpoint_512", "liger_compiled"]
 
 
 @dataclass
@@ -36,20 +39,16 @@ class Flags:
     """The script's flags, with defaults and --help texts."""
 
     device: str = flag("cpu", "cpu, cuda, or auto")
-    only: list[str] | None = flag(None, "these ops alone: svd_lora_linear, linear_logprob, rms_norm, rope_, swiglu")
+    only: list[str] = flag(OPS, "these ops alone")
     turns: int = flag(5, "timed turns of each contestant", 1)
-    dtypes: list[str] = flag(["fp32", "bf16"], "fp32, bf16")
     tokens: int | None = flag(None, "N (default 2048 on a CPU, 8192 on CUDA; linear_logprob 4096)")
-    width: int | None = flag(None, "D (default 768 on a CPU, 4096 on CUDA)")
-    vocabularies: list[int] = flag([50257, 32000], "linear_logprob's V")
-    peers: list[str] = flag(["naive", "checkpoint_512"], f"linear_logprob's: {', '.join(PEERS)}, or none")
-    worker: str | None = flag(None, "used by the script itself")
+    peers: list[str] = flag(PEERS[:2], f"linear_logprob's: {', '.join(PEERS)}, or none")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The cases: op, definition, tensors with a gradient, constants.
 
-def cases(flags, device, dtype, N, D):
+def cases(device, dtype, N, D):
     """{op: (fused, plain, leaves, constants)} with B = 4 rows of N / 4 tokens, rank 10, one preference per row."""
     r, B, T, C = 10, 4, max(1, N // 4), 64
     normal = lambda *shape, scale=1.0, dt=dtype: (torch.randn(*shape, device=device) * scale).to(dt)
@@ -82,14 +81,10 @@ def run(f, leaves, constants, g=None):
 def check(name, case, dtype):
     """Values and gradients against the definition in float64. Returns the largest relative error."""
     f, plain, leaves, constants = case
-    few = lambda t: t[:, :37] if t.ndim == 3 and t.shape[1] > 1 else t[:37] if name == "linear_logprob" else t
-    leaves = [few(t) for t in leaves]
-    constants = [c[:, :37] if name == "rope_" else c[:37] if c.dtype == torch.int64 else c for c in constants]
     wide = [t.double() if t.is_floating_point() else t for t in constants]
     y, gradients = run(f, leaves, constants, g=(upstream := torch.randn_like(f(*leaves, *constants))))
     y64, gradients64 = run(plain, [t.double() for t in leaves], wide, g=upstream.double())
-    relative = lambda a, b: ((a.double() - b).norm() / b.norm()).item()
-    errors = [relative(y, y64)] + [relative(a, b) for a, b in zip(gradients, gradients64)]
+    errors = [relative_error(a, b) for a, b in zip((y, *gradients), (y64, *gradients64))]
     if name == "svd_lora_linear" and dtype == torch.bfloat16:
         errors.pop()          # d's few gradients are sums that cancel under a random upstream: tests/ops/test_fused.py
     assert max(errors) < (1e-5 if dtype == torch.float32 else 1e-2), f"{name}: relative errors {errors}"
@@ -99,134 +94,110 @@ def check(name, case, dtype):
 # ---------------------------------------------------------------------------------------------------------------------
 # linear_logprob, with memory.
 
-def logprob_step(name, N, D, V, dtype, device):
-    """A function that does forward and backward of token log-probs to the hidden states, by this implementation."""
+def naive(h, W, y):
+    """Token log-probs from all logits."""
+    return (h @ W.T).float().log_softmax(-1).gather(1, y[:, None])[:, 0]
+
+
+def checkpoint_512(h, W, y):
+    """Token log-probs by chunks of 512 tokens, whose logits are computed again in the backward pass."""
+    part = lambda a, t: -F.cross_entropy((a @ W.T).float(), t, reduction="none")
+    return torch.cat([checkpoint(part, a, t, use_reentrant=False) for a, t in zip(h.split(512), y.split(512))])
+
+
+def liger_compiled(h, W, y):
+    """Liger's DPO loss of 8 pairs: it is no log-prob, and its forward pass makes the gradient."""
+    from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOFunction
+    rows = h.view(16, -1, h.shape[1])
+    return LigerFusedLinearDPOFunction.apply(rows, W, y.view(16, -1), None, None, None, None, -100, 0.1, False, True,
+                                             False)[0]
+
+
+LOGPROBS = {"ours": fused.linear_logprob, "naive": naive, "checkpoint_512": checkpoint_512,
+            "liger_compiled": liger_compiled}
+
+
+def work(turn, name, device, N, D, V, dtype):
+    """A contestant of linear_logprob: forward and backward to the hidden states. Reports seconds and added bytes."""
     torch.manual_seed(0)
     h0 = torch.randn(N, D).to(device, dtype)
     W, y = (torch.randn(V, D) * D ** -0.5).to(device, dtype), torch.randint(V, (N,)).to(device)
-    up = torch.randn(N).to(device)
-    if name.startswith("liger"):
-        from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOFunction
-        B = 16                                                # 8 pairs; the loss is DPO's: forward makes the gradient
-        def step():
-            h = h0.view(B, N // B, D).clone().requires_grad_(True)
-            loss = LigerFusedLinearDPOFunction.apply(h, W, y.view(B, -1), None, None, None, None, -100, 0.1, False,
-                                                     name == "liger_compiled", False)[0]
-            loss.backward()
-            return None, h.grad
-        return step
-    def forward(h):
-        if name == "ours":
-            return fused.linear_logprob(h, W, y)
-        if name == "naive":
-            return (h @ W.T).float().log_softmax(-1).gather(1, y[:, None])[:, 0]
-        if name == "trl_chunked":
-            from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-            from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as size
-            return ChunkedLogProbFunction.apply(h, W, None, y, 1.0, size, None, 1.0, ("log_probs",))[0]
-        if name.startswith("torch_lce"):
-            options = torch.nn.LinearCrossEntropyOptions() if name == "torch_lce" else \
-                torch.nn.LinearCrossEntropyOptions(batch_chunk_size=1024, chunking_method=None)
-            return -F.linear_cross_entropy(h, W, y, reduction="none", options=options).float()
-        if name == "checkpoint_512":
-            part = lambda a, t: -F.cross_entropy((a @ W.T).float(), t, reduction="none")
-            return torch.cat([checkpoint(part, a, t, use_reentrant=False) for a, t in zip(h.split(512), y.split(512))])
-        raise UserError(f"--peers {name}: choose among {', '.join(PEERS)}")
+    upstream = torch.randn(N).to(device)
     def step():
         h = h0.clone().requires_grad_(True)
-        logp = forward(h)
-        (logp.float() * up).sum().backward()
-        return logp.detach(), h.grad
-    return step
-
-
-def resident():
-    """(bytes now, bytes at the peak since the last reset) of this process."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return tuple(int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
-
-
-def work(flags):
-    """One contestant of linear_logprob: a step for every line on stdin, answered with seconds and added bytes."""
-    name, N, D, V, dtype = flags.worker.split(":")
-    device, report = torch.device(flags.device), reporter()
-    step = logprob_step(name, int(N), int(D), int(V), DTYPES[dtype], device)
+        out = LOGPROBS[name](h, W, y)
+        loss = out if name == "liger_compiled" else (out.float() * upstream).sum()
+        loss.backward()
+        return out.detach(), h.grad
+    turn(norms=[t.double().norm().item() for t in step()])
     while True:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
         else:                                                 # give freed memory back first: reused memory is not seen
             ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
-            before, _ = resident()
-        start = clock(device)
+        before, start = peak_memory(device), clock(device)
         out = step()
-        seconds = clock(device) - start
-        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident()[1]
-        sums = [None if t is None else t.double().norm().item() for t in out]
+        turn(seconds=clock(device) - start, bytes=peak_memory(device) - before)
         del out
-        report({"seconds": seconds, "bytes": peak - before, "norms": sums})
-        if not sys.stdin.readline():
-            return
 
 
-def race(flags, N, D, V, dtype):
+def race(names, turns, device, N, D, V, dtype):
     """linear_logprob beside its peers; the norms of log-probs and gradients must agree with ours."""
-    names = ["ours"] + [p for p in flags.peers if p != "none"]
-    workers = {name: enter(__file__, f"{name}:{N}:{D}:{V}:{dtype}", "--device", flags.device)[0] for name in names}
-    results = take_turns(workers, flags.turns)
-    ours = results["ours"]
-    for name, rows in results.items():
-        for a, b in zip(rows[0]["norms"], ours[0]["norms"]):
-            bound = 1e-4 if dtype == "fp32" else 1e-2
-            assert a is None or name.startswith("liger") or abs(a / b - 1) < bound, \
-                f"{name} computes something else: {rows[0]['norms']} against {ours[0]['norms']}"
-        s, memory = [x["seconds"] for x in rows], statistics.median(x["bytes"] for x in rows)
-        naive = min(x["bytes"] for x in results["naive"]) if "naive" in results else None
-        print(f"  {name:16} {statistics.median(s):8.3f} s [{min(s):.3f}..{max(s):.3f}]   "
-              f"{ratio(s, [y['seconds'] for y in ours]):5.2f} x ours   {memory / 2 ** 20:7.0f} MB"
-              + (f" = {memory / naive:6.1%} of naive" if naive else ""))
+    workers, norms = {}, {}
+    for name in names:
+        workers[name], report = enter(work, name, device, N, D, V, dtype)
+        norms[name] = torch.tensor(report["norms"])
+        error = (norms[name] / norms["ours"] - 1).abs().max()
+        assert name == "liger_compiled" or error < (1e-4 if dtype == torch.float32 else 1e-2), \
+            f"{name} computes something else: {norms[name]} against {norms['ours']}"
+    reports = take_turns(workers, turns)
+    seconds = {name: [report["seconds"] for report in rows] for name, rows in reports.items()}
+    memory = [statistics.median(report["bytes"] for report in rows) / 2 ** 20 for rows in reports.values()]
+    print(table(turn_columns(seconds, "seconds", ".3f", "ours") | {"MB": shown(memory, ".0f")}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def race_plain(cases, turns, device):
+    """Every op beside its definition; an SVD-LoRA layer beside its frozen layer, too."""
+    contestants = {(kind, name): (lambda case=case, f=f: run(f, case[2], case[3]))
+                   for name, case in cases.items() for kind, f in (("fused", case[0]), ("plain", case[1]))}
+    seconds = alternate(contestants, turns, device, skipped=3, steps=5)
+    columns = {f"{kind} ms": shown([1e3 * statistics.median(seconds[kind, name]) for name in cases], ".3f")
+               for kind in ("fused", "plain")}
+    ratios = [ratio(seconds["plain", name], seconds["fused", name]) for name in cases]
+    print(table({"": list(cases), **columns, "plain / fused": shown(ratios, ".2f")}))
+    if "svd_lora_linear" in cases:
+        with torch.no_grad():
+            forward = {name: (lambda case=cases[name]: case[0](*case[2], *case[3]))
+                       for name in ("svd_lora_linear", "frozen linear")}
+            layers = alternate(forward, 4 * turns, device, skipped=3, steps=5)
+        print(f"svd_lora_linear / frozen linear, forward: {ratio(*layers.values()):.3f}")
 
 
 def main(flags):
-    """Checks everything, then prints the table."""
-    if flags.worker:
-        return work(flags)
+    """Checks everything, then prints the tables."""
     device, _ = pick_device(flags.device)
-    flags.device = str(device)
     gpu = device.type == "cuda"
-    N, D = flags.tokens or (8192 if gpu else 2048), flags.width or (4096 if gpu else 768)
-    for dtype_name in flags.dtypes:
-        dtype = DTYPES[dtype_name]
-        table = {k: v for k, v in cases(flags, device, dtype, N, D).items() if not flags.only or k in flags.only or
-                 (k == "frozen linear" and "svd_lora_linear" in flags.only)}
-        errors = {name: check(name, case, dtype) for name, case in table.items()}
-        print(f"\n{dtype_name}, {device.type}, {torch.get_num_threads()} threads, N = {N}, D = {D}, forward + backward")
-        print(f"{'':18} {'error':>9} {'fused ms':>10} {'plain ms':>10}   plain / fused")
-        contestants = {(kind, name): (lambda f=case[kind == "plain"], case=case: run(f, case[2], case[3]))
-                       for name, case in table.items() for kind in ("fused", "plain") if name != "linear_logprob"}
-        seconds = alternate(contestants, flags.turns, device, skipped=3, steps=5)
-        for name in table:
-            if name == "linear_logprob":
-                print(f"{name:18} {errors[name]:9.1e}   (below)")
-                continue
-            a, b = seconds["fused", name], seconds["plain", name]
-            print(f"{name:18} {errors[name]:9.1e} {1e3 * statistics.median(a):10.3f} {1e3 * statistics.median(b):10.3f}"
-                  f"   {ratio(b, a):.2f}")
-        if ("fused", "svd_lora_linear") in seconds:
-            over = ratio(seconds["fused", "svd_lora_linear"], seconds["fused", "frozen linear"])
-            print(f"svd_lora_linear over the frozen layer, forward + backward: {over:.3f} x")
-            with torch.no_grad():
-                forward = {name: (lambda case=table[name]: case[0](*case[2], *case[3]))
-                           for name in ("svd_lora_linear", "frozen linear")}
-                s = alternate(forward, 4 * flags.turns, device, skipped=3, steps=5)
-            over = ratio(s["svd_lora_linear"], s["frozen linear"])
-            print(f"svd_lora_linear over the frozen layer, forward: {over:.3f} x")
-        if "linear_logprob" in table:
-            for V in flags.vocabularies:
+    N, D = flags.tokens or (8192 if gpu else 2048), 4096 if gpu else 768
+    only, names = chosen("only", flags.only, OPS), ["ours", *chosen("peers", flags.peers, PEERS)]
+    if "svd_lora_linear" in only:
+        only.append("frozen linear")
+    for precision, dtype in DTYPES.items():
+        print(f"\n{precision}, {device.type}, {torch.get_num_threads()} threads, N = {N}, D = {D}, forward + backward")
+        few, asked = ({name: case for name, case in cases(device, dtype, tokens, D).items() if name in only}
+                      for tokens in (148, N))
+        for name, case in few.items():
+            print(f"{name}: relative error {check(name, case, dtype):.1e}")
+        if asked.pop("linear_logprob", None):
+            for V in (50257, 32000):
                 n = flags.tokens or 4096
-                print(f"linear_logprob, {dtype_name}, N = {n}, D = {D}, V = {V}, forward + backward, frozen head")
-                race(flags, n, D, V, dtype_name)
+                print(f"\nlinear_logprob, {precision}, N = {n}, D = {D}, V = {V}, frozen head")
+                race(names, flags.turns, device, n, D, V, dtype)
+        if asked:
+            print()
+            race_plain(asked, flags.turns, device)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,9 @@
 1. A DPO step on the embedded world with m = 10 dimensions beside one with m = 2: the same rows and comparisons, ten
    labels instead of two, rank 18 instead of 10. 2. The log-probs of some prompts' responses under 11 preferences: in
    one mixed batch, where every row has its own, beside 11 batches with one preference each. First the two are compared.
-   A mixed batch goes through the model in parts of --micro rows: 44 rows at once leave a CPU's caches.
+   A mixed batch goes through the model in parts of 16 rows: 44 rows at once leave a CPU's caches.
 Turns alternate; medians, and the median of the turns' ratios.
 """
-import statistics
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +18,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aggregate import linear_scalarization, sample_preference, simplex_lattice
-from bench.turns import alternate, ratio
+from bench.turns import alternate, random_model, relative_error, turn_columns
 from data import toy
 from data.tokenizers import load_tokenizer, tokenize
 from data.trees import batch_logprobs, pack
-from model import SIZES, Transformer
+from fronts.tables import table
+from model import SIZES
 from objectives import dpo_loss, losses_on_pairs
 from runs.flags import flag, run_main
 from runs.processes import pick_device
@@ -39,16 +39,7 @@ class Flags:
     device: str = flag("cpu", "cpu, cuda, or auto")
     rows: int = flag(8, "data rows per step, each a prompt with 12 responses", 1)
     prompts: int = flag(4, "prompts that are evaluated, each with 32 responses", 1)
-    micro: int = flag(16, "rows of the mixed batch that go through the model at once", 1)
     turns: int = flag(15, "timed turns, after two to warm up", 1)
-
-
-def race(contestants, turns, device):
-    """Prints median milliseconds of each function and the median ratio to the first."""
-    seconds = alternate(contestants, turns, device, warmup=2)
-    for name, s in seconds.items():
-        print(f"  {name:34} {1e3 * statistics.median(s):9.1f} ms [{1e3 * min(s):.1f}..{1e3 * max(s):.1f}]  "
-              f"{ratio(s, next(iter(seconds.values()))):.3f}")
 
 
 def dpo_step(base, m, flags, tokenizer, device):
@@ -72,47 +63,44 @@ def dpo_step(base, m, flags, tokenizer, device):
     return step
 
 
-@torch.no_grad()
 def main(flags):
     """Prints the two comparisons."""
     device, dtype = pick_device(flags.device)
     tokenizer = load_tokenizer("toy")
     config = replace(SIZES[flags.size], vocab_size=max(SIZES[flags.size].vocab_size, tokenizer.vocab_size))
-    base = Transformer(config).init_weights(torch.Generator().manual_seed(0)).to(device, dtype).requires_grad_(False)
+    base = random_model(config, dtype, device).requires_grad_(False)
+    def race(contestants):
+        seconds = alternate(contestants, flags.turns, device, warmup=2)
+        ms = {name: [1e3 * s for s in turns] for name, turns in seconds.items()}
+        print(table(turn_columns(ms, "ms", ".1f", next(iter(ms)))))
     print(f"{flags.size}, {device.type}, {torch.get_num_threads()} threads")
-    print(f"a DPO step, {flags.rows} rows of 12 responses with all 66 comparisons; time / time at m = 2")
-    with torch.enable_grad():
-        race({f"m = {m}": dpo_step(base, m, flags, tokenizer, device) for m in (2, 10)}, flags.turns, device)
+    print(f"\na DPO step, {flags.rows} rows of 12 responses with all 66 comparisons")
+    race({f"m = {m}": dpo_step(base, m, flags, tokenizer, device) for m in (2, 10)})
 
     model = inject_svd_lora(base, 8, 2, generator=torch.Generator().manual_seed(0))
     for p in model.parameters():
         if p.ndim < 2 and p.requires_grad:
-            p.fill_(1e-3)                                     # a fresh adapter would not tell preferences apart
+            p.data.fill_(1e-3)                                    # a fresh adapter would not tell preferences apart
     lams = simplex_lattice(2, 10).float().to(device)                                  # (11, 2)
     tasks = [toy.as_row(x, toy.responses(x)[:32]) for x in toy.prompts("eval")[:flags.prompts]]
     rows = tokenize(tasks, tokenizer, 10_000)[0]
     one = pack(rows).to(device)
     of_row = lams.repeat_interleave(len(rows), dim=0)                                 # one λ per row
-    mixed = [(pack((rows * len(lams))[i:i + flags.micro]).to(device), of_row[i:i + flags.micro])
-             for i in range(0, len(of_row), flags.micro)]
-    def together():
+    mixed = [(pack((rows * len(lams))[i:i + 16]).to(device), of_row[i:i + 16]) for i in range(0, len(of_row), 16)]
+    @torch.no_grad()
+    def logprobs(batches):                                                            # -> (11, prompts · 32)
         out = []
-        for batch, lam in mixed:
+        for batch, lam in batches:
             set_preference(model, lam)
             out.append(batch_logprobs(model, batch))
         return torch.cat(out).view(len(lams), -1)
-    def apart():
-        out = []
-        for lam in lams:
-            set_preference(model, lam)
-            out.append(batch_logprobs(model, one))
-        return torch.stack(out)
-    a, b = together(), apart()
-    error = ((a - b).norm() / b.norm()).item()
+    contestants = {"11 passes": lambda: logprobs([(one, lam) for lam in lams]),
+                   "one mixed batch": lambda: logprobs(mixed)}
+    b, a = (contestant() for contestant in contestants.values())
+    error = relative_error(a, b)
     assert error < (1e-5 if dtype == torch.float32 else 1e-2) and not torch.allclose(a[0], a[-1], rtol=1e-4)
-    print(f"log-probs of {flags.prompts} prompts × 32 responses under 11 preferences (relative difference {error:.1e})"
-          "; time / time of 11 passes")
-    race({"11 passes": apart, "one mixed batch": together}, flags.turns, device)
+    print(f"\nlog-probs of {flags.prompts} prompts × 32 responses, 11 preferences (relative difference {error:.1e})")
+    race(contestants)
 
 
 if __name__ == "__main__":

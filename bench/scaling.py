@@ -1,7 +1,7 @@
 """scaling.py - memory and time of a DPO step from the model's shape alone; the table of docs/scaling.md.
 
     python bench/scaling.py                                        # the table
-    python bench/scaling.py --check                                # the formulas against a real step on this machine
+    python bench/scaling.py --check                                # its memory against a real step on this machine
 
 A step has P pairs of T tokens, half of them the prompt, which a pair shares: 1.5 P T tokens run through the blocks, P T
 are predicted. D: d_model   H, K: query and key/value heads   C: head_dim   d_ff: width of the MLP   r = k + m: rank
@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.tokenizers import TokenRow
-from data.trees import batch_logprobs, pack
+from bench.pairs import pack_pairs, token_pairs
+from data.trees import batch_logprobs
 from model import SIZES, Transformer
 from ops import fused
 from runs.flags import flag, run_main
@@ -51,7 +51,7 @@ class Flags:
     length: int = flag(512, "tokens of a response with its prompt; half of them are the prompt")
     rank: int = flag(10, "k + m")
     tflops: float = flag(400.0, "assumed sustained rate of a device, for the seconds")
-    check: bool = flag(False, "compare with a real step: what the backward pass keeps, and the peak")
+    check: bool = flag(False, "compare the peak with a real step's")
 
 
 def block_matrices(c):
@@ -110,8 +110,8 @@ def step_flops(c, checkpoint, flags):
 
 def table(flags):
     """The lines of the markdown table."""
-    yield ("| model | base | checkpointing | GPUs | weights | adapter | activations | scratch | GiB a GPU | "
-           "TFLOP a step | s a step |")
+    yield ("| model | base | checkpointing | GPUs | weights | adapter | activations | scratch | GiB per GPU | "
+           "TFLOP per step | s per step |")
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for size, precision, checkpoint, devices, spread in SETTINGS:
         c = SIZES[size]
@@ -123,58 +123,14 @@ def table(flags):
                f"{executed / devices / flags.tflops / 1e12:.3f} |")
 
 
-def kept_bytes(model, batch):
-    """Bytes that a forward pass through the blocks keeps for the backward pass, each memory once; parameters and what
-    does not grow with the layers are left out by taking the difference of one block more."""
-    parameters = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept = {}
-    def keep(t):
-        if t.untyped_storage().data_ptr() not in parameters:
-            kept[t.untyped_storage().data_ptr()] = (t.untyped_storage().nbytes(), t)
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        out = model(batch.tokens, batch.positions, batch.mask, return_hidden=True)
-    total = sum(n for n, _ in kept.values())
-    del out
-    return total
-
-
-def block_keeps(config, dtype, flags):
-    """Bytes per token that one block really keeps: what three layers keep more than two."""
-    g = torch.Generator().manual_seed(0)
-    totals = []
-    for layers in (2, 3):
-        model = Transformer(replace(config, n_layer=layers)).init_weights(g).to(dtype)
-        inject_svd_lora(model, flags.rank - 2, 2, generator=g)
-        set_preference(model, torch.tensor([0.5, 0.5]))
-        batch = some_pairs(config, flags)
-        totals.append(kept_bytes(model, batch))
-    return (totals[1] - totals[0]) / batch.tokens.numel()
-
-
-def some_pairs(config, flags):
-    """A packed batch of random pairs."""
-    generator, half = torch.Generator().manual_seed(0), flags.length // 2
-    ids = torch.randint(3, config.vocab_size, (flags.pairs, 3 * half), generator=generator).tolist()
-    return pack([TokenRow(x[:half], [x[half:2 * half], x[2 * half:]], [(0, 1)], [[0, 1]]) for x in ids])
-
-
 def check(flags):
-    """What a block keeps, for both families; and the peak of a real step of GPT-2 124M beside the formula's."""
+    """The peak of a real step of GPT-2 124M beside the formula's."""
     flags = replace(flags, pairs=min(flags.pairs, 4), length=min(flags.length, 256))
-    small = {"GPT-2": replace(SIZES["125m"], vocab_size=64), "Llama, 4 key heads of 32":
-             replace(SIZES["1b"], vocab_size=64, d_model=512, head_dim=16, d_ff=1376)}
-    for name, config in small.items():
-        for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
-            real, formula = block_keeps(config, dtype, flags), block_activations(config, size)
-            print(f"{name}, {dtype}: a block keeps {real:.0f} bytes per token, formula {formula:.0f}: "
-                  f"{formula / real:.3f}")
-            assert 0.95 < formula / real < 1.05
     c = SIZES["125m"]
     model = Transformer(c).init_weights(torch.Generator().manual_seed(0))
     inject_svd_lora(model, flags.rank - 2, 2)
     set_preference(model, torch.tensor([0.5, 0.5]))
-    batch = some_pairs(c, flags)
+    batch = pack_pairs(token_pairs(flags, c.vocab_size, 0), m=2)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     before = peak_memory(torch.device("cpu"))
     for _ in range(2):

@@ -1,19 +1,23 @@
-"""turns.py - what the benchmarks share: contestants that take turns, in one process or each in its own, and ratios.
+"""turns.py - what the benchmarks share: contestants that take turns, in one process or each in its own, the columns of
+their tables, models of random weights, and transformers' model of the same weights.
 
 Contestants take turns so that a busy machine slows all of them alike. A ratio is the median of the turns' ratios.
-A contestant in a process of its own (a worker) has its own peak memory. It prints reports, one JSON object per line,
-and waits for a line on stdin before its next step.
+A contestant with a process of its own (a worker) has its own peak memory. It is a function work(turn, ...) that calls
+turn() when it is ready and after every step: that reports to the bench and waits until it is this worker's turn again.
 """
-import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
 
 import torch
 
+from model import Transformer
 from runs.files import UserError
+from runs.speed import peak_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -52,41 +56,124 @@ def ratio(a, b):
     return statistics.median(x / y for x, y in zip(a, b))
 
 
+def turn_columns(values, unit, form, first):
+    """Columns for fronts/tables.py with a line per contestant: median [least..most] over its turns, of its values and
+    of their ratios to those of the contestant `first`. values: {name: [one number per turn]}; form: like ".3f"."""
+    def spread(numbers, form):
+        return f"{statistics.median(numbers):{form}} [{min(numbers):{form}}..{max(numbers):{form}}]"
+    ratios = [[x / y for x, y in zip(numbers, values[first])] for numbers in values.values()]
+    return {"": list(values), unit: [spread(numbers, form) for numbers in values.values()],
+            f"/ {first}": [spread(numbers, ".2f") for numbers in ratios]}
+
+
+def relative_error(a, b):
+    """‖a − b‖ / ‖b‖."""
+    return ((a.double() - b).norm() / b.double().norm()).item()
+
+
+def chosen(flag, values, known):
+    """The values of a flag but "none". Raises UserError for one that is not known."""
+    for value in values:
+        if value not in (*known, "none"):
+            raise UserError(f"--{flag} {value}: choose among {', '.join(known)}")
+    return [value for value in values if value != "none"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes.
 
-def enter(script, name, *arguments):
-    """Starts a contestant: `script --worker name arguments` as a process. Returns the process and its first report."""
-    worker = subprocess.Popen([sys.executable, script, "--worker", name, *arguments], text=True, stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    return worker, _listen(worker, name)
+def enter(work, name, device, *arguments):
+    """Starts work(turn, name, device, *arguments) as a process. Returns its connection and its first report.
+
+    A report is a dict: what the worker gave to turn(), "seconds" since its turn began, and "peak", its peak_memory.
+    """
+    context = multiprocessing.get_context("spawn")
+    connection, other_end = context.Pipe()
+    context.Process(target=_serve, args=(other_end, work, name, device, *arguments), daemon=True).start()
+    other_end.close()
+    return connection, _listen(connection, name)
+
+
+def step(connection, name):
+    """Gives a worker its turn. Returns its report, and raises UserError with the reason if it has died."""
+    connection.send("go")
+    return _listen(connection, name)
 
 
 def take_turns(workers, turns):
-    """{name: [report of every turn]} of {name: process}, which then end. A turn is two steps, of which the second is
-    reported: a process that has waited finds its memory cold."""
+    """{name: [report of every turn]} of {name: connection}, whose workers then end. A turn is two steps, of which the
+    second is reported: a process that has waited finds its memory cold."""
     reports = {name: [] for name in workers}
     for _ in range(turns):
-        for name, worker in workers.items():
-            for _ in range(2):
-                print("go", file=worker.stdin, flush=True)
-                report = _listen(worker, name)
-            reports[name].append(report)
-    for worker in workers.values():
-        worker.communicate()
+        for name, connection in workers.items():
+            step(connection, name)
+            reports[name].append(step(connection, name))
+    leave(*workers.values())
     return reports
 
 
-def _listen(worker, name):
-    """The next report of a contestant. Raises UserError with its last line of stderr if it has died."""
-    line = worker.stdout.readline()
-    if not line:
-        raise UserError(f"{name}: {(worker.stderr.read().strip().splitlines() or ['it ended'])[-1]}")
-    return json.loads(line)
+def leave(*connections):
+    """Ends workers, and waits until their memory is free."""
+    for connection in connections:
+        connection.close()
+    for process in multiprocessing.active_children():
+        process.join()
 
 
-def reporter():
-    """For a worker: a function that sends a report. Whatever else is printed, by libraries, goes to stderr."""
-    out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    return lambda report: print(json.dumps(report), file=out)
+def _listen(connection, name):
+    try:
+        report = connection.recv()
+    except EOFError:
+        report = "its process ended"
+    if isinstance(report, str):
+        raise UserError(f"{name}: {report}")
+    return report
+
+
+def _serve(connection, work, name, device, *arguments):
+    """The worker's process. It ends when the bench closes the connection."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")           # what libraries print; errors are sent
+    start = clock(device)
+    def turn(**report):
+        nonlocal start
+        connection.send({"seconds": clock(device) - start, "peak": peak_memory(device)} | report)
+        connection.recv()
+        start = clock(device)
+    try:
+        work(turn, name, device, *arguments)
+    except EOFError:
+        pass
+    except Exception as e:
+        connection.send(f"{type(e).__name__}: {e}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models.
+
+def random_model(config, dtype, device):
+    """A Transformer of random weights, the same in every call."""
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    return model.to_empty(device=device).init_weights(torch.Generator(device).manual_seed(0))
+
+
+@contextmanager
+def model_directory(config, dtype, device, shard_bytes=None):
+    """A temporary directory with random_model's weights, of which no memory is held."""
+    with tempfile.TemporaryDirectory() as directory:
+        random_model(config, dtype, device).save_pretrained(directory, shard_bytes)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        yield directory
+
+
+def peer_model(directory, dtype, device):
+    """transformers' model of a directory (on CUDA it needs accelerate). Raises UserError where it is not installed."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("transformers is not installed: see the top of this script, or choose none") from None
+    transformers.logging.set_verbosity_error()
+    there = {"device_map": device} if device.type == "cuda" else {}
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **there)
