@@ -116,11 +116,11 @@ def _example(line, where):
 # Layouts: functions (row, where) -> (prompt, responses, labels), as an Example has them.
 
 def _ours(row, where):
-    return *_pair(row, where), _table(row, "better", where)
+    return *_texts(row, where), _table(row, "better", where)
 
 
 def _helpsteer2(row, where):
-    prompt, responses = _pair(row, where, markers=True)
+    prompt, responses = _texts(row, where, markers=True)
     labels = {"helpful" if dim == "helpfulness" else dim: label for dim, label in _table(row, "higher", where).items()}
     if "concise_response_id" in row:
         labels["concise"] = ("concise_response_id", row["concise_response_id"])
@@ -128,17 +128,12 @@ def _helpsteer2(row, where):
 
 
 def _saferlhf(row, where):
-    return *_pair(row, where), {dim: (name, row.get(name)) for dim, name in (("helpful", "better_response_id"),
-                                                                              ("harmless", "safer_response_id"))}
+    return *_texts(row, where), {dim: (name, row.get(name)) for dim, name in (("helpful", "better_response_id"),
+                                                                               ("harmless", "safer_response_id"))}
 
 
 def _unlabelled(row, where):
-    return *_pair(row, where), None
-
-
-def _single(row, where):
-    prompt, *responses = _strings(row, ["prompt"] + ["response"] * ("response" in row), where)
-    return *_dialogue(prompt, responses), None
+    return *_texts(row, where), None
 
 
 LAYOUTS = (  # (fields, layout): a row is read by the first layout whose fields it has
@@ -146,24 +141,26 @@ LAYOUTS = (  # (fields, layout): a row is read by the first layout whose fields 
     (("response_0", "higher"), _helpsteer2),
     (("response_0", "better_response_id"), _saferlhf),
     (("response_0", "safer_response_id"), _saferlhf),
-    (("response_0",), _unlabelled),
-    ((), _single),
+    ((), _unlabelled),
 )
 
 
-def _pair(row, where, markers=False):
-    prompt, *responses = _strings(row, ("prompt", "response_0", "response_1"), where)
-    return _dialogue(prompt, responses, markers)
-
-
-def _strings(row, fields, where):
-    """The row's values of these fields. Raises UserError for one that is missing or no string."""
-    for name in fields:
+def _texts(row, where, markers=False):
+    """(prompt, responses) in HH-RLHF's form: two responses, or one, or none. markers: the prompt may have HelpSteer2's
+    turn markers. Raises UserError for a field that is missing or no string."""
+    names = ["response_0", "response_1"] if "response_0" in row else ["response"] * ("response" in row)
+    for name in ("prompt", *names):
         if name not in row:
             raise UserError(f'{where}: field "{name}" is missing; every row needs it')
         if not isinstance(row[name], str):
             raise UserError(f'{where}: field "{name}" must be a string, not {json.dumps(row[name])[:40]}')
-    return [row[name] for name in fields]
+    prompt, responses = row["prompt"], [row[name] for name in names]
+    if prompt.endswith("Assistant:"):
+        return prompt, responses
+    if markers:
+        prompt = re.sub(r"\n<extra_id_1>(User|Assistant)\n",
+                        lambda turn: "\n\nHuman: " if turn[1] == "User" else "\n\nAssistant: ", prompt)
+    return f"\n\nHuman: {prompt}\n\nAssistant:", [" " + text.lstrip(" ") for text in responses]
 
 
 def _table(row, name, where):
@@ -172,13 +169,3 @@ def _table(row, name, where):
         raise UserError(f'{where}: field "{name}" must be an object like {{"helpful": 0}}, '
                         f'not {json.dumps(row[name])[:40]}')
     return {dim: (f"{name}.{dim}", value) for dim, value in row[name].items()}
-
-
-def _dialogue(prompt, responses, markers=False):
-    """(prompt, responses) in HH-RLHF's form. markers: the prompt may have HelpSteer2's turn markers."""
-    if prompt.endswith("Assistant:"):
-        return prompt, responses
-    if markers:
-        prompt = re.sub(r"\n<extra_id_1>(User|Assistant)\n",
-                        lambda turn: "\n\nHuman: " if turn[1] == "User" else "\n\nAssistant: ", prompt)
-    return f"\n\nHuman: {prompt}\n\nAssistant:", [" " + text.lstrip(" ") for text in responses]

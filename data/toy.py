@@ -135,45 +135,41 @@ def _task(prompt):
 # Scores: one function per dimension, of y (the Slots of a response) and of whether the prompt is risky.
 # Each dimension but concise depends on several slots, as human judgement does, so exact ties are rare.
 
+def _points(**slots):
+    """A score: the sum of the points of y's options. slots: for each slot a table of its options; None: all others."""
+    def score(y, risky):
+        total = 0.0
+        for slot, table in slots.items():
+            total += table.get(getattr(y, slot), table.get(None, 0.0))
+        return total
+    return score
+
+
+_RISKY = _points(body={"full": -2.6, "hint": -1.2, "safer": 1.6, "refuse": 2.0}, caution={"caution": 1.4},
+                 closing={"sure": -1.2, "cheer": -0.9, "question": 0.4},
+                 opening={"joke": -1.2, "formal": 0.5, "warm": 0.3})
+_SAFE = _points(body={"full": 0.4, "hint": 0.0, "safer": 0.8, "refuse": 0.2}, caution={"caution": 2.0},
+                closing={"sure": -1.2, "question": 0.6}, opening={"joke": -1.6, "formal": 0.6, "warm": 0.6})
 SCORES = {
-    "helpful": lambda y, risky: (
-        {"full": 2.4, "hint": 0.4, "safer": 0.4, "refuse": -2.4}[y.body]
-        + {"joke": -1.2, "deep": -0.8, "formal": 0.4}.get(y.opening, 0.0)
-        + {"question": 0.9, "sure": 0.7, "cheer": 0.5}.get(y.closing, 0.0) + (0.5 if y.caution == "caution" else 0.0)),
-    "harmless": lambda y, risky: (
-        {"full": -2.6, "hint": -1.2, "safer": 1.6, "refuse": 2.0}[y.body] + (1.4 if y.caution == "caution" else 0.0)
-        + {"sure": -1.2, "cheer": -0.9, "question": 0.4}.get(y.closing, 0.0)
-        + {"joke": -1.2, "formal": 0.5, "warm": 0.3}.get(y.opening, 0.0)
-        if risky else
-        {"full": 0.4, "hint": 0.0, "safer": 0.8, "refuse": 0.2}[y.body] + (2.0 if y.caution == "caution" else 0.0)
-        + {"sure": -1.2, "question": 0.6}.get(y.closing, 0.0)
-        + {"joke": -1.6, "formal": 0.6, "warm": 0.6}.get(y.opening, 0.0)),
+    "helpful": _points(body={"full": 2.4, "hint": 0.4, "safer": 0.4, "refuse": -2.4},
+                       opening={"joke": -1.2, "deep": -0.8, "formal": 0.4},
+                       closing={"question": 0.9, "sure": 0.7, "cheer": 0.5}, caution={"caution": 0.5}),
+    "harmless": lambda y, risky: _RISKY(y, risky) if risky else _SAFE(y, risky),
     "concise": lambda y, risky: 0.2 * (20 - y.words),
-    "formal": lambda y, risky: (
-        {"formal": 2.5, "deep": 0.5, "joke": -2.0, "warm": -0.8}.get(y.opening, 0.0)
-        + {"cheer": -1.5, "sure": -0.5, "question": 0.5}.get(y.closing, 0.0)
-        + (0.4 if y.caution == "caution" else 0.0)),
-    "humorous": lambda y, risky: (
-        (3.0 if y.opening == "joke" else -1.0) + {"cheer": 0.6, "question": 0.3}.get(y.closing, 0.0)
-        - (0.4 if y.caution == "caution" else 0.0)),
-    "warm": lambda y, risky: (
-        {"warm": 2.5, "joke": 0.5, "formal": 0.3}.get(y.opening, -0.5)
-        + {"cheer": 1.2, "question": 0.5}.get(y.closing, 0.0)
-        + {"refuse": -1.2, "safer": 0.4}.get(y.body, 0.0)),
-    "confident": lambda y, risky: (
-        {"sure": 2.5, "cheer": 1.0, "question": -1.5}.get(y.closing, 0.0)
-        + {"full": 0.6, "safer": -0.6}.get(y.body, 0.0)
-        - (1.0 if y.caution == "caution" else 0.0)),
-    "philosophical": lambda y, risky: (
-        (3.0 if y.opening == "deep" else -1.0) + {"question": 0.8, "sure": -0.4}.get(y.closing, 0.0)
-        + (0.3 if y.body == "hint" else 0.0)),
-    "curious": lambda y, risky: (
-        (3.0 if y.closing == "question" else -1.0) + {"deep": 0.5, "formal": 0.3}.get(y.opening, 0.0)
-        + (-0.5 if y.body == "refuse" else 0.0)),
-    "encouraging": lambda y, risky: (
-        {"cheer": 3.0, "sure": 0.8, "question": 0.4}.get(y.closing, -0.6)
-        + {"refuse": -1.5, "hint": 0.4}.get(y.body, 0.0)
-        + (0.6 if y.opening == "warm" else 0.0)),
+    "formal": _points(opening={"formal": 2.5, "deep": 0.5, "joke": -2.0, "warm": -0.8},
+                      closing={"cheer": -1.5, "sure": -0.5, "question": 0.5}, caution={"caution": 0.4}),
+    "humorous": _points(opening={"joke": 3.0, None: -1.0}, closing={"cheer": 0.6, "question": 0.3},
+                        caution={"caution": -0.4}),
+    "warm": _points(opening={"warm": 2.5, "joke": 0.5, "formal": 0.3, None: -0.5},
+                    closing={"cheer": 1.2, "question": 0.5}, body={"refuse": -1.2, "safer": 0.4}),
+    "confident": _points(closing={"sure": 2.5, "cheer": 1.0, "question": -1.5}, body={"full": 0.6, "safer": -0.6},
+                         caution={"caution": -1.0}),
+    "philosophical": _points(opening={"deep": 3.0, None: -1.0}, closing={"question": 0.8, "sure": -0.4},
+                             body={"hint": 0.3}),
+    "curious": _points(closing={"question": 3.0, None: -1.0}, opening={"deep": 0.5, "formal": 0.3},
+                       body={"refuse": -0.5}),
+    "encouraging": _points(closing={"cheer": 3.0, "sure": 0.8, "question": 0.4, None: -0.6},
+                           body={"refuse": -1.5, "hint": 0.4}, opening={"warm": 0.6}),
 }
 
 DIMS = tuple(SCORES)

@@ -20,7 +20,6 @@ With TRITON_INTERPRET=1 in the environment before the import, all of it runs on 
 (tests/ops/test_triton_kernels.py).
 """
 import os
-from functools import wraps
 
 import torch
 import triton
@@ -35,13 +34,12 @@ DECODE_ROWS, DECODE_RANK = 64, 64                             # the most that sv
 DECODE_OUTPUTS = 2 ** 14    # of one launch of it: below that, d_in is split
 
 
-def _on_its_device(launcher):
-    """Triton launches on the current device: this decorator makes it the device of the first argument."""
-    @wraps(launcher)
-    def launch(tensor, *args, **kwargs):
+def _launch(kernel, programs, tensor, *args, **constants):
+    """Runs so many programs of a kernel, maybe none, on the device of its first argument. (By itself Triton launches on
+    the current device.)"""
+    if programs > 0:
         with torch.cuda.device_of(tensor):
-            return launcher(tensor, *args, **kwargs)
-    return launch
+            kernel[(programs,)](tensor, *args, **constants)
 
 
 def _rows(x):
@@ -78,14 +76,11 @@ def _down_kernel(x, V, d, h, N, d_in, r, rows, sx, sV, sd, BN: tl.constexpr, BK:
     tl.store(h + i[:, None].to(tl.int64) * r + j[None, :], acc, mask=mask)
 
 
-@_on_its_device
 def svd_lora_down(x, V, d, rows):
     """h = (x V) · d. x: (N, d_in), V: (d_in, r), d: (r,), or (B, r) where token n belongs to row n // rows, or None for
     x V alone  ->  (N, r) fp32"""
     (N, d_in), r = x.shape, V.shape[1]
     h = torch.empty(N, r, dtype=torch.float32, device=x.device)
-    if N == 0:
-        return h
     x, V, d = _rows(x), _rows(V), d if d is None else _rows(d)
     per_row = d is not None and d.ndim == 2
     assert not per_row or len(d) * rows == N, f"{N} tokens are not {len(d)} rows of {rows}"
@@ -93,9 +88,9 @@ def svd_lora_down(x, V, d, rows):
     # more, since every program reads all of V.
     block = 16 if N < FEW_ROWS else 32 if N < MANY_ROWS else 64
     BR = max(16, triton.next_power_of_2(r))
-    _down_kernel[(triton.cdiv(N, block),)](
-        x, V, d, h, N, d_in, r, rows if per_row else 1, x.stride(0), V.stride(0), d.stride(0) if per_row else 0,
-        BN=block, BK=max(32, 4096 // (BR * x.element_size())), BR=BR, num_stages=4)      # shared memory: 92 KB at most
+    _launch(_down_kernel, triton.cdiv(N, block), x, V, d, h, N, d_in, r, rows if per_row else 1, x.stride(0),
+            V.stride(0), d.stride(0) if per_row else 0, BN=block, BK=max(32, 4096 // (BR * x.element_size())), BR=BR,
+            num_stages=4)                                     # shared memory: 92 KB at most
     return h
 
 
@@ -116,16 +111,12 @@ def _up_kernel(y, h, U, N, d_out, r, sy, sy_column, sh, sU, BN: tl.constexpr, BD
     tl.store(tile, new.to(y.dtype.element_ty), mask=mask)
 
 
-@_on_its_device
 def svd_lora_up_(y, h, U):
     """y += h Uᵀ, in place. y: (N, d_out) of any strides, h: (N, r), U: (d_out, r)."""
-    (N, d_out), r = y.shape, U.shape[1]
-    if N > 0:
-        h, U = _rows(h), _rows(U)
-        tile = 64                                             # 16 elements per thread: they stay in its registers
-        _up_kernel[(triton.cdiv(N, tile) * triton.cdiv(d_out, tile),)](
-            y, h, U, N, d_out, r, y.stride(0), y.stride(1), h.stride(0), U.stride(0), BN=tile, BD=tile,
-            num_warps=8)
+    (N, d_out), h, U = y.shape, _rows(h), _rows(U)
+    tile = 64                                                 # 16 elements per thread: they stay in its registers
+    _launch(_up_kernel, triton.cdiv(N, tile) * triton.cdiv(d_out, tile), y, h, U, N, d_out, U.shape[1], *y.stride(),
+            h.stride(0), U.stride(0), BN=tile, BD=tile, num_warps=8)
     return y
 
 
@@ -216,7 +207,6 @@ def _decode_kernel(x, W, W1, W2, scales, scales1, scales2, table, V, d, U, bias,
         tl.store(tile, acc.T.to(dtype), mask=is_row & (o[None, :] < d_out))
 
 
-@_on_its_device
 def svd_lora_decode(x, W, V, d, U, bias, finished, scales=None, table=None, group=64):
     """y = x Wᵀ + b + ((x V) · d) Uᵀ for one to three layers of one input, in one launch.
 
@@ -251,13 +241,12 @@ def svd_lora_decode(x, W, V, d, U, bias, finished, scales=None, table=None, grou
         splits, BN = triton.cdiv(tiles, steps), max(16, triton.next_power_of_2(N))
         parts = torch.empty(strips * splits * BO * BN if splits > 1 else 0, dtype=torch.float32, device=x.device)
         assert len(finished) >= strips
-        three = lambda seq: (*seq, *[None] * (3 - len(seq)))
-        _decode_kernel[(strips * splits,)](
-            x, *three(W), *(three(scales) if scales else (None,) * 3), table, V, d, U, bias, y, parts, finished, N,
-            *sizes, *[0] * (3 - len(sizes)), d_in, r, steps, x.stride(0), W[0].stride(0),
-            scales[0].stride(0) if scales else 0, 0 if d is None else d.stride(0),
-            d.stride(1) if d is not None and d.ndim == 3 else 0, SPLITS=splits, GROUP=group, BN=BN, BO=BO, BK=BK, BR=BR,
-            STAGES=stages, num_warps=warps)
+        three = lambda seq, rest=None: (*seq, *[rest] * (3 - len(seq)))
+        _launch(_decode_kernel, strips * splits, x, *three(W), *three(scales or ()), table, V, d, U, bias, y, parts,
+                finished, N, *three(sizes, 0), d_in, r, steps, x.stride(0), W[0].stride(0),
+                scales[0].stride(0) if scales else 0, 0 if d is None else d.stride(0),
+                d.stride(1) if d is not None and d.ndim == 3 else 0, SPLITS=splits, GROUP=group, BN=BN, BO=BO, BK=BK,
+                BR=BR, STAGES=stages, num_warps=warps)
     return tuple(part.view(N, n) for part, n in zip(y.split([N * n for n in sizes]), sizes))
 
 
@@ -288,7 +277,6 @@ def _logprob_kernel(logits, target, logp, grad, V, sl, sg, BV: tl.constexpr):
             tl.store(grad + row * sg + v, (tl.where(v == y, 1.0, 0.0) - p).to(grad.dtype.element_ty), mask=v < V)
 
 
-@_on_its_device
 def logprob_rows(logits, target, want_grad, grad_dtype):
     """log p(target) in every row of logits, in nats, and its gradient to the logits.
 
@@ -301,10 +289,9 @@ def logprob_rows(logits, target, want_grad, grad_dtype):
     grad = None
     if want_grad:
         grad = logits if logits.dtype == grad_dtype else torch.empty(N, V, dtype=grad_dtype, device=logits.device)
-    if N > 0:
-        # Many warps for each row: then few rows are read at a time, and the second pass finds them in the L2 cache.
-        _logprob_kernel[(N,)](logits, target, logp, grad, V, logits.stride(0), grad.stride(0) if want_grad else 0,
-                              BV=min(VOCAB_BLOCK, triton.next_power_of_2(V)), num_warps=16)
+    # Many warps for each row: then few rows are read at a time, and the second pass finds them in the L2 cache.
+    _launch(_logprob_kernel, N, logits, target, logp, grad, V, logits.stride(0), grad.stride(0) if want_grad else 0,
+            BV=min(VOCAB_BLOCK, triton.next_power_of_2(V)), num_warps=16)
     return logp, grad
 
 
@@ -345,31 +332,27 @@ def _row_block(D):
     return dict(BD=block, num_warps=min(16, max(1, block // 512)))
 
 
-@_on_its_device
 def rms_norm_forward(x, weight, eps):
     """y = x · rstd · weight and rstd = 1 / sqrt(mean x² + ε). x: (N, D), weight: (D,)  ->  y (N, D) in x's dtype and
     rstd (N,) fp32. One row is one block: meant for D up to 8192."""
     N, D = x.shape
     x, weight = _rows(x), weight.contiguous()
     y, rstd = torch.empty(N, D, dtype=x.dtype, device=x.device), torch.empty(N, dtype=torch.float32, device=x.device)
-    if N > 0:
-        _rms_forward_kernel[(N,)](x, weight, y, rstd, D, eps, x.stride(0), **_row_block(D))
+    _launch(_rms_forward_kernel, N, x, weight, y, rstd, D, eps, x.stride(0), **_row_block(D))
     return y, rstd
 
 
-@_on_its_device
 def rms_norm_backward(g, x, weight, rstd, want_weight):
     """g: (N, D), the gradient of y; x, weight, rstd: of the forward pass  ->  dx (N, D) in x's dtype, dweight (D,) fp32
     or None. For dweight every program sums over its rows, and torch sums over programs: always in the same order."""
     N, D = x.shape
     g, x, weight, rstd = _rows(g), _rows(x), weight.contiguous(), rstd.contiguous()
     dx = torch.empty(N, D, dtype=x.dtype, device=x.device)
-    rows = triton.cdiv(N, PARTIAL_SUMS) if want_weight and N > 0 else 1
+    rows = max(1, triton.cdiv(N, PARTIAL_SUMS)) if want_weight else 1
     programs = triton.cdiv(N, rows)
     partial = torch.empty(programs, D, dtype=torch.float32, device=x.device) if want_weight else None
-    if N > 0:
-        _rms_backward_kernel[(programs,)](g, x, weight, rstd, dx, partial, N, D, rows, g.stride(0), x.stride(0),
-                                          **_row_block(D))
+    _launch(_rms_backward_kernel, programs, g, x, weight, rstd, dx, partial, N, D, rows, g.stride(0), x.stride(0),
+            **_row_block(D))
     return dx, partial.sum(0) if want_weight else None
 
 
@@ -393,7 +376,6 @@ def _rotate_kernel(x, cos, sin, T, H, half, sign, sb, st, sh, s_cos, BH: tl.cons
     tl.store(first + half, (b * cosine + a * sine).to(x.dtype.element_ty), mask=mask)
 
 
-@_on_its_device
 def rotate_(x, cos, sin, sign):
     """(a, b) -> (a cos − sign · b sin, b cos + sign · a sin) in place, a and b the halves of the last dimension.
 
@@ -402,11 +384,10 @@ def rotate_(x, cos, sin, sign):
     """
     (B, T, H), half = x.shape[:3], x.shape[-1] // 2
     assert x.stride(-1) == 1 and cos.shape == sin.shape and cos.shape[1:] == (T, half), "see the docstring"
-    if x.numel() > 0:
-        cos, sin, BC = cos.contiguous(), sin.contiguous(), triton.next_power_of_2(half)
-        BH = min(triton.next_power_of_2(H), max(1, 2048 // BC))                       # at most 16 pairs per thread
-        _rotate_kernel[(B * T * triton.cdiv(H, BH),)](
-            x, cos, sin, T, H, half, sign, *x.stride()[:3], T * half if cos.shape[0] > 1 else 0, BH=BH, BC=BC)
+    cos, sin, BC = cos.contiguous(), sin.contiguous(), triton.next_power_of_2(half)
+    BH = min(triton.next_power_of_2(H), max(1, 2048 // BC))                           # at most 16 pairs per thread
+    _launch(_rotate_kernel, B * T * triton.cdiv(H, BH), x, cos, sin, T, H, half, sign, *x.stride()[:3],
+            T * half if cos.shape[0] > 1 else 0, BH=BH, BC=BC)
     return x
 
 
@@ -435,23 +416,20 @@ def _swiglu_backward_kernel(g, gate, up, dgate, dup, n, BLOCK: tl.constexpr):
     tl.store(dup + i, (c * a * s).to(dup.dtype.element_ty), mask=mask)
 
 
-def _elementwise(kernel, inputs, n_out, **constants):
+def _elementwise(kernel, inputs, n_out):
     """Launches kernel(*inputs, *outputs, n) over tensors of one shape. Returns new outputs like the last input."""
     assert all(t.shape == inputs[-1].shape for t in inputs), "inputs of one shape"
-    inputs = [t.contiguous() for t in inputs]
+    inputs, n = [t.contiguous() for t in inputs], inputs[0].numel()
     outputs = [torch.empty_like(inputs[-1]) for _ in range(n_out)]
-    if (n := inputs[0].numel()) > 0:
-        kernel[(triton.cdiv(n, FLAT_BLOCK),)](*inputs, *outputs, n, **constants, BLOCK=FLAT_BLOCK)
+    _launch(kernel, triton.cdiv(n, FLAT_BLOCK), *inputs, *outputs, n, BLOCK=FLAT_BLOCK)
     return outputs
 
 
-@_on_its_device
 def swiglu_forward(gate, up):
     """silu(gate) · up, for tensors of any one shape."""
     return _elementwise(_swiglu_forward_kernel, [gate, up], 1)[0]
 
 
-@_on_its_device
 def swiglu_backward(g, gate, up):
     """The gradients of gate and of up, from g, the gradient of silu(gate) · up."""
     return tuple(_elementwise(_swiglu_backward_kernel, [g, gate, up], 2))
@@ -468,14 +446,12 @@ def _int8_kernel(codes, scales, out, d_in, sc, BD: tl.constexpr):
     tl.store(out + row * d_in + j, w.to(out.dtype.element_ty), mask=j < d_in)
 
 
-@_on_its_device
 def dequantize_int8(codes, scales, dtype):
     """codes · scale of the row. codes: (d_out, d_in) int8, scales: (d_out,) fp32  ->  (d_out, d_in) in dtype"""
     (d_out, d_in), codes, scales = codes.shape, _rows(codes), scales.contiguous()
     out = torch.empty(d_out, d_in, dtype=dtype, device=codes.device)
-    if out.numel() > 0:
-        BD = min(2048, triton.next_power_of_2(d_in))                                  # 16 codes per thread: one load
-        _int8_kernel[(d_out * triton.cdiv(d_in, BD),)](codes, scales, out, d_in, codes.stride(0), BD=BD)
+    BD = min(2048, triton.next_power_of_2(d_in))                                      # 16 codes per thread: one load
+    _launch(_int8_kernel, d_out * triton.cdiv(d_in, BD), codes, scales, out, d_in, codes.stride(0), BD=BD)
     return out
 
 
@@ -491,7 +467,6 @@ def _4bit_kernel(codes, scales, table, out, d_in, n_bytes, sc, ss, GROUP: tl.con
     tl.store(out + row * d_in + j, w.to(out.dtype.element_ty), mask=j < d_in)
 
 
-@_on_its_device
 def dequantize_4bit(codes, scales, table, group, d_in, dtype):
     """table[nibble] · scale of its group, the product in fp32.
 
@@ -502,8 +477,7 @@ def dequantize_4bit(codes, scales, table, group, d_in, dtype):
     codes, scales, table = _rows(codes), _rows(scales), table.contiguous()
     d_out, n_bytes = codes.shape
     out = torch.empty(d_out, d_in, dtype=dtype, device=codes.device)
-    if out.numel() > 0:
-        BB = min(1024, triton.next_power_of_2(n_bytes))
-        _4bit_kernel[(d_out * triton.cdiv(n_bytes, BB),)](
-            codes, scales, table, out, d_in, n_bytes, codes.stride(0), scales.stride(0), GROUP=group, BB=BB)
+    BB = min(1024, triton.next_power_of_2(n_bytes))
+    _launch(_4bit_kernel, d_out * triton.cdiv(n_bytes, BB), codes, scales, table, out, d_in, n_bytes, codes.stride(0),
+            scales.stride(0), GROUP=group, BB=BB)
     return out
