@@ -14,6 +14,7 @@ differ in their labels alone.
 A killed run continues from its last checkpoint, bit for bit (runs/loop.py; micro-batches and processes are there and in
 data/batches.py).
 """
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,7 +52,7 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags):
     data: list[str] | None = flag(None, "preference JSONL files (default: the embedded world)")
     eval_data: list[str] | None = flag(None, "preference JSONL files for the evaluation (required with --data)")
     rows: int = flag(1920, "embedded world: data rows, each a prompt with some responses, all compared", 1)
-    responses: int = flag(12, "embedded world: responses in a row", 2)
+    responses: int = flag(12, "embedded world: responses in a row; 12 make 66 pairs", 2)
     epochs: float = flag(1.0, "passes over --data, where --steps is not given", "positive")
     accumulate: int = flag(1, "micro-batches per step: less memory", 1)
     pref_scaling: float | None = flag(None, "ablation: s fixed at this value instead of learned (Fig. 7)")
@@ -93,7 +94,8 @@ def train(model, out, name, fixed_lam, rows, reference, dims, flags, steps, memb
         objective = aggregate(L, lam.to(device)).mean()                               # (G,) -> (), Eq. (14) or (16)
 
         # line 8: a step of gradient descent on U, V, σ and s
-        run.update(objective, flags.orth_coeff and flags.orth_coeff * orthogonality_penalty(model))
+        penalty = flags.orth_coeff * orthogonality_penalty(model) if flags.orth_coeff else 0.0        # of Eq. (5)
+        run.update(objective, penalty)
         run.log(*batch.tree.size, ("losses", "accuracy"), lam=lam.tolist(),
                 means={"losses": (losses, batch.known), "accuracy": (correct, batch.known)})
     save_adapter(model, out / f"{name}.safetensors", dims, method=flags.method, beta=flags.beta,
@@ -103,12 +105,12 @@ def train(model, out, name, fixed_lam, rows, reference, dims, flags, steps, memb
 def main(flags):
     """Trains one run (one adapter, or the several of rs and dps) and evaluates its front. Returns the run directory."""
     device, dtype = pick_device(flags.device, flags.precision)
-    rank, world, device = init_distributed(device)
-    given, on_world = replace(flags), flags.data is None
-    if flags.lams_per_step is None:
-        flags.lams_per_step = 8 if flags.aggregate == "ls" else 1
-    check(flags, world)
-    print(f"device: {device}, {world} process(es), base in {dtype}, matrix products at up to "
+    rank, processes, device = init_distributed(device)
+    given, on_world = replace(flags), flags.data is None               # given: before defaults are filled in
+    flags.lams_per_step = flags.lams_per_step or (8 if flags.aggregate == "ls" else 1)
+    flags.beta = flags.beta or (1.0 if on_world else 0.1)
+    check(flags, processes)
+    print(f"device: {device}, {processes} process(es), base in {dtype}, matrix products at up to "
           f"{matmul_ceiling(device, dtype) / 1e12:.3g} TFLOP/s".replace("torch.", ""))
     base, tokenizer_name = find_base(flags.init, flags.size, flags.tokenizer, device)
     rows, _, dims = preference_rows(flags)
@@ -116,7 +118,6 @@ def main(flags):
     load = lambda: load_base(base, tokenizer_name, torch.device("cpu") if flags.parallel == "fsdp" else device, dtype,
                              flags.quantize, flags.checkpoint)
     model, tokenizer = load()
-    flags.beta = flags.beta or (1.0 if on_world else 0.1)
     flags.lr = flags.lr or usual_rate(on_world, model.config)
     flags.steps = flags.steps or (400 if on_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
     rows, cut = tokenize(rows, tokenizer, min(flags.max_length, model.config.context_length))
@@ -133,21 +134,21 @@ def main(flags):
         shard(model, device)
     reference = reference_logprobs(model, rows, flags.batch_size, pad_to(device), device)    # once
     for i, (name, lam), state in models_left(models, resume):
-        if flags.parallel == "fsdp":                                   # a sharded model takes no adapter any more
+        if flags.parallel == "fsdp":                                   # train() shards anew, with the adapter in place
             model, _ = load()
         train(model, out, name, lam, rows, reference, dims, flags, steps, i, state, device)
     if rank > 0:
         return out
     del model, reference
-    end_training(out, f"{len(models)} adapter(s) of {steps} steps", device, dtype, world)
+    end_training(out, f"{len(models)} adapter(s) of {steps} steps", device, dtype, processes)
     if flags.eval:
         eval_front.main(eval_front.Flags(runs=[str(out)], device=flags.device))
     close_run(out)
     return out
 
 
-def check(flags, world):
-    """Raises UserError for flags that do not fit together. world: the number of processes."""
+def check(flags, processes):
+    """Raises UserError for flags that do not fit together. processes: how many there are."""
     G, B, parts = flags.lams_per_step, flags.batch_size, flags.accumulate
     m = len(flags.dims) if flags.dims else flags.pref_dim
     if m < 2:
@@ -155,8 +156,8 @@ def check(flags, world):
     check_preferences(flags)
     if B % G or B % parts:
         raise UserError(f"--batch_size {B} must be a multiple of --lams_per_step {G} and of --accumulate {parts}")
-    if B // parts % world:
-        raise UserError(f"--batch_size {B} / --accumulate {parts} must be a multiple of the {world} processes")
+    if B // parts % processes:
+        raise UserError(f"--batch_size {B} / --accumulate {parts} must be a multiple of the {processes} processes")
     if flags.parallel == "fsdp" and "RANK" not in os.environ:
         raise UserError("--parallel fsdp shares the base among processes: start it with torchrun --nproc_per_node N")
     if flags.parallel == "fsdp" and flags.quantize != "none":
@@ -164,8 +165,9 @@ def check(flags, world):
     if flags.aggregate == "tche" and G % parts:
         raise UserError(f"Tchebycheff takes the maximum of means, so no preference may be split between micro-batches: "
                         f"--lams_per_step {G} must be a multiple of --accumulate {parts}")
-    if flags.ideal is not None and not all(0 <= z < 0.69 for z in flags.ideal):
-        raise UserError("--ideal takes losses from 0 to 0.69: ln 2 is the loss of the base model itself")
+    of_base = math.log(2) if flags.loss == "dpo" else 1 / (2 * flags.beta) ** 2       # the loss at π = π_ref
+    if flags.ideal is not None and not all(0 <= z < of_base for z in flags.ideal):
+        raise UserError(f"--ideal takes losses from 0 to below {of_base:.4g}, the loss of the base model itself")
     if flags.ideal is not None and (flags.aggregate != "tche" or len(flags.ideal) != m):
         raise UserError(f"--ideal takes one loss for each of the {m} dimensions, and only with --aggregate tche")
 

@@ -105,8 +105,8 @@ def train(model, out, stage, member, g, lams, rows, near, dims, flags, resume, d
 
 
 def clip(parameters, max_norm):
-    """torch's clip_grad_norm_ but for the last bits: squares are summed in another order, so that a seed's adapters
-    stay what they have always been. Returns the norm before."""
+    """torch's clip_grad_norm_ in another order of summation: the same but for rounding. (With torch's own, adapters of
+    earlier versions would not be repeated bit for bit.) Returns the norm before."""
     grads = [p.grad[..., None, :] for p in parameters if p.grad is not None]          # views: (…, 1, k)
     norm = torch.stack([g.square().sum([i for i in range(g.ndim) if i != g.ndim - 2]) for g in grads]).sum(0).sqrt()
     for g in grads:
@@ -217,7 +217,7 @@ def select(pool, lams, stage, dims, flags):
     """near (G, k): which pairs of the pool each preference trains on, a list of lists; and what there is to know of
     them, for selection.json."""
     k = flags.near if stage == 1 else max(1, flags.near // 2)
-    try:                                                # 3 k: deeper layers lie below the front, yet rays meet them
+    try:        # layers until they hold 3 k pairs: more would bring in poor pairs that happen to lie near the ray
         chosen = select_high_quality(pool.scores.numpy(), lams.numpy(), k, 3 * flags.near, rule=flags.select)
     except ValueError as e:                                            # a reward that does not vary, or is no number
         raise UserError(f"stage {stage}, {len(pool.rows)} pairs for {' '.join(dims)}: {e}") from None
@@ -279,8 +279,8 @@ def pool_of_answers(said, lams, rewards, tokens_of, flags):
     """The pool of stage 2, from what was answered, and a report of each representative.
 
     Degenerate answers are dropped before anything is sorted, for reward models love some of them: those that were cut
-    off, are empty, or fell into a loop (data.text_rewards.collapsed). A text that is none of the embedded world's is no
-    such answer: it is scored, toy.OUTSIDE.
+    off, are empty, or fell into a loop (data.text_rewards.collapsed). A text outside the embedded world is
+    kept: its score is toy.OUTSIDE.
     """
     good = [s for s in said if s["ended"] and s["response"].strip() and not s["collapsed"]]
     rows, _ = distinct([(s["prompt"], s["response"]) for s in good])

@@ -96,41 +96,41 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags, RewardFlags):
 def train(model, out, name, fixed_lam, prompts, rows, weights, rewards, tokenizer, flags, steps, member, resume,
           device):
     """Algorithm 1 with PPO for one adapter, written to out/name. fixed_lam: None for Panacea, else (m,)."""
-    m, K, X = len(rewards.dims), flags.samples, flags.batch_size // flags.samples
+    m, each, X = len(rewards.dims), flags.samples, flags.batch_size // flags.samples
     n, G = 1 if flags.aggregate == "tche" else m, (flags.lams_per_step or X) if fixed_lam is None else 1
     add_adapter(model, flags, m if fixed_lam is None else 0, member)
     critic = Critic(model.config.d_model, m, n, generator_for(flags.seed, "critic", member)).to(device)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=flags.critic_lr, weight_decay=0.0, fused=True)
     run = Run(model, adamw(model, flags, (0.9, 0.99)), out, name, flags, steps, rewards.dims, member, resume,
               critic=critic, critic_optimizer=critic_optimizer)
-    use = (lambda lam: set_preference(model, lam)) if fixed_lam is None else lambda lam: None
+    set_lam = (lambda lam: set_preference(model, lam)) if fixed_lam is None else lambda lam: None
 
     for step in run.steps():
         # Algorithm 1, line 5: a batch of prompts
         draw = member * steps + step
         chosen = epoch_batch(len(rows), X, flags.seed, draw).tolist()
-        batch_rows, batch_prompts = [rows[j] for j in chosen], [prompts[j].prompt for j in chosen for _ in range(K)]
+        batch_rows = [rows[j] for j in chosen]
 
         # line 6: a λ for each, fixed to the end of the step: J_i is an expectation over this λ's own responses
         lam = (fixed_lam.expand(G, m) if fixed_lam is not None else
                sample_preference(G, m, vertex_share=flags.vertex_share,
                                  generator=generator_for(flags.seed, "lambda", step)))
         lam = lam.repeat_interleave(X // G, dim=0).to(device)                         # (G, m) -> (X, m)
-        lam_of = lam.repeat_interleave(K, dim=0)                                      # (R, m), the λ of each response
+        lam_of = lam.repeat_interleave(each, dim=0)                                   # (R, m), the λ of each response
 
-        # rollout: K responses y ~ π_λ(·|x) to every prompt, and their rewards r_i(x, y)
-        use(lam_of)
+        # rollout: `each` responses y ~ π_λ(·|x) to every prompt, and their rewards r_i(x, y)
+        set_lam(lam_of)
         responses = rollout(model, batch_rows, tokenizer, flags, draw, run)           # R lists of tokens
         texts, finished = spoken(responses, tokenizer)
-        raw = rewards.raw(batch_prompts, texts, finished)                             # (R, m)
-        r, R, score = scores(raw, lam_of.cpu(), rewards, run, flags)                  # (R, m), (R,), (R, n)
+        raw = rewards.raw([prompts[j].prompt for j in chosen for _ in range(each)], texts, finished)    # (R, m)
+        r, r_lam, score = scores(raw, lam_of.cpu(), rewards, run, flags)              # (R, m), (R,), (R, n)
 
         # line 7: a token's reward is −β (log π − log π_ref), the KL term of Eq. (1); the last one's score comes on top
         parts = []
-        for index in torch.arange(X).split(flags.minibatch // K):
-            use(lam[index])
-            e = look(model, batch_rows, responses, index, run, flags, device)         # log π and log π_ref: (R', L)
-            e.lam = lam[index].repeat_interleave(K, dim=0)                            # R' responses of this minibatch
+        for index in torch.arange(X).split(flags.minibatch // each):
+            set_lam(lam[index])
+            e = observe(model, batch_rows, responses, index, run, flags, device)      # log π and log π_ref: (R', L)
+            e.lam = lam[index].repeat_interleave(each, dim=0)                         # R' responses of this minibatch
             token_rewards = kl_penalized_rewards(score[e.responses].to(device), e.old, e.ref, e.mask, flags.kl_coeff,
                                                  flags.clip_range_score)              # (R', L, n)
             e.values = critic(e.states, e.old, e.lam).detach()                        # (R', L, n)
@@ -138,17 +138,18 @@ def train(model, out, name, fixed_lam, prompts, rows, weights, rewards, tokenize
             parts.append(e)
 
         # line 8: the policy climbs the clipped surrogate of the aggregated advantage; the critic learns the returns
-        told = own_texts(batch_rows, chosen, weights, flags, draw)                    # SFT beside PPO: --ptx_coeff
-        for i, e in enumerate(parts * flags.update_iters):
-            use(lam[e.index])
+        own, first_ratio, ptx = own_texts(batch_rows, chosen, weights, flags, draw), None, None
+        for e in parts * flags.update_iters:
+            set_lam(lam[e.index])
             logp = path_logprobs(model, e.batch)                                      # (R', L)
-            if i == 0:
-                first_ratio = (logp - e.old).abs().max().exp().item()                 # exactly 1
+            first_ratio = first_ratio or (logp - e.old).abs().max().exp().item()      # 1: the numbers of observe()
             loss, policy = policy_loss(e, logp, run, flags)
-            ptx = ptx_loss(model, [told[x] for x in e.index], run, device) if told else None
-            run.update(loss if ptx is None else flags.ptx_coeff * ptx + (0 if loss is None else loss))
+            if own:                                                                   # --ptx_coeff: SFT beside PPO
+                ptx = ptx_loss(model, [own[x] for x in e.index], run, device)
+                loss = flags.ptx_coeff * ptx + (0 if loss is None else loss)
+            run.update(loss)
         value_loss = update_critic(critic, critic_optimizer, parts * flags.critic_iters, flags)
-        log(run, parts, raw, r, R, lam, responses, finished, policy, flags, first_ratio=first_ratio,
+        log(run, parts, raw, r, r_lam, lam, responses, finished, policy, flags, first_ratio=first_ratio,
             value_loss=value_loss, ptx=0.0 if ptx is None else ptx.item())
     save_adapter(model, out / f"{name}.safetensors", rewards.dims, method=flags.method, beta=flags.kl_coeff,
                  lam=None if fixed_lam is None else fixed_lam.tolist())
@@ -168,8 +169,8 @@ def rollout(model, rows, tokenizer, flags, draw, run):
 
 
 def scores(raw, lam, rewards, run, flags):
-    """Rewards and what PPO is run on. raw, lam: (R, m) -> r (R, m) normalised; R_λ (R,), the one reward of Eq. (12) or
-    (13); score (R, n): r itself for linear scalarisation, which its advantages are weighed by later, else R_λ.
+    """Rewards and what PPO is run on. raw, lam: (R, m) -> r (R, m) normalised; r_lam (R,), the one reward of Eq. (12)
+    or (13); score (R, n): r itself for linear scalarisation, whose advantages are weighed later, else r_lam.
 
     Tchebycheff's z is --ideal, or the largest rewards so far; a resumed run goes on with those.
     """
@@ -177,8 +178,8 @@ def scores(raw, lam, rewards, run, flags):
     if tche and flags.ideal is None:
         ideal = torch.tensor([*r.tolist(), ideal or r[0].tolist()]).amax(0).tolist()
     run.kept["ideal"] = ideal
-    R = scalar_reward(r, lam, "tche" if tche else "ls", ideal and torch.tensor(ideal))
-    return r, R, (R[:, None] if tche else r).float()
+    r_lam = scalar_reward(r, lam, "tche" if tche else "ls", None if ideal is None else torch.tensor(ideal))
+    return r, r_lam, (r_lam[:, None] if tche else r).float()
 
 
 @dataclass
@@ -198,21 +199,22 @@ class Experience:
 
 
 @torch.no_grad()
-def look(model, rows, responses, index, run, flags, device):
+def observe(model, rows, responses, index, run, flags, device):
     """Log-probs of the responses to the prompts `index` under policy and reference, and the policy's states.
 
     It packs the minibatch as its update will, whose forward pass then gives the very same numbers: the first ratio
     π/π_old is exactly 1.
     """
-    K = flags.samples
-    batch = pack([TokenRow(rows[x].prompt, responses[x * K:(x + 1) * K]) for x in index], pad_to(device)).to(device)
-    for base in (2, 2, *[4] * flags.update_iters):            # policy and reference forward, then the updates
+    each = flags.samples
+    batch = pack([TokenRow(rows[x].prompt, responses[x * each:(x + 1) * each]) for x in index],
+                 pad_to(device)).to(device)
+    for base in (2, 2, *[4] * flags.update_iters):    # FLOPs: policy and reference forward, then the updates
         run.work(*batch.size, base)
     states = predicting_states(model, batch)                                          # (N, D)
     old = path_logprobs(model, batch, states)                                         # (R', L)
     with adapters_off(model):
         ref = path_logprobs(model, batch)
-    of = slice(index[0] * K, (index[-1] + 1) * K)
+    of = slice(index[0] * each, (index[-1] + 1) * each)
     return Experience(batch, index, of, batch.on_path, batch.along(states), old, ref)
 
 
@@ -256,11 +258,11 @@ def own_texts(rows, chosen, weights, flags, draw):
     world's responses, of which some are drawn; None: all."""
     if not flags.ptx_coeff or weights is None:
         return rows if flags.ptx_coeff else []
-    g, told = generator_for(flags.seed, "ptx", draw), []
+    g, own = generator_for(flags.seed, "ptx", draw), []
     for row, j in zip(rows, chosen):
         drawn = torch.multinomial(weights[j], PTX_SAMPLES, replacement=True, generator=g).tolist()
-        told.append(replace(row, responses=[row.responses[s] for s in drawn]))
-    return told
+        own.append(replace(row, responses=[row.responses[s] for s in drawn]))
+    return own
 
 
 def ptx_loss(model, rows, run, device):
@@ -283,14 +285,14 @@ def update_critic(critic, optimizer, parts, flags):
 
 
 def explained_variance(parts):
-    """1 − Var(G − V) / Var(G) over all tokens, the mean over the n heads; 0 where all returns G are equal."""
+    """1 − Var(returns − values) / Var(returns) over all tokens, the mean over the n heads; 0 for equal returns."""
     tokens = lambda key: torch.cat([getattr(e, key)[e.mask.bool()] for e in parts])                # (tokens, n)
     returns, values = tokens("returns"), tokens("values")
     spread, missed = returns.var(0), (returns - values).var(0)                                     # (n,)
     return torch.where(spread > 1e-9, 1 - missed / spread.clamp(min=1e-9), 0.0).mean().item()
 
 
-def log(run, parts, raw, r, R, lam, responses, finished, policy, flags, **figures):
+def log(run, parts, raw, r, r_lam, lam, responses, finished, policy, flags, **figures):
     """The record of a step (docs/metrics.md)."""
     n, lengths = len(responses), [len(y) for y in responses]
     kl = sum(((e.old - e.ref) * e.mask).sum().item() for e in parts) / n
@@ -298,7 +300,7 @@ def log(run, parts, raw, r, R, lam, responses, finished, policy, flags, **figure
     run.log(sum(lengths), None, ("rewards", "kl", "objective", "explained_variance", "clip_fraction", "weights",
                                  "length", "finished"),
             rewards=raw.mean(0).tolist(), normalised=r.mean(0).tolist(), kl=kl,
-            objective=R.mean().item() - flags.kl_coeff * kl, explained_variance=explained_variance(parts),
+            objective=r_lam.mean().item() - flags.kl_coeff * kl, explained_variance=explained_variance(parts),
             ideal=run.kept["ideal"], lam=lam.tolist(), length=sum(lengths) / n, finished=sum(finished) / n,
             collapsed=sum(map(collapsed, responses)) / n, **policy, **figures)
 

@@ -7,8 +7,8 @@
 
 Every dimension has demonstrations of its own, a set D_i of (prompt, response), and J_i = E_{D_i} log π(y|x). What
 linear scalarisation aims at is then known: the mixture Σ λ_i p_i of what the m writers would say. Files are one per
-dimension; where they answer the same prompts (the paper's chat experiment: one prompt set, one answer per style) these
-are shared.
+dimension; equal prompts of several files (the paper's chat experiment: one prompt set, one answer per style) are
+computed once.
 
 m: dimensions   G: preferences per step (--lams_per_step), each on B / G rows   lam: (G, m) on the simplex
 B: data rows per step, each a prompt   R: responses to them   L: (G, m), L_i = −J_i under each preference
@@ -51,7 +51,7 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags):
     eval_data: list[str] | None = flag(None, "the same for the evaluation, in the same order (required with --data)")
     rows: int = flag(1920, "embedded world: data rows, each a prompt with responses by every dimension's writer", 1)
     responses: int | None = flag(
-        None, "embedded world: responses by each of them in a row (default 8 / m, at least 2)", 1)
+        None, "embedded world: responses by each writer in a row (default 8 / m, at least 2)", 1)
     epochs: float = flag(1.0, "passes over --data, where --steps is not given", "positive")
 
 

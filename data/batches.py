@@ -34,8 +34,9 @@ class Batch:
     def mean(self, losses):
         """L (G, m), the mean loss of each dimension under each preference. losses: (items, m)
 
-        Its value is that of the rows of all processes, its gradient that of the rows here. What other micro-batches
-        hold is 0 here: linear scalarisation is additive, and for Tchebycheff no preference is split between them.
+        The value is the mean over the rows of all processes. The gradient reaches this process's rows alone, and
+        runs.processes.reduce_gradients adds up the gradients later. A micro-batch counts the rows of others as 0:
+        linear scalarisation is additive, and with Tchebycheff no preference is split between micro-batches.
         """
         G, m = self.absent.shape
         share = losses.new_zeros(G, m).index_add(0, self.item_group, losses * self.known) / self.counts
@@ -59,11 +60,11 @@ class Batches:
 
     def take(self, step, part=0):
         """The Batch of a step; with micro-batches one part of it, with several processes this one's rows of that."""
-        flags, (rank, world) = self.flags, ranks()
+        flags, (rank, processes) = self.flags, ranks()
         chosen = epoch_batch(len(self.rows), flags.batch_size, flags.seed, self.first + step, self.lengths)    # (B,)
         labels = torch.zeros(self.G, self.labels.shape[1]).index_add(0, self.group, self.labels[chosen])       # (G, m)
         counts, absent = denominators(labels.to(self.device), flags.aggregate)
-        mine = torch.arange(flags.batch_size).chunk(self.parts)[part][rank::world]
+        mine = torch.arange(flags.batch_size).chunk(self.parts)[part][rank::processes]
         rows, group = chosen[mine].tolist(), self.group[mine]
         tree, known = pack([self.rows[j] for j in rows], self.multiple), [self.known[j] for j in rows]
         item_group = group.repeat_interleave(torch.tensor([len(x) for x in known]))
@@ -77,15 +78,15 @@ def reference_logprobs(model, rows, batch_size, multiple, device):
 
     Rows are taken in the order of their lengths, so that little is padding; each process takes its share.
     """
-    (rank, world), n = ranks(), len(rows)
+    (rank, processes), n = ranks(), len(rows)
     order = row_lengths(rows).argsort(stable=True).tolist()
     sizes = [len(row.responses) for row in rows]
     out = list(torch.zeros(sum(sizes)).split(sizes))
     with adapters_off(model):
         for i in range(0, n, batch_size):
-            mine = order[i:i + batch_size][rank::world] or order[:1]       # a share may be empty, but no forward pass:
+            mine = order[i:i + batch_size][rank::processes] or order[:1]       # may be empty, but no forward pass is:
             batch = pack([rows[j] for j in mine], multiple).to(device)     # with fsdp the processes make it together
             logps = batch_logprobs(model, batch).cpu().split([sizes[j] for j in mine])
-            for j, logp in zip(order[i:i + batch_size][rank::world], logps):
+            for j, logp in zip(order[i:i + batch_size][rank::processes], logps):
                 out[j] = logp
     return list(all_sum(torch.cat(out).to(device)).cpu().split(sizes))

@@ -17,7 +17,7 @@ from runs.speed import report_speed
 from svd_lora import fingerprint
 
 # flags that change nothing of what is trained, but for the last bits
-UNTRAINED = {"out", "device", "log_every", "eval", "checkpoint", "parallel"}
+UNTRAINED = {"out", "device", "log_every", "save_every", "snapshots", "eval", "checkpoint", "parallel"}
 # methods as tables and pictures call them
 LABELS = {"panacea": "Panacea", "rs": "Rewarded soups", "dps": "Discrete policy solutions", "pama": "PAMA",
           "mgda": "MGDA"}
@@ -25,7 +25,7 @@ LABELS = {"panacea": "Panacea", "rs": "Rewarded soups", "dps": "Discrete policy 
 
 def run_name(parts, flags, named):
     """out/<parts joined by dashes>, followed by every flag that is not at its default and not among `named`."""
-    named = named | UNTRAINED | {"dims", "pref_dim", "seed", "save_every", "snapshots"}
+    named = named | UNTRAINED | {"dims", "pref_dim", "seed"}
     parts = list(parts)
     for f in dataclasses.fields(flags):
         value, default = getattr(flags, f.name), f.default
@@ -94,9 +94,9 @@ def models_left(models, resume):
             resume = None
 
 
-def end_training(out, what, device, dtype, world=1):
+def end_training(out, what, device, dtype, processes=1):
     """Sums up the speed of a run whose training has ended: timing.json and one line."""
-    print(f"trained {what} in {report_speed(out, device, dtype, world):.0f} s: {out}")
+    print(f"trained {what} in {report_speed(out, device, dtype, processes):.0f} s: {out}")
 
 
 def close_run(out):

@@ -82,8 +82,8 @@ class PreferenceFlags:
     method: Literal["panacea", "rs", "dps"] = flag(
         "panacea", "Panacea; rewarded soups: one model per dimension; discrete policy solutions: one per preference")
     aggregate: Literal["ls", "tche"] = flag("ls", "linear scalarisation or Tchebycheff")
-    ideal: list[float] | None = flag(None, "Tchebycheff's z of Eq. (7), one per dimension: the best reachable losses "
-                                           "(RLHF: rewards; default: what is best on the embedded world, else 0)")
+    ideal: list[float] | None = flag(None, "Tchebycheff: the lowest loss that each dimension can reach, −z of Eq. (7); "
+                                           "RLHF: the highest reward, z (default: known on the embedded world, else 0)")
     lams_per_step: int | None = flag(None, "G: preferences per step, each with its share of the batch; 1 is the "
                                            "paper's (default 8 for ls; 1 for tche, whose maximum is of batch means)", 1)
     vertex_share: float = flag(0.25, "share of the preferences that are vertices of the simplex; the others are drawn "

@@ -95,8 +95,8 @@ class Run:
         self.kept = {}          # JSON values that a resumed run needs besides, as they were after its last step
 
     def steps(self):
-        """Yields the number of each step, from 0 or from where the killed run ended; with micro-batches as often as the
-        step has parts, and `part` says which. Keeps snapshots and checkpoints after a step."""
+        """Yields the number of each step, from 0 or from where the killed run ended. With micro-batches the same number
+        comes `parts` times, once for each, and `part` says which. Keeps snapshots and checkpoints after a step."""
         first, flags = 0, self.flags
         if self.resume is not None:
             load_state(self.out / "state.safetensors", self.state, *self.optimizers)
@@ -132,11 +132,11 @@ class Run:
         loss: its gradients are those of this micro-batch's and this process's rows alone, so they add up; None: the
         gradients are there already. penalty: a term without rows, of which each of them takes its share.
         """
-        rank, world = ranks()
+        rank, processes = ranks()
         if loss is not None:
             self.loss += (loss + penalty / self.parts).item()
             self.require_finite("loss", self.loss)
-            (loss + penalty / self.parts / world).backward()
+            (loss + penalty / self.parts / processes).backward()
         if self.last_part:
             parameters = [p for _, p in self.trained]
             reduce_gradients(parameters)

@@ -2,7 +2,7 @@
 
 All processes compute the same batch, λ and counts, for these are functions of seed and step, and each takes its part of
 the rows. Nothing of the frozen base is ever reduced.
-rank, world: which of how many processes this one is, 0 of 1 unless torchrun started several
+rank, processes: which of how many processes this one is, 0 of 1 unless torchrun started several
 """
 import datetime
 import os
@@ -29,7 +29,7 @@ def pick_device(name, precision="auto"):
 
 
 def init_distributed(device):
-    """Joins the processes that torchrun started, if it did. Returns (rank, world, the device of this process)."""
+    """Joins the processes that torchrun started, if it did. Returns (rank, processes, the device of this process)."""
     if "RANK" not in os.environ:
         return 0, 1, device
     if device.type == "cuda":
@@ -46,7 +46,7 @@ def init_distributed(device):
 
 
 def ranks():
-    """(rank, world); (0, 1) where there is one process."""
+    """(rank, processes); (0, 1) where there is one process."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 

@@ -56,7 +56,7 @@ def model_flops(config, tokens, predicted, adapter=0, base=4):
             + (2 if base == 2 else 6) * adapter * tokens)
 
 
-def report_speed(out, device, dtype, world=1):
+def report_speed(out, device, dtype, processes=1):
     """Sums up the metrics.jsonl of a finished run: prints one line, writes timing.json, returns the seconds.
 
     The records have "tokens", "flops" and "seconds". Seconds lie apart from all else that a run writes, so that the
@@ -67,10 +67,10 @@ def report_speed(out, device, dtype, world=1):
     ceiling = matmul_ceiling(device, dtype)
     timing = {"train_seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds,
               "tokens_per_second_median": statistics.median(r["tokens"] / r["seconds"] for r in records),
-              "peak_memory": peak_memory(device), "flops": flops, "mfu": flops / seconds / ceiling / world,
-              "matmul_flops_per_second": ceiling, "dtype": str(dtype).removeprefix("torch."), "processes": world}
+              "peak_memory": peak_memory(device), "flops": flops, "mfu": flops / seconds / ceiling / processes,
+              "matmul_flops_per_second": ceiling, "dtype": str(dtype).removeprefix("torch."), "processes": processes}
     write_json(out / "timing.json", timing)
     print(f"{timing['tokens_per_second']:.0f} tokens/s (median step {timing['tokens_per_second_median']:.0f}), "
           f"peak memory {timing['peak_memory'] / 2 ** 30:.2f} GiB, model FLOPs utilisation {timing['mfu']:.3f} of the "
-          f"{ceiling / 1e12:.3g} TFLOP/s of {timing['dtype']} products" + f" on each of {world} devices" * (world > 1))
+          f"{ceiling / 1e12:.3g} TFLOP/s of {timing['dtype']} products on each of {processes} device(s)")
     return seconds

@@ -63,7 +63,7 @@ def test_every_run_reports_its_speed(work, panacea, soups, sft_run, ppo_run, hqd
         assert 0 < timing["mfu"] < 1.5 and timing["peak_memory"] > 50e6
         assert timing["dtype"] == "float32" and timing["processes"] == 1
     copy = shutil.copytree(panacea, tmp_path / "copy")
-    seconds = report_speed(copy, CPU, torch.float32, world=2)
+    seconds = report_speed(copy, CPU, torch.float32, processes=2)
     timing, said = json.loads((copy / "timing.json").read_text()), capsys.readouterr().out
     assert seconds == timing["train_seconds"] and timing["processes"] == 2
     assert timing["mfu"] == pytest.approx(timing["flops"] / seconds / matmul_ceiling(CPU, torch.float32) / 2)
