@@ -30,7 +30,7 @@ from fronts.pictures import draw_comparison, draw_evolution, draw_fronts, draw_h
 from fronts.stationarity import stationarity
 from fronts.tables import shown, table
 from runs.files import UserError, read_json, write_json
-from runs.flags import flag, run_main
+from runs.flags import check_valid, flag, run_main
 from runs.processes import pick_device
 from svd_lora import read_adapter_header
 
@@ -43,7 +43,7 @@ class Flags:
 
     runs: list[str] = flag([], "run directories", positional=True)
     parts: int | None = flag(None, "cut the simplex into so many parts (default 10 for m = 2 and 3; beyond, paths from "
-                                   "the centre to the vertices and 100 random preferences instead)")
+                                   "the centre to the vertices and 100 random preferences instead)", 1)
     out: str = flag("out/compare", "where the comparison of several runs is written")
     evolution: bool = flag(False, "evaluate every snapshot of the (one) run instead")
     stationarity: bool = flag(False, "RLHF runs on the embedded world, instead: min ‖Σ c_i ∇J_i‖ of their models, and "
@@ -77,15 +77,11 @@ def main(flags):
     if len(results) == 1 and len(first["dims"]) <= 3:
         print(front_table(first))
     print(run_table(results))
-    for r in results:
-        if "hypervolume_share_all" in r:
-            print(f"{Path(r['run']).name}: share {r['hypervolume_share_all']:.4f} where all other texts count too, "
-                  f"with the score {toy.OUTSIDE:g}")
     if exact:
         print(f"HV share: hypervolume divided by the exact front's {exact['hypervolume']:.4f} on {len(exact['lams'])} "
               f"preferences; the exact front itself has, at these {len(first['lams'])}: "
-              f"{exact['share_at_these_lams']:.4f}. J share: gain of the aggregated objective over the base's, divided "
-              f"by the optimum's gain")
+              f"{exact['share_at_these_lams']:.4f}; all: the share where all other texts count too, with the score "
+              f"{toy.OUTSIDE:g}. J share: gain of the aggregated objective over the base's, by the optimum's gain")
     print(f"reference point {first['reference_point']} in {first['points_are']}; pictures: "
           + ", ".join(str(run / "front.png") for run in runs))
 
@@ -108,12 +104,11 @@ def main(flags):
 
 def check(flags, runs):
     """Raises UserError for flags that do not fit together, and for runs that cannot be evaluated together."""
+    check_valid(flags)
     if not runs:
         raise UserError("name the directory of at least one run")
     if flags.evolution and len(runs) > 1:
         raise UserError("--evolution takes one run")
-    if flags.parts is not None and flags.parts < 1:
-        raise UserError(f"--parts {flags.parts}: must be at least 1")
     configs = [run_config(run) for run in runs]
     for run, config in zip(runs, configs):
         if not (run / "timing.json").exists():
@@ -131,6 +126,7 @@ def check(flags, runs):
 # head -> key, and how its number is shown; a list is one value per dimension or preference
 COLUMNS = {"what": ("label", str), "J share": ("objective_share", "{:.4f}".format),
            "HV": ("hypervolume", "{:.4f}".format), "HV share": ("hypervolume_share", "{:.4f}".format),
+           "all": ("hypervolume_share_all", "{:.4f}".format),
            "IP": ("inner_product", "{:.4f}".format), "sparsity": ("sparsity", "{:.4f}".format),
            "spacing": ("spacing", "{:.4f}".format), "Spearman": ("spearman", lambda x: f"{min(x):.3f}"),
            "KL mean": ("kl", lambda x: f"{np.mean(x):.3f}"), "KL max": ("kl", lambda x: f"{max(x):.3f}"),

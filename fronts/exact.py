@@ -14,7 +14,7 @@ from runs.randomness import generator_for
 def exact_front(lams, row, world, o):
     """The front of all policies for the objective `row` (objective.OBJECTIVES) of a run with the settings `o`.
 
-    lams: (F, m)   world: measure.World after reference()   o["everything"] (RLHF): all other texts are one more response
+    lams: (F, m)   world: measure.World after reference()   o["everything"]: all other texts count as one more response
     Returns a dict: lams; J (F, m); ideal and nadir (m,), the best and the worst J_i on the front that gives the scale,
     which is that of linear scalarisation where the objective names no other; points (F, m), J with ideal at 1 and
     nadir at 0; their hypervolume; scores (F, m), the mean scores of the optimal policies; z (m,), the

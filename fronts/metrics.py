@@ -63,7 +63,10 @@ def _boxes(Y):
     while pending:
         size = max(pending) if waiting < MOST_PENDING else min(pending)
         most = 1 + CHUNK // (size ** 2 if size > FEW else 2 ** size)
-        which, clip, sign = _take(pending, size, most)                        # (B, size), (B, m), (B,)
+        sets = [np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*pending.pop(size))]
+        if len(sets[0]) > most:
+            pending[size] = [[part[most:] for part in sets]]
+        which, clip, sign = (part[:most] for part in sets)                    # (B, size), (B, m), (B,)
         waiting -= which.size
         if size <= FEW:
             total += sign @ _union_of_few(Y, which, clip)
@@ -80,20 +83,6 @@ def _boxes(Y):
                 pending.setdefault(s, []).append((rest[b][keep[b]].reshape(-1, s), Q[b, i], -sign[b]))
                 waiting += len(b) * s
     return total
-
-
-def _take(pending, size, most):
-    """At most `most` sets of a size out of `pending`, the youngest batches first."""
-    batches, taken, count = pending[size], [], 0
-    while batches and count < most:
-        taken.append(batches.pop())
-        count += len(taken[-1][0])
-    which, clip, sign = (np.concatenate(arrays) for arrays in zip(*taken))
-    if count > most:
-        batches.append((which[most:], clip[most:], sign[most:]))
-    if not batches:
-        del pending[size]
-    return which[:most], clip[:most], sign[:most]
 
 
 def _union_of_few(Y, which, clip):

@@ -27,24 +27,30 @@ NATS = 2.0                      # mean scores are normalised by the front of wha
 
 @dataclass(frozen=True)
 class Points:
-    """What the points of a front are, larger is better: their name in front.json, and how they are shown."""
-    name: str
+    """What the points of a front are, larger is better.
+
+    planes: what the picture for m = 2 shows, each plane a key of front.json, the unit on its axes, and a title; {} is
+    the objective's label. Beside a single plane stands what each dimension reaches by its weight.
+    """
+    name: str                   # in front.json
     reference: float            # the hypervolume's reference point, the same in every dimension
-    title: str                  # of the picture for m = 2
-    unit: str                   # on its axes; {} for the objective's label
-    key: str = "points"         # what it shows: the points, or "scores" in raw units
-    weighed: bool = False       # shown beside: what each dimension reaches by its weight (J itself would say no more)
+    planes: tuple
 
 
-NORMALISED_J = Points("normalised J", -0.1, "Objectives: 1 is the best that any policy can do, 0 the worst on the "
-                      "exact front", "normalised {}")
-MEAN_SCORE = Points("normalised mean score", -0.1, f"Mean scores: 0 and 1 are the ends of the exact front within "
-                    f"{NATS:g} nats of the base", "normalised mean score", weighed=True)
-ACCURACY = Points("implicit-reward accuracy", 0.0, "Held-out accuracy of the implicit reward",
-                  "part of the pairs ordered as labelled")     # the base itself orders no pair
-GAIN = Points("gain in log-likelihood", -1.0, "Gain in log-likelihood on held-out demonstrations", "nats", weighed=True)
-MEAN_REWARD = Points("normalised mean reward", -2.0, "Mean rewards of sampled responses, ± standard error", "reward",
-                     key="scores")
+HELD_OUT = "Held-out objective, J = {}"
+NORMALISED_J = Points("normalised J", -0.1, (
+    ("points", "normalised {}", "Objectives: 1 is the best that any policy can do, 0 the worst on the exact front"),
+    ("scores", "Bradley-Terry score", "What the model says: mean scores (grey: of the optimal policies)")))
+MEAN_SCORE = Points("normalised mean score", -0.1, (
+    ("points", "normalised mean score",
+     f"Mean scores: 0 and 1 are the ends of the exact front within {NATS:g} nats of the base"),))
+ACCURACY = Points("implicit-reward accuracy", 0.0, (
+    ("points", "part of the pairs ordered as labelled", "Held-out accuracy of the implicit reward"),
+    ("J", "{}", HELD_OUT)))
+GAIN = Points("gain in log-likelihood", -1.0, (
+    ("points", "nats", "Gain in log-likelihood on held-out demonstrations"),))
+MEAN_REWARD = Points("normalised mean reward", -2.0, (
+    ("scores", "reward", "Mean rewards of sampled responses, ± standard error"), ("J", "normalised {}", HELD_OUT)))
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,7 @@ def score_ranges(points):
         raise ValueError("no points: they have no range")
     low, high = Y.min(0), Y.max(0)
     for j in np.flatnonzero(~((low < high) & np.isfinite(high - low))):
-        raise ValueError(f"objective {j} has no range: low and high are both {low[j]:g}" if low[j] == high[j] else
-                         f"objective {j} has no range: a score is not a finite number")
+        raise ValueError(f"objective {j} has no range: its scores go from {low[j]:g} to {high[j]:g}")
     return low, high
 
 

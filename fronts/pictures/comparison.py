@@ -18,7 +18,7 @@ def draw_comparison(c, path):
         if key in axes:
             draw_limits_plane(axes[key], c, styles, i, j)
     draw_summaries(axes["X"], axes["Y"], c["runs"], styles)
-    fig.suptitle("What the runs say. Grey: the most that any policy reaches within so many nats of the base")
+    fig.suptitle("What the runs say. Grey: the most that any policy reaches within so many nats of the base, the star")
     return save(fig, path)
 
 
@@ -39,8 +39,6 @@ def draw_limits_plane(ax, c, styles, i, j):
         ax.plot(Y[:, i], Y[:, j], ls="", ms=3, alpha=0.3 * look["alpha"], **front)
         ax.plot(Y[on, i], Y[on, j], ms=9 if len(Y) == 1 else 6, lw=1.2, alpha=look["alpha"], **front)
     finish_plane(ax, [c["dims"][i], c["dims"][j]], c["points_are"], [c["base"][i], c["base"][j]])
-    ax.annotate("base", (c["base"][i], c["base"][j]), xytext=(0, -9), textcoords="offset points", fontsize=9,
-                ha="center", va="top", path_effects=OUTLINE)
     ax.margins(0.08)
 
 

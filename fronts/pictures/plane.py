@@ -9,18 +9,11 @@ def draw_plane(results, path):
     first, dims = results[0], results[0]["dims"]
     world, kind = first["exact"], POINTS[first["points_are"]]
     goal = OBJECTIVES[first["objective"]["name"]].label
-    panels = [(kind.key, kind.unit.format(goal), kind.title)]
-    fig, axes = plt.subplot_mosaic("AAB;AAC" if kind.weighed else "AB", figsize=(13, 6))
-    if kind.weighed:
-        for i, ax in enumerate((axes["B"], axes["C"])):
-            draw_tracking(ax, i, results)
-            ax.set_ylabel(kind.unit)
-    elif world:
-        panels.append(("scores", "Bradley-Terry score", "What the model says: mean scores (grey: of the optimal "
-                       "policies)"))
-    else:
-        panels.append(("J", goal if kind.key == "points" else f"normalised {goal}", f"Held-out objective, J = {goal}"))
-    for ax, (key, unit, title) in zip(axes.values(), panels):
+    fig, axes = plt.subplot_mosaic("AAB;AAC" if len(kind.planes) == 1 else "AB", figsize=(13, 6))
+    for i, ax in enumerate(list(axes.values())[1:] if len(kind.planes) == 1 else []):
+        draw_tracking(ax, i, results)
+        ax.set_ylabel(kind.planes[0][1])
+    for ax, (key, unit, title) in zip(axes.values(), kind.planes):
         if world:                                             # on the right: the scores of the same optimal policies
             ax.plot(*arrays(world, key)[1].T, color=EXACT, lw=1.5, zorder=1,
                     label="Exact front: the optimum over all policies")
@@ -37,8 +30,8 @@ def draw_plane(results, path):
             for n in range(0, len(Y) if j == 0 and len(Y) > 1 else 0, -(-len(Y) // 11)):    # λ along the first run
                 ax.annotate(f"{lams[n, 0]:.2g}", Y[n], xytext=(7, 5), textcoords="offset points", fontsize=8,
                             color=look["color"], path_effects=OUTLINE, zorder=1.5)
-        finish_plane(ax, dims, unit, first["base"][key])
-        ax.set_title(title)
+        finish_plane(ax, dims, unit.format(goal), first["base"][key])
+        ax.set_title(title.format(goal))
     fig.legend(*axes["A"].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     fig.suptitle(f"Each point is one preference λ = (weight of {dims[0]}, weight of {dims[1]}); "
                  f"small numbers: weight of {dims[0]}")

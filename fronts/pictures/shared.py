@@ -3,7 +3,6 @@
 F: preferences   m: dimensions   lams: (F, m)   points: (F, m), larger is better
 r: a run's front.json   Colours differ for colour-blind readers too (Okabe and Ito, Tol); a hue is a method, everywhere.
 """
-import colorsys
 from pathlib import Path
 
 import matplotlib
@@ -29,8 +28,8 @@ OUTLINE = [patheffects.withStroke(linewidth=2.5, foreground="white")]
 
 
 def dimension_color(i):
-    """The colour of dimension i: a list for the first ten, then hues a golden angle apart, in two brightnesses."""
-    return DIMENSION[i] if i < len(DIMENSION) else colorsys.hsv_to_rgb((0.618034 * i + 0.07) % 1, 1, (0.6, 0.95)[i % 2])
+    """The colour of dimension i. Names stand beside them: after ten they start again."""
+    return DIMENSION[i % len(DIMENSION)]
 
 
 def arrays(r, key="points"):
@@ -101,11 +100,8 @@ def finish_plane(ax, dims, unit, base):
 
 
 def draw_tracking(ax, i, results):
-    """What dimension i reaches, against its weight λ_i: the runs, the exact front, the base.
-
-    A line where the other dimensions weigh the same (way_to), or a dot for every preference where few such are known;
-    then a dash beside each dot of the first run is the exact front at this preference.
-    """
+    """What dimension i reaches, against its weight λ_i: the runs, the exact front, the base. A line where the other
+    dimensions weigh the same (way_to), or a dot for every preference where few such are known."""
     front, base, dim = results[0]["exact"], results[0]["base"]["points"], results[0]["dims"][i]
     if front:
         E_lams, E = arrays(front)
@@ -113,11 +109,8 @@ def draw_tracking(ax, i, results):
         ax.plot(E_lams[way, i], E[way, i], color=EXACT, lw=1.5, label="Exact front")
     for j, (r, look) in enumerate(zip(results, looks(results))):
         lams, Y = arrays(r)
-        way, line = way_to(lams, i), "-"
-        if len(way) < 3:
-            way, line = range(len(lams)), ""
-            if front and j == 0:
-                ax.plot(lams[:, i], [E[nearest(E_lams, lam), i] for lam in lams], ls="", marker="_", color=EXACT)
+        way = way_to(lams, i)
+        way, line = (way, "-") if len(way) > 2 else (slice(None), "")
         ax.plot(lams[way, i], Y[way, i], ls=line, marker=look["marker"], ms=5, color=look["color"], alpha=look["alpha"],
                 label=look["name"] if look["alpha"] == 1 else None, zorder=2 + len(results) - j)
     if base is not None:

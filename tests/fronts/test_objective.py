@@ -78,7 +78,9 @@ def test_the_scale_is_that_of_linear_scalarisation(name, world):
 def test_every_row_says_what_its_points_are():
     for row in OBJECTIVES.values():
         for kind in (row.points, row.exact_points):
-            assert POINTS[kind.name] is kind and "{}" not in kind.title
+            assert POINTS[kind.name] is kind
+            for key, unit, title in kind.planes:
+                assert key in ("points", "scores", "J") and unit.format(row.label) and title.format(row.label)
     assert len({row.short for row in OBJECTIVES.values()}) == len({row.marker for row in OBJECTIVES.values()}) == 5
 
 
