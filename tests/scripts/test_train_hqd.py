@@ -110,13 +110,16 @@ def test_every_adapter_is_trained_on_its_own_near_points(hqd_run):
     for stage, parts, steps, k in (("stage 1", batches[:12], 4, 12), ("stage 2", batches[12:], 3, 6)):
         s = selection[stage]
         assert s["pairs"] == len(pools[stage]) and np.shape(s["index"]) == (3, k) and s["pool"] <= s["pairs"]
+        orders = []
         for g in range(3):
-            mine, seen = {pools[stage][i] for i in s["index"][g]}, set()
+            mine, seen = [pools[stage][i] for i in s["index"][g]], []
             for batch in parts[g * steps:(g + 1) * steps]:
                 assert len(batch) == 3
-                seen |= {(tokenizer.decode(row.prompt), spoken(row.responses, tokenizer)[0][0]) for row in batch}
+                seen += [(tokenizer.decode(row.prompt), spoken(row.responses, tokenizer)[0][0]) for row in batch]
+            orders.append([mine.index(pair) for pair in seen])
             # all points once before any comes again, but in a batch that belongs to two epochs
-            assert seen <= mine and len(seen) >= min(k, 3 * steps) - 2
+            assert len(set(seen)) >= min(k, 3 * steps) - 2
+        assert len({tuple(order) for order in orders}) == 3            # each adapter in an order of its own
         assert len({tuple(i) for i in s["index"]}) > 1
         scores = torch.cat([toy.scores(x.removesuffix("\n"), [y]) for x, y in pools[stage]])[:, :2]
         for index, mean in zip(s["index"], s["scores"]):

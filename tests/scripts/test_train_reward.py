@@ -123,9 +123,14 @@ def test_reference_samples_are_the_frozen_base_s(reward_run, monkeypatch):
     """A fresh base, which never had an adapter, draws the same samples. Rules out: sampling with the adapter on."""
     monkeypatch.setattr(train_reward, "N_REFERENCE", 12)
     prompts = toy.sample_pairs("train", ["helpful", "harmless"], 24, 4, generator_for(0, "pairs"))
-    samples = train_reward.reference_samples(Transformer.from_pretrained(BASE), prompts, load_tokenizer("toy"), 256,
-                                             train_reward.Flags(max_new_tokens=8))
+    draw = lambda model: train_reward.reference_samples(model, prompts, load_tokenizer("toy"), 256,
+                                                        train_reward.Flags(max_new_tokens=8))
+    samples = draw(Transformer.from_pretrained(BASE))
     assert samples == references(reward_run)
+    adapted = inject_svd_lora(Transformer.from_pretrained(BASE), 2, 0)
+    for layer in svd_lora_layers(adapted).values():
+        torch.nn.init.normal_(layer.sigma.data, generator=torch.Generator().manual_seed(3))
+    assert draw(adapted) == samples                                    # whatever its adapter would say
     assert len({s["prompt"] for s in samples}) == 12 and len({s["response"] for s in samples}) > 3
 
 
