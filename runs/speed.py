@@ -72,5 +72,6 @@ def report_speed(out, device, dtype, processes=1):
     write_json(out / "timing.json", timing)
     print(f"{timing['tokens_per_second']:.0f} tokens/s (median step {timing['tokens_per_second_median']:.0f}), "
           f"peak memory {timing['peak_memory'] / 2 ** 30:.2f} GiB, model FLOPs utilisation {timing['mfu']:.3f} of the "
-          f"{ceiling / 1e12:.3g} TFLOP/s of {timing['dtype']} products on each of {processes} device(s)")
+          f"{ceiling / 1e12:.3g} TFLOP/s of {timing['dtype']} products"
+          + f" on each of {processes} devices" * (processes > 1))
     return seconds
