@@ -55,7 +55,7 @@ def draw_summaries(shares, distances, runs, styles):
     for label, look in zip(shares.get_yticklabels(), names):
         label.set(color=look["color"], fontweight="bold")
     shares.set(xlabel="hypervolume divided by that without a limit", title="How much of the front")
-    shares.margins(x=0.15)
+    shares.margins(x=0.25)
     shares.invert_yaxis()
     for r, look in zip(runs, styles):
         distances.plot(np.mean(r["kl"]), r["gain_share"], marker=look["marker"], ms=9, color=look["color"], alpha=0.8)

@@ -17,10 +17,10 @@ def draw_histograms(samples, path):
     for row, i in enumerate(shown):
         for column, ax in enumerate(axes[row]):
             bins = np.histogram_bin_edges(np.append(before[:, column], raw[..., column]), 24)
-            for rewards, color, kind, label in ((before, "0.75", "stepfilled", "base model, before"),
+            for rewards, color, kind, label in ((before, "0.45", "stepfilled", "base model, before"),
                                                 (raw[i], METHODS["panacea"][0], "step", "after")):
                 ax.hist(rewards[:, column], bins, weights=np.full(len(rewards), 1 / len(rewards)), histtype=kind,
-                        lw=1.8, color=color, label=label)
+                        lw=1.8, color=color, label=label, alpha=0.7)
                 ax.axvline(rewards[:, column].mean(), color=color, lw=1, ls="--")
         axes[row, 0].set_ylabel("λ = (" + ", ".join(f"{x:.2g}" for x in lams[i]) + ")", fontsize=9)
     for ax, dim in zip(axes[-1], dims):

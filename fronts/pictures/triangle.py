@@ -36,7 +36,8 @@ def draw_triangles(results, path):
     triangles, planes = ([fig.add_subplot(grid[row, 1 + i]) for i in range(3)] for row in (0, 1))
     if front:
         E_lams, E = arrays(front)
-        space.plot_trisurf(*E.T, triangles=triangulated(E_lams).triangles, color="0.8", alpha=0.35, lw=0.2,
+        net = (np.abs(E_lams * 10 - np.round(E_lams * 10)) < 1e-6).all(1)
+        space.plot_trisurf(*E[net].T, triangles=triangulated(E_lams[net]).triangles, color="0.8", alpha=0.35, lw=0.6,
                            edgecolor="0.55")
     for n, (r, look) in enumerate(zip(results, styles)):
         lams, Y = arrays(r)
@@ -52,7 +53,7 @@ def draw_triangles(results, path):
         finish_plane(ax, [dims[i], dims[j]], unit, base and [base[i], base[j]])
     images = [draw_triangle(ax, i, first) for i, ax in enumerate(triangles)]
     fig.colorbar(images[0], ax=triangles, shrink=0.7, label=unit)
-    space.set_box_aspect((1, 1, 1), zoom=0.97)
+    space.set_box_aspect((1, 1, 1), zoom=0.9)
     space.set(xlabel=dims[0], ylabel=dims[1], zlabel=dims[2], title=f"The front: {unit}")
     fig.legend(*space.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     fig.suptitle("Points have the colour of their λ, as at the corners of the triangles; white lines: levels that "

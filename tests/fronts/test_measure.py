@@ -27,7 +27,7 @@ def small():
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         (batch,) = measure.world_batches(prompts, tokenizer, "cpu")
         probs = torch.stack([toy.base_probs(x) for x in prompts]).float()
-        for _ in range(30):
+        for _ in range(60):
             loss = -(probs * batch_logprobs(model, batch).view(4, 8)).sum()
             loss.backward()
             optimizer.step()
