@@ -37,6 +37,7 @@ from data.text_rewards import collapsed
 from data.tokenizers import spoken, tokenize
 from data.trees import batch_logprobs, pack
 from fronts.selection import select_high_quality
+from fronts.tables import shown, table
 from model import generate
 from objectives import sft_loss
 from runs.directory import close_run, end_training, open_run
@@ -208,6 +209,11 @@ class Pool:
     scores: torch.Tensor
 
 
+def spelled(lam):
+    """A preference as text."""
+    return " ".join(f"{x:.2f}" for x in lam)
+
+
 def score(rewards, rows):
     """Raw scores of pairs whose response ended by itself: (pairs, m) float64."""
     return rewards.raw([row.prompt for row in rows], [row.responses[0] for row in rows], [True] * len(rows))
@@ -226,13 +232,11 @@ def select(pool, lams, stage, dims, flags):
               "lams": lams.tolist(), "distance": chosen.distance.mean(1).tolist(),
               "scores": [pool.scores[index].mean(0).tolist() for index in near], "overlap": chosen.overlap.tolist(),
               "index": near if flags.select != "all" else None}
-    print(f"stage {stage} | {len(pool.rows)} pairs | {chosen.layers} layers | pool {len(chosen.pool)} | range "
-          + " ".join(f"{d} {a:.3f} to {b:.3f}" for d, a, b in zip(dims, low, high)))
-    for lam, index, distance, mean, shared in zip(lams.tolist(), near, report["distance"], report["scores"],
-                                                  [*report["overlap"], None]):
-        print(f"stage {stage} | lam {' '.join(f'{x:.2f}' for x in lam)} | {len(index)} pairs | distance {distance:.4f}"
-              f" | " + " ".join(f"{d} {x:.3f}" for d, x in zip(dims, mean))
-              + (f" | shared with the next {shared:.2f}" if shared is not None else ""))
+    print(f"stage {stage}: {len(pool.rows)} pairs, {chosen.layers} non-dominated layers hold {len(chosen.pool)}")
+    print(table({"λ": [spelled(lam) for lam in lams.tolist()], "pairs": [str(len(index)) for index in near],
+                 "distance": shown(report["distance"], ".4f"),
+                 **{dim: shown(scores, ".3f") for dim, scores in zip(dims, zip(*report["scores"]))},
+                 "shared with next": shown([*report["overlap"], None], ".2f")}))
     return near, report
 
 
@@ -282,23 +286,21 @@ def pool_of_answers(said, lams, rewards, tokens_of, flags):
     off, are empty, or fell into a loop (data.text_rewards.collapsed). A text outside the embedded world is
     kept: its score is toy.OUTSIDE.
     """
-    good = [s for s in said if s["ended"] and s["response"].strip() and not s["collapsed"]]
-    rows, _ = distinct([(s["prompt"], s["response"]) for s in good])
+    good = lambda s: s["ended"] and s["response"].strip() and not s["collapsed"]
+    rows, _ = distinct([(s["prompt"], s["response"]) for s in said if good(s)])
     scores, reports = score(rewards, rows) if rows else torch.zeros(0, len(rewards.dims)), []
-    known = flags.data is None and of_world(flags.rewards)
-    outside = {(row.prompt, row.responses[0]) for row, s in zip(rows, scores) if known and (s == toy.OUTSIDE).all()}
+    on_world = flags.data is None and of_world(flags.rewards)
+    outside = {(row.prompt, row.responses[0]) for row, s in zip(rows, scores) if on_world and (s == toy.OUTSIDE).all()}
+    kinds = {"collapsed": lambda s: s["collapsed"], "empty": lambda s: not s["response"].strip(),
+             "cut_off": lambda s: not s["ended"], "outside": lambda s: (s["prompt"], s["response"]) in outside}
     for g in representatives(lams):
-        mine, kept = ([s for s in group if s["adapter"] == g] for group in (said, good))
-        share = lambda what: sum(map(what, mine)) / len(mine)
-        report = {"lam": lams[g].tolist(), "answers": len(mine), "kept": len(kept),
-                  "collapsed": share(lambda s: s["collapsed"]),
-                  "empty": share(lambda s: not s["response"].strip()),
-                  "cut_off": share(lambda s: not s["ended"]),
-                  "outside": share(lambda s: (s["prompt"], s["response"]) in outside) if known else None}
-        reports.append(report)
-        print(f"stage 2 | lam {' '.join(f'{x:.2f}' for x in report['lam'])} answers {len(mine)} times | "
-              + " | ".join(f"{key} {report[key]:.3f}" for key in ("collapsed", "empty", "cut_off", "outside")
-                           if report[key] is not None) + f" | kept {len(kept)}")
+        mine = [s for s in said if s["adapter"] == g]
+        reports.append({"lam": lams[g].tolist(), "answers": len(mine), "kept": sum(map(bool, map(good, mine)))} | {
+            kind: sum(map(holds, mine)) / len(mine) if on_world or kind != "outside" else None
+            for kind, holds in kinds.items()})
+    print(table({"stage 2, λ": [spelled(r["lam"]) for r in reports],
+                 **{key: shown([r[key] for r in reports], "d") for key in ("answers", "kept")},
+                 **{kind: shown([r[kind] for r in reports], ".3f") for kind in kinds}}))
     if len(rows) < max(1, flags.near // 2):
         raise UserError(f"stage 2: {len(rows)} different answers of {len(said)} are left, and half of --near "
                         f"{flags.near} are wanted: give more --samples2, more --max_new_tokens where they were cut "
