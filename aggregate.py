@@ -63,19 +63,16 @@ def linear_scalarization(losses, lam):
     return (lam * losses).sum(-1)
 
 
-def tchebycheff(losses, lam, ideal=None, smooth=0.0):
+def tchebycheff(losses, lam, ideal=None):
     """max_i λ_i (L_i − ideal_i), Eq. (7), (13), (15) and, without ideal, Eq. (16). losses, lam: (…, m) -> (…)
 
     ideal: (m,) the best reachable losses; None: 0, which is DPO's, since −log σ has infimum 0. The paper's z are values
     of J = −L, so its z is −ideal. Eq. (15) and (16) take the maximum of expectations: there the losses are means over
     the batch. Eq. (13) has the maximum inside the expectation: there they are −r of single responses. The gradient is
     that of the largest term alone. With λ_i = 0 the term is 0, which is never the largest where others are positive.
-    smooth: μ > 0 takes μ log Σ_i exp(λ_i (L_i − ideal_i) / μ) instead, at most μ log m above the maximum.
     """
     if ideal is not None:
         losses = losses - torch.as_tensor(ideal, dtype=losses.dtype, device=losses.device)
-    if smooth > 0:
-        return smooth * (lam * losses / smooth).logsumexp(-1)
     return (lam * losses).amax(-1)
 
 
@@ -94,15 +91,15 @@ def denominators(known, aggregate):
     return known.clamp(min=1e-9), -1e9 * (known == 0)
 
 
-def scalar_reward(rewards, lam, aggregate, ideal=None, smooth=0.0):
+def scalar_reward(rewards, lam, aggregate, ideal=None):
     """The one reward of a response under λ: "ls" Σ_i λ_i r_i, Eq. (12); "tche" −max_i λ_i (z_i − r_i), Eq. (13).
 
-    rewards, lam: (…, m)   ideal: (m,) the largest rewards z   smooth: as in tchebycheff  ->  (…)
+    rewards, lam: (…, m)   ideal: (m,) the largest rewards z  ->  (…)
     (For "ls" train_ppo.py trains on Σ_i λ_i A_i, which GAE makes equal to the advantages of this reward.)
     """
     if aggregate == "ls":
         return linear_scalarization(rewards, lam)
-    return -tchebycheff(-rewards, lam, -ideal, smooth)
+    return -tchebycheff(-rewards, lam, -ideal)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,7 +152,7 @@ def min_norm_weights(gram):
 
 
 def pama_weights(advantages):
-    """PAMA's weights c, argmin over the simplex of ‖Σ_i c_i A_i‖², from advantages instead of gradients of parameters.
+    """PAMA's weights c, argmin over the simplex of ‖Σ_i c_i A_i‖², PAMA Eq. (10): advantages, not gradients.
 
     advantages (n,), one number per objective: the closed form of Theorem 1 (arXiv:2508.07768) in O(n). Σ c_i A_i is 0
     projected onto [min A, max A]: all weight is on the smallest if all are positive, on the largest if all are
@@ -184,7 +181,7 @@ def pama_weights(advantages):
 
 
 def pama_advantages(advantages, mask, reading="V"):
-    """The one advantage of a token that PAMA trains on, from its n "no negative" ones (objectives.noon).
+    """The one advantage of a token that PAMA trains on, from its n "no negative" ones (objectives.noon), PAMA Eq. (10).
 
     advantages: (R, L, n)   mask: (R, L)   ->  (R, L) and the weights c (n,), or None where every token has its own.
     The paper solves for scalars A_i and does not say what they are taken over. Three readings:

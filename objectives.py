@@ -38,7 +38,7 @@ def dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta):
 
 
 def ipo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta):
-    """IPO (Azar et al., arXiv:2310.12036, Eq. 17): (log π(y_w|x)/π_ref(y_w|x) − log π(y_l|x)/π_ref(y_l|x) − 1/(2β))².
+    """IPO Eq. (17) (arXiv:2310.12036): (log π(y_w|x)/π_ref(y_w|x) − log π(y_l|x)/π_ref(y_l|x) − 1/(2β))².
 
     The same tensors, and the same kind of return values, as dpo_loss; beta is the paper's τ. The gap of log-ratios is
     pulled to 1/(2β) and no further, however clear the label. At π = π_ref the loss is 1/(2β)².
@@ -53,7 +53,7 @@ def implicit_accuracy(chosen_reward, rejected_reward):
 
 
 def losses_on_pairs(loss, pi, ref, pairs, better, beta):
-    """A loss of preference pairs in every dimension at once: dimensions share log-probs and differ in their labels.
+    """A loss of pairs, as Eq. (2), in every dimension at once: dimensions share log-probs and differ in their labels.
 
     loss: dpo_loss or ipo_loss   pi, ref: (R,) log-probs of responses   pairs: (P, 2) indices into them
     better: (P, m), 0 where the first of the pair is better, 1 the second, -1 no label   ->  losses (P, m); correct
@@ -87,7 +87,7 @@ def masked_mean(x, mask):
 
 
 def kl_penalized_rewards(score, logp, ref_logp, mask, kl_coeff, clip_range_score=float("inf")):
-    """Rewards of single tokens: −β (log π_old − log π_ref), the KL term, plus the response's score on its last token.
+    """Token rewards, Eq. (1): −β (log π_old − log π_ref), the KL term, plus the response's score on its last token.
 
     score: (R, n), one column per reward, or (R,)   logp, ref_logp, mask: (R, L)   kl_coeff: β   ->  (R, L, n), (R, L)
     Each column contains the whole KL term; Σ λ_i = 1, so the weighted sum Σ_i λ_i · column_i contains it once, as in
@@ -142,7 +142,7 @@ def ppo_value_loss(values, old_values, returns, mask, clip_range_value=5.0):
 
 
 def noon(advantages, ratio, clip_range_ratio=0.2):
-    """PAMA's "no negative" advantages: I(A_t) = max(A_t, 0) where ρ_t ≤ 1 + ε, else 0 (arXiv:2508.07768, its Eq. 5).
+    """PAMA's "no negative" advantages: I(A_t) = max(A_t, 0) where ρ_t ≤ 1 + ε, else 0; PAMA Eq. (5).
 
     advantages: (R, L) or (R, L, n)   ratio: ρ = π/π_old, (R, L). With A ≥ 0 PPO's lower clip has no effect, so whether
     a token counts depends on ρ alone and is the same for every objective: for one token all gradients have the same

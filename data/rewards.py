@@ -11,6 +11,7 @@ mean and std are those of the reference policy's own responses, measured once, s
 so λ weighs rewards of one spread. scale (--reward_scale) is on top, like the paper's ×5 for harmlessness.
 """
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -93,8 +94,8 @@ def world_rewards(names, scale):
                             torch.where(outside, toy.OUTSIDE, text_rewards([name], prompts, ended)[:, 0])
                             for name in names], dim=1)
 
-    rewards = Rewards([name.partition(":")[0] for name in names], list(names), raw, [0.0] * len(names),
-                      [1.0] * len(names), scale or [1.0] * len(names))
+    rewards = Rewards([name.partition(":")[0] for name in names], list(names), raw, None, None,
+                      scale or [1.0] * len(names))
     p = torch.stack([toy.base_probs(x) for x in toy.prompts("train")])[..., None] / len(toy.prompts("train"))
     scores = world_scores(rewards, toy.prompts("train"))                              # (X, S, m)
     mean = (p * scores).sum((0, 1))
@@ -176,11 +177,6 @@ def load_reward_model(path, policy=None, device="cpu"):
     model = RewardModel(backbone, len(config["dims"]))
     model.load_state_dict(load_file(path / "heads.safetensors"), strict=False)
     model.requires_grad_(False)
-    tokenizer, max_length = load_tokenizer(config["tokenizer"]), config["max_length"]
+    raw = partial(raw_rewards, model, load_tokenizer(config["tokenizer"]), config["max_length"])
     mean, std, scale = (torch.tensor(report[key]) for key in ("mean", "std", "reward_scale"))
-
-    def rewards(prompts, responses, finished):
-        """Normalised rewards of R texts: (R, m) fp32 on the CPU."""
-        return scale * (raw_rewards(model, tokenizer, max_length, prompts, responses, finished) - mean) / std
-
-    return rewards, list(config["dims"])
+    return lambda *texts: scale * (raw(*texts) - mean) / std, list(config["dims"])

@@ -1,8 +1,8 @@
 """text_rewards.py - rewards of short stories without a model: functions (prompt, response) -> float, larger is better.
 
-For PPO without a reward model: anyone can check them by eye, and conflicts can be chosen (happy against sad, dialogue
-against narrative, length against concise). Under a KL penalty the best policy is π ∝ π_ref · exp(r/β): as β falls it
-prefers the likeliest texts among those of the largest r, and every docstring says which texts these are. Three rules
+For PPO without a reward model: anyone can check them by eye, and conflicts can be chosen (dialogue against narrative,
+length against concise). Under a KL penalty the best policy is π ∝ π_ref · exp(r/β): as β falls it prefers the likeliest
+texts among those of the largest r, and every docstring says which texts these are. Three rules
 keep them stories: repetition is not paid (words, speeches and sentences count once), every reward is bounded above, and
 nothing is divided by the response's own length, where a single good word would win.
 """
@@ -13,22 +13,13 @@ import torch
 
 from runs.files import UserError
 
-# Lexicons: the forms of one word stand between two bars. Each form is listed, because a search by beginnings would take
-# "saddle" for "sad". Adverbs are left out: many stories end in "happily ever after". Negations are not recognised.
+# A lexicon: the forms of one word stand between bars. Each form is listed, because a search by beginnings would take
+# "lovers" for "love". Adverbs are left out: many stories end in "happily ever after". Negations are not recognised.
 HAPPY = ("happy happier happiest happiness | glad | joy joyful joyous | smile smiles smiled smiling | "
          "laugh laughs laughed laughing laughter | giggle giggles giggled giggling | fun | "
          "cheer cheers cheered cheering cheerful | love loves loved loving | proud | "
          "excited excitement exciting | delighted delight | hug hugs hugged hugging | "
          "enjoy enjoys enjoyed enjoying | celebrate celebrates celebrated celebrating celebration | wonderful")
-SAD = ("sad sadder saddest sadness | cry cries cried crying | tear tears | weep weeps wept weeping | "
-         "sob sobs sobbed sobbing | unhappy | lonely alone | upset | sorry | miss misses missed missing | "
-         "lost lose loses losing | hurt hurts hurting | scared scary | afraid | "
-         "worry worries worried worrying | broken broke break breaks breaking | gloomy miserable")
-NATURE = ("tree trees | flower flowers | grass | forest forests woods | river rivers stream | lake lakes pond | "
-         "sea seas ocean | mountain mountains hill hills | sky skies | sun sunny sunshine | moon | "
-         "star stars | cloud clouds cloudy | rain rains rained raining rainy | "
-         "snow snows snowed snowing snowy | wind windy | bird birds | leaf leaves | garden gardens | "
-         "beach beaches")
 MOST_WORDS = 6              # of a lexicon that a response is paid for
 MOST_LENGTH = 60            # words that `length` pays for
 MOST_IN_PART = 12           # words that one speech or one sentence is paid for
@@ -40,22 +31,21 @@ def words(text):
     return re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*", text.lower().replace("’", "'"))
 
 
-def _lexicon(groups):
-    """The reward of one lexicon: how many different words of it the response has, at most MOST_WORDS. Each sentence of
-    3 words or more adds at most one, the first that is new; shorter sentences add nothing.
+WORD_OF = {form: group.split()[0] for group in HAPPY.split("|") for form in group.split()}
+
+
+def happy(prompt, response):
+    """How many different words of HAPPY the response has, at most MOST_WORDS. Each sentence of 3 words or more adds at
+    most one, the first that is new; shorter sentences add nothing.
 
     The best: six sentences that name six feelings ("Tom was glad. His mom smiled."). A list of the words is one
     sentence, so it pays as little as one word; the same sentence again pays nothing.
     """
-    word_of = {form: group.split()[0] for group in groups.split("|") for form in group.split()}
-
-    def reward(prompt, response):
-        counted = set()
-        for sentence in map(words, re.split(r"[.!?\n]+", response)):
-            new = [word_of[w] for w in sentence if w in word_of and word_of[w] not in counted]
-            counted.update(new[:1] if len(sentence) >= 3 else [])
-        return float(min(len(counted), MOST_WORDS))
-    return reward
+    counted = set()
+    for sentence in map(words, re.split(r"[.!?\n]+", response)):
+        new = [WORD_OF[w] for w in sentence if w in WORD_OF and WORD_OF[w] not in counted]
+        counted.update(new[:1] if len(sentence) >= 3 else [])
+    return float(min(len(counted), MOST_WORDS))
 
 
 def length(prompt, response):
@@ -115,8 +105,7 @@ def narrative(prompt, response):
     return _tens(ended, 4, 6.0)
 
 
-TEXT_REWARDS = {"length": length, "concise": concise, "happy": _lexicon(HAPPY), "sad": _lexicon(SAD),
-                "nature": _lexicon(NATURE), "dialogue": dialogue, "narrative": narrative}
+TEXT_REWARDS = {f.__name__: f for f in (length, concise, happy, dialogue, narrative)}
 
 
 def is_concise(name):

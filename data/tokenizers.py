@@ -80,23 +80,20 @@ def tokenize(rows, tokenizer, max_length, max_prompt=None):
     """
     assert max_length >= 2 and (max_prompt is None or max_prompt >= 1), (max_length, max_prompt)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    counts = dict(prompts=0, responses=0, prompts_cut=0, responses_cut=0)
-    token_rows = []
+    token_rows, prompts_cut, responses_cut = [], 0, 0
     for row in rows:
         prompt = (bos + _encode(tokenizer, row.prompt)) or [tokenizer.eos_id]
         full_prompt = len(prompt)
-        if max_prompt is not None:
-            prompt = _cut_left(prompt, max_prompt, bos)
+        prompt = _cut_left(prompt, max_prompt or full_prompt, bos)
         room = max(max_length // 2, max_length - len(prompt))
         full = [_encode(tokenizer, text, continues=True) + [tokenizer.eos_id] for text in row.responses]
         responses = [ids[:room] for ids in full]  # EOS is the last id, so a cut loses it
         prompt = _cut_left(prompt, max_length - max(map(len, responses), default=0), bos)
-        counts["prompts"] += 1
-        counts["responses"] += len(full)
-        counts["prompts_cut"] += len(prompt) < full_prompt
-        counts["responses_cut"] += sum(len(ids) > room for ids in full)
+        prompts_cut += len(prompt) < full_prompt
+        responses_cut += sum(len(ids) > room for ids in full)
         token_rows.append(TokenRow(prompt, responses, row.pairs, row.better))
-    return token_rows, counts
+    return token_rows, dict(prompts=len(rows), responses=sum(len(row.responses) for row in rows),
+                            prompts_cut=prompts_cut, responses_cut=responses_cut)
 
 
 def spoken(responses, tokenizer):

@@ -192,8 +192,7 @@ def scores(prompt, texts, dims=DIMS):
     is better; one column for each of `dims`. A text that is not listed gets OUTSIDE everywhere. Raises ValueError
     for a prompt or a dimension outside the world.
     """
-    unknown = [dim for dim in dims if dim not in DIMS]
-    if unknown:
+    if unknown := [dim for dim in dims if dim not in DIMS]:
         raise ValueError(f"unknown dimension {unknown[0]!r}; the embedded world has: {' '.join(DIMS)}")
     task = _task(prompt)
     world, outside = _world(task.domain), [OUTSIDE] * len(DIMS)

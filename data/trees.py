@@ -28,7 +28,7 @@ of them follows the node `parent` (-1: none). Each response adds at most one cha
 B: rows   T: nodes of the largest tree   R: responses   N: edges   L: tokens of the longest response   D: d_model
 P: pairs   m: dimensions
 """
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -53,8 +53,8 @@ class TreeBatch:
 
     def to(self, device):
         """The same batch on another device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return TreeBatch(**{k: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for k, x in moved.items()})
+        tensors = {name: x for name, x in vars(self).items() if torch.is_tensor(x)}
+        return replace(self, **{name: x.to(device, non_blocking=True) for name, x in tensors.items()})
 
     @property
     def size(self):

@@ -1,6 +1,5 @@
 """test_aggregate.py - scalarisations: values, gradients, vertices, symmetry; the distribution of preferences; the
 min-norm weights of MGDA and PAMA against an oracle, by hand, by brute force and by the conditions of optimality."""
-import math
 
 import pytest
 import torch
@@ -92,27 +91,6 @@ def test_tchebycheff_of_rewards_is_the_papers(close):
     assert value.tolist() == [-1.0, -3.0]                                # max(¼·4, ¾·1) and max(¼·1, ¾·4)
     assert close(value, -(lam * (z - r)).amax(-1)) and not close(-tchebycheff(-r, lam), value, 0.01)
     assert not close(-tchebycheff(-r, lam, ideal=z), value, 0.01)        # wrong: the ideal's sign
-
-
-def test_smooth_tchebycheff_lies_just_above_the_maximum(close):
-    losses = torch.randn(50, 4, generator=generator(), dtype=torch.float64)
-    lam, ideal = sample_preference(50, 4, generator=generator(1)).double(), torch.tensor([-3.0, -1.0, 0.0, 2.0])
-    hard = tchebycheff(losses, lam, ideal)
-    for mu in (1.0, 0.1, 1e-3):
-        smooth = tchebycheff(losses, lam, ideal, smooth=mu)
-        assert (smooth >= hard - 1e-12).all() and (smooth <= hard + mu * math.log(4) + 1e-12).all()
-        assert mu < 1 or not close(smooth, hard, 0.01)                   # and it is not the maximum itself
-    assert close(tchebycheff(losses, lam, ideal, smooth=1e-6), hard, 1e-5)
-    assert close(tchebycheff(torch.ones(4), torch.full((4,), 0.25), smooth=0.005), 0.25 + 0.005 * math.log(4), 1e-6)
-
-
-def test_the_gradient_of_smooth_tchebycheff_is_weighted_by_a_softmax(close):
-    losses, lam = torch.tensor([3.0, -1.0, 1.5, 1.0]), torch.tensor([0.1, 0.2, 0.3, 0.4])
-    for mu in (1.0, 0.1):
-        _, gradient = value_and_gradient(tchebycheff, losses.tolist(), lam.tolist(), smooth=mu)
-        assert close(torch.tensor(gradient), lam * (lam * losses / mu).softmax(0), 1e-5)
-    hard, sharp = (value_and_gradient(tchebycheff, losses.tolist(), lam.tolist(), smooth=mu)[1] for mu in (0.0, 1e-4))
-    assert sharp == pytest.approx(hard, abs=1e-9)
 
 
 # ---- preferences ----
@@ -335,8 +313,6 @@ def test_scalar_reward_by_hand():
     r, z, lam = torch.tensor([[1.0, 3.0], [4.0, 0.0]]), torch.tensor([5.0, 4.0]), torch.tensor([0.25, 0.75])
     assert scalar_reward(r, lam, "ls").tolist() == [2.5, 1.0]
     assert scalar_reward(r, lam, "tche", z).tolist() == [-1.0, -3.0]     # wrong: the ideal's sign, or a minimum of λ r
-    below = scalar_reward(r, lam, "tche", z) - scalar_reward(r, lam, "tche", z, 1.0)
-    assert (below > 0).all() and (below <= math.log(2)).all()            # smooth: below it, by μ log m at most
     both = torch.stack([lam, lam.flip(0)])                               # a λ for every response
     assert scalar_reward(r, both, "ls").tolist() == [2.5, 3.0]
 

@@ -67,20 +67,20 @@ def test_concise_reward_on_the_world():
 
 
 def test_named_rewards():
-    prompts, texts = ["Once upon"] * 2, [' a time. "Hello you," said Tom.', " a very sad boy sat down alone. He cried."]
-    rewards = named_rewards(["sad", "narrative"], [2.0, 1.0], None, "cpu")
-    assert (rewards.dims, rewards.mean, rewards.std, rewards.scale) == (["sad", "narrative"], [None] * 2, [None] * 2,
+    prompts, texts = ["Once upon"] * 2, [' a time. "Hello you," said Tom.', " a happy boy sat down. He smiled."]
+    rewards = named_rewards(["happy", "narrative"], [2.0, 1.0], None, "cpu")
+    assert (rewards.dims, rewards.mean, rewards.std, rewards.scale) == (["happy", "narrative"], [None] * 2, [None] * 2,
                                                                          [2.0, 1.0])
     raw = rewards.raw(prompts, texts, [True, False])
-    assert torch.equal(raw, text_rewards(["sad", "narrative"], prompts, texts)) and len(set(raw[:, 0].tolist())) == 2
+    assert torch.equal(raw, text_rewards(["happy", "narrative"], prompts, texts)) and len(set(raw[:, 0].tolist())) == 2
     for names, message in [(["length", "joyful"], "joyful is not a finished run of train_reward.py"),
-                           (["length", "sad", "length"], "must all differ")]:
+                           (["length", "happy", "length"], "must all differ")]:
         with pytest.raises(UserError, match=message):
             named_rewards(names, None, None, "cpu")
     of_the_world = rewards_of(["helpful", "warm"], None, True, None, "cpu")
     assert of_the_world.mean == world_rewards(["helpful", "warm"], None).mean
-    assert rewards_of(["sad", "concise:5"], None, True, None, "cpu").mean == [None, None]         # texts, on the world
-    assert rewards_of(["concise:5", "sad"], None, False, None, "cpu").dims == ["concise", "sad"]
+    assert rewards_of(["happy", "concise:5"], None, True, None, "cpu").mean == [None, None]        # texts, on the world
+    assert rewards_of(["concise:5", "happy"], None, False, None, "cpu").dims == ["concise", "happy"]
 
 
 def test_measuring_fills_in_what_is_not_known():

@@ -5,10 +5,6 @@ import torch
 from data.text_rewards import TEXT_REWARDS, collapsed, text_rewards, words
 from runs.files import UserError
 
-LEXICONS = pytest.mark.parametrize("name, one, two", [
-    ("happy", "Tom was happy.", "Tom smiled a lot."), ("sad", "Tom was sad.", "Then Tom cried."),
-    ("nature", "Tom saw trees.", "It was sunny.")])
-
 
 def reward(name, response, prompt=""):
     return TEXT_REWARDS[name](prompt, response)
@@ -20,10 +16,10 @@ def test_words():
     assert words("") == words(' "?! 12 ') == []
 
 
-# ---- lexicons ----
+# ---- the lexicon ----
 
-@LEXICONS
-def test_lexicons_count_different_words(name, one, two):
+def test_the_lexicon_counts_different_words():
+    name, one, two = "happy", "Tom was happy.", "Tom smiled a lot."
     assert reward(name, "") == reward(name, "Tom had a red car.") == 0
     assert reward(name, one) == reward(name, one.upper()) == reward(name, one.replace(".", "!")) == 1     # case, marks
     assert reward(name, f"{one} {two}") == 2
@@ -33,16 +29,15 @@ def test_lexicons_count_different_words(name, one, two):
 
 def test_forms_of_a_word_count_once():
     assert reward("happy", "He will smile now. She smiled at him. They were smiling.") == 1
-    assert reward("sad", "She began to cry. She cried and cried.") == 1
+    assert reward("happy", "She began to laugh. She laughed and laughed.") == 1
     assert reward("happy", "He will smile now. She laughed at him. They were glad.") == 3
 
 
-def test_lexicons_match_whole_words():
-    # wrong: a search for substrings finds sad, tear, happy, fun, joy, sun, rain, star, sea, tree
-    assert reward("sad", "A saddle sadly started tearing. They were close to almost.") == 0
+def test_the_lexicon_matches_whole_words():
+    # wrong: a search for substrings finds happy, joy, fun, love
     assert reward("happy", "They lived happily ever after. A funny killjoy function.") == 0
-    assert reward("nature", "On Sunday the train started. We searched the treehouse.") == 0
-    assert reward("sad", "Tom felt sad-looking, or sad, or \"sad\"") == 1
+    assert reward("happy", "Two lovers put a glove on.") == 0
+    assert reward("happy", "Tom felt happy-looking, or happy, or \"happy\"") == 1
 
 
 def test_a_list_of_words_is_one_sentence():
@@ -119,10 +114,10 @@ def test_text_rewards_is_one_column_a_name():
     table = text_rewards(["dialogue", "happy", "narrative"], prompts, responses)
     assert table.dtype == torch.float64 and table.shape == (2, 3)
     assert torch.allclose(table, torch.tensor([[0.3, 0, 1.5], [0.5, 1, 0]], dtype=torch.float64))
-    assert text_rewards(["happy", "sad"], [], []).shape == (0, 2)
+    assert text_rewards(["happy", "length"], [], []).shape == (0, 2)
     with pytest.raises(ValueError):
         text_rewards(["happy"], prompts, responses[:1])
-    with pytest.raises(UserError, match="unknown reward 'happyness'.*length concise happy sad nature dialogue narrat"):
+    with pytest.raises(UserError, match="unknown reward 'happyness'.*length concise happy dialogue narrative"):
         text_rewards(["happy", "happyness"], prompts, responses)
 
 

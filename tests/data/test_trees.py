@@ -155,7 +155,7 @@ def test_along_and_rows():
     batch = pack(ROWS)
     N, L = len(batch.targets), batch.paths.shape[1]
     owners = [b for b, row in enumerate(ROWS) for _ in row.responses]
-    laid = batch.along(batch.parents // batch.tokens.shape[1] + 1)                                   # of every token's row, from 1
+    laid = batch.along(batch.parents // batch.tokens.shape[1] + 1)         # of every token's row, from 1
     assert torch.equal(laid, (torch.tensor(owners)[:, None] + 1) * batch.on_path.long())
     assert torch.equal(batch.along(batch.targets)[3], torch.tensor([30] + [0] * (L - 1)))
     two = torch.stack([torch.arange(N), -torch.arange(N)], dim=1).float().requires_grad_(True)
