@@ -143,9 +143,8 @@ class Attention(nn.Module):
         q, k, v = self.project(x)
         if rope is not None:
             q, k = fused.rope_(q, *rope), fused.rope_(k, *rope)
-        q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)                  # (B, H, T, C)
-        k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)               # (B, K, T, C)
-        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        # (B, T, H·C) -> (B, H, T, C), and with K for H
+        q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))
         if cache is not None and cache.decoding:
             y = cache.attend(q, k, v, mask)                                           # T = 1, all M slots
         else:

@@ -39,7 +39,7 @@ class SVDLoRALinear(nn.Module):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        device = linear.weight.device
+        device = self.weight.device
         self.U, self.V = (nn.Parameter(torch.empty(n, k + m).normal_(0, 0.02, generator=generator).to(device))
                           for n in linear.weight.shape)                               # (d_out, r), (d_in, r)
         self.sigma = nn.Parameter(torch.zeros(k, device=device))
@@ -107,6 +107,12 @@ def check_preference(lam, m):
     return lam.clamp(min=0)
 
 
+def _preference_of(layers, lam):
+    """One checked λ for {name: layer}, on their device; None where m = 0."""
+    first = next(iter(layers.values()))
+    return None if first.m == 0 else check_preference(lam, first.m).to(first.sigma.device)
+
+
 def set_preference(model, lam):
     """Embeds λ into every adapted matrix: lam (m,) for all rows, or (B, m), one per row of the batches to come.
 
@@ -146,7 +152,7 @@ def adapters_off(model):
 def orthogonality_penalty(model):
     """AdaLoRA's regulariser: Σ over matrices of ‖UᵀU − I‖²_F + ‖VᵀV − I‖²_F, a scalar; 0 iff columns are orthonormal.
 
-    Panacea's Sec. 4.1 asks for orthogonality but gives no coefficient; the training scripts add it when asked.
+    Panacea Eq. (5) comes with it, but without a coefficient; the training scripts add it when asked.
     """
     total = 0.0
     for layer in svd_lora_layers(model).values():
@@ -171,9 +177,7 @@ def merged_state_dict(model, lam=None):
     lam: None where m = 0.
     """
     layers = svd_lora_layers(model)
-    m = next(iter(layers.values())).m
-    lam = None if m == 0 else check_preference(lam, m).to(next(iter(layers.values())).sigma.device)
-    adapter = set(adapter_state(model))
+    lam, adapter = _preference_of(layers, lam), set(adapter_state(model))
     weights = {name: p for name, p in dense_state_dict(model).items() if name not in adapter}
     for name, layer in layers.items():
         W0 = weights[name + ".weight"]
@@ -263,7 +267,7 @@ def load_adapter(model, path, dims=None):
 
 
 def export_peft(model, lam, path):
-    """Writes the adapter at one preference as a plain LoRA that PEFT reads: W0 + B A with A = diag(d) Vᵀ, B = gain · U.
+    """Writes the adapter at one λ as a plain LoRA for PEFT, Eq. (4): W0 + B A with A = diag(d) Vᵀ, B = gain · U.
 
     path: a directory, gets adapter_config.json and adapter_model.safetensors; rank k + m, alpha = rank, so that PEFT's
     own factor is 1. lam: (m,), None where m = 0. The base is not written. For Llama-family models; raises UserError for
@@ -272,14 +276,13 @@ def export_peft(model, lam, path):
     if model.config.family != "llama":
         raise UserError("only Llama-family adapters can be exported: Hugging Face's GPT-2 keeps q, k, v in one matrix")
     layers, tensors, modules = svd_lora_layers(model), {}, set()
-    first = next(iter(layers.values()))
-    lam = None if first.m == 0 else check_preference(lam, first.m).to(first.sigma.device)
+    lam = _preference_of(layers, lam)
     for name, layer in layers.items():
         theirs = hf_name(name + ".weight", model.config).removesuffix(".weight")
         modules.add(theirs.rpartition(".")[2])
         for part, matrix in (("A", (layer.V * layer.singular_values(lam)).T), ("B", layer.gain * layer.U)):
             tensors[f"base_model.model.{theirs}.lora_{part}.weight"] = matrix.detach().cpu().contiguous()
-    r = first.k + first.m
+    r = layer.k + layer.m
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=r, lora_alpha=r, lora_dropout=0.0, bias="none",
                   fan_in_fan_out=False, target_modules=sorted(modules))
     write_whole(Path(path) / "adapter_model.safetensors", lambda f: save_file(tensors, f, metadata={"format": "pt"}))

@@ -11,8 +11,8 @@ D: d_model   V: vocabulary   H: heads   C: head_dim   r = k + m: rank   W0 (d_ou
 
 Every `*_plain` function defines its operation; the tests compare the fused one with it in float64. The backward passes
 are written by hand. On CUDA the parts that are bound by memory are Triton kernels (triton_kernels.py); large products
-stay with the vendor's library, which no kernel of ours would beat. triton_kernels is imported inside the functions that
-launch it, here and in quantize.py and generation.py, since Triton need not be installed where there is no GPU.
+stay with the vendor's library, which no kernel of ours would beat. triton_kernels is imported by triton() alone, at the
+first launch, since Triton need not be installed where there is no GPU.
 """
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,12 @@ def use_kernels(x):
     """Whether the Triton kernels work on x: on CUDA, except in float64, since the kernels sum in fp32. (Tests replace
     this function to run the kernels in Triton's interpreter.)"""
     return x.is_cuda and x.dtype != torch.float64
+
+
+def triton():
+    """The module triton_kernels."""
+    from ops import triton_kernels
+    return triton_kernels
 
 
 def dense(W, dtype):
@@ -130,10 +136,9 @@ class _SVDLoRALinear(torch.autograd.Function):
 def _down(x, V, d=None):
     """(x V) · d: (…, d_in) -> (…, r)."""
     if use_kernels(x):
-        from ops import triton_kernels
         rows = x.shape[-2] if d is not None and d.ndim > 1 else 1
         d = d if d is None or d.ndim == 1 else d.flatten(0, -2)                       # (r,) or (B, r)
-        return triton_kernels.svd_lora_down(x.flatten(0, -2), V, d, rows).view(*x.shape[:-1], V.shape[1])
+        return triton().svd_lora_down(x.flatten(0, -2), V, d, rows).view(*x.shape[:-1], V.shape[1])
     h = product(x, V.T.to(x.dtype))
     return h if d is None else h * d
 
@@ -142,8 +147,7 @@ def _up_(y, h, U):
     """y + h Uᵀ, in place. y: (…, d_out), h: (…, r)"""
     flat = y.flatten(0, -2)
     if use_kernels(y):
-        from ops import triton_kernels
-        triton_kernels.svd_lora_up_(flat, h.flatten(0, -2), U)
+        triton().svd_lora_up_(flat, h.flatten(0, -2), U)
     else:
         flat.addmm_(h.flatten(0, -2).to(y.dtype), U.T.to(y.dtype))
     return y
@@ -239,12 +243,11 @@ def _logprob_rows_cpu(hidden, weight, target, want_grad):
 def _logprob_rows_cuda(hidden, weight, target, want_grad):
     """The same, for some rows and the whole vocabulary at a time: the kernel replaces the logits by the gradient to
     them, in one pass, and a product with W makes it the gradient to hidden."""
-    from ops import triton_kernels
     logps, dlogps = [], []
     for h, y in zip(*(t.split(max(1, CUDA_LOGITS // len(weight))) for t in (hidden, target))):
         logits = (torch.mm(h, weight.T, out_dtype=torch.float32) if h.is_cuda and h.dtype != torch.float32 else
                   h.float() @ weight.float().T)                                       # (n, V) fp32
-        logp, dlogits = triton_kernels.logprob_rows(logits, y, want_grad, h.dtype)
+        logp, dlogits = triton().logprob_rows(logits, y, want_grad, h.dtype)
         logps.append(logp)
         if want_grad:
             dlogps.append(dlogits @ weight.to(h.dtype))                               # (n, D)
@@ -275,8 +278,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps):
         flat = x.flatten(0, -2)
         if use_kernels(x):
-            from ops import triton_kernels
-            y, rstd = triton_kernels.rms_norm_forward(flat, weight, eps)
+            y, rstd = triton().rms_norm_forward(flat, weight, eps)
         else:
             wide = flat.float()
             rstd = wide.square().mean(-1).add_(eps).rsqrt_()                          # (N,)
@@ -290,8 +292,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         flat, gflat, want = x.flatten(0, -2), g.flatten(0, -2), ctx.needs_input_grad[1]
         if use_kernels(x):
-            from ops import triton_kernels
-            dx, dweight = triton_kernels.rms_norm_backward(gflat, flat, weight, rstd, want)
+            dx, dweight = triton().rms_norm_backward(gflat, flat, weight, rstd, want)
         else:
             # with n = x·rstd and q = g·weight:  dx = rstd (q − n · mean(q n))
             n, q = flat.float() * rstd[:, None], gflat.float() * weight
@@ -328,8 +329,7 @@ class _Rope(torch.autograd.Function):
 def _rotate_(x, cos, sin, sign):
     heads = x.unflatten(-1, (-1, 2 * cos.shape[-1]))                                  # (B, T, H·C) -> (B, T, H, C)
     if use_kernels(x):
-        from ops import triton_kernels
-        triton_kernels.rotate_(heads, cos, sin, sign)
+        triton().rotate_(heads, cos, sin, sign)
     elif x.dtype == torch.float32:
         (a, b), cos, sin = heads.chunk(2, dim=-1), cos[:, :, None], sign * sin[:, :, None]
         turned = (a * cos).addcmul_(b, sin, value=-1)
@@ -355,18 +355,14 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        if use_kernels(gate):
-            from ops import triton_kernels
-            return triton_kernels.swiglu_forward(gate, up)
-        return F.silu(gate).mul_(up)
+        return triton().swiglu_forward(gate, up) if use_kernels(gate) else F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         gate, up = ctx.saved_tensors
         if use_kernels(gate):
-            from ops import triton_kernels
-            return triton_kernels.swiglu_backward(g, gate, up)
+            return triton().swiglu_backward(g, gate, up)
         return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
 
 

@@ -75,7 +75,7 @@ def _can_pack(weight):
 
 
 class FastLinear(nn.Module):
-    """A Linear or SVDLoRALinear that will not be trained: x Wᵀ + b, with factors = (V, d, Uᵀ) plus ((x V) · d) Uᵀ.
+    """A Linear or SVDLoRALinear that is not trained: x Wᵀ + b, with factors (V, d, Uᵀ) plus ((x V) · d) Uᵀ, Eq. (9).
 
     pack: copy the weights into the layout that is multiplied fastest; Vᵀ is stacked under W, so one product gives both.
     A QuantizedWeight is dequantised once, into that copy, or without `pack` at every step. gelu: "tanh" or "none", the
@@ -145,9 +145,8 @@ class OneToken:
         W, quantized = layer.weight, isinstance(layer.weight, QuantizedWeight)
         if not fused.use_kernels(W.codes if quantized else W) or not (quantized or layer.factors) or layer.gelu:
             return False
-        from ops import triton_kernels
         return (W.dtype in (torch.float32, torch.bfloat16) and (quantized or W.stride(1) == 1)
-                and (layer.factors is None or layer.factors[0].shape[1] <= triton_kernels.DECODE_RANK))
+                and (layer.factors is None or layer.factors[0].shape[1] <= fused.triton().DECODE_RANK))
 
     @staticmethod
     def can_join(layers):
@@ -163,12 +162,10 @@ class OneToken:
         self.d = torch.stack([d[:, 0] if d.ndim == 3 else d for d in ds]) if ds else None    # (layers, [B,] r)
 
     def takes(self, x):
-        from ops import triton_kernels
-        return x.shape[1] == 1 and len(x) <= triton_kernels.DECODE_ROWS and fused.use_kernels(x)
+        return x.shape[1] == 1 and len(x) <= fused.triton().DECODE_ROWS and fused.use_kernels(x)
 
     def __call__(self, x):                                            # (B, 1, d_in) -> (B, 1, d_out) of each layer
-        from ops import triton_kernels
-        outputs = triton_kernels.svd_lora_decode(x[:, 0], self.W, self.V, self.d, self.U, self.bias, self.finished,
+        outputs = fused.triton().svd_lora_decode(x[:, 0], self.W, self.V, self.d, self.U, self.bias, self.finished,
                                                  **self.quantized)
         return tuple(y[:, None] for y in outputs)
 
@@ -209,7 +206,7 @@ def fast_copy(module, pack):
 
     With `pack` and no adapter, q, k, v become one product, and GPT-2's GELU a part of its product; layers of one input
     that fit the kernel become one launch. The joined layer then stands in the place of the method that called its parts
-    one by one: Attention.project, MLP.inner (model.py)."""
+    one by one: Attention.project, MLP.inner (model.py). λ enters here, inside d of Eq. (9), once per copy."""
     if hasattr(module, "factors"):                                                    # SVDLoRALinear
         factors = module.factors(module.weight.dtype) if module.enabled else None
         if factors is not None and fused.use_kernels(module.V):
@@ -279,11 +276,11 @@ class Decoder:
         self.token.copy_(token[:, None])
         if self.wants_graph and self.graph is None:
             self._capture()
-        if self.graph is not None:
+        if self.graph is None:
+            logits = self._step()
+        else:
             self.graph.replay()
             logits = self.logits
-        else:
-            logits = self._step()
         self.slot += 1
         return logits
 

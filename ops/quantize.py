@@ -82,10 +82,9 @@ class QuantizedWeight(nn.Module):
         """The matrix it stands for, (d_out, d_in), computed again at every call."""
         dtype, d_in = dtype or self.dtype, self.shape[1]
         if fused.use_kernels(self.codes):
-            from ops import triton_kernels
             if self.kind == "int8":
-                return triton_kernels.dequantize_int8(self.codes, self.scales, dtype)
-            return triton_kernels.dequantize_4bit(self.codes, self.scales, _levels(self.device), GROUP, d_in, dtype)
+                return fused.triton().dequantize_int8(self.codes, self.scales, dtype)
+            return fused.triton().dequantize_4bit(self.codes, self.scales, _levels(self.device), GROUP, d_in, dtype)
         out, rows = torch.empty(self.shape, dtype=dtype, device=self.device), max(1, CHUNK // d_in)
         for codes, scales, part in zip(self.codes.split(rows), self.scales.split(rows), out.split(rows)):
             if self.kind == "int8":
