@@ -81,7 +81,7 @@ def main(flags):
         print(f"HV share: hypervolume divided by the exact front's {exact['hypervolume']:.4f} on {len(exact['lams'])} "
               f"preferences; the exact front itself has, at these {len(first['lams'])}: "
               f"{exact['share_at_these_lams']:.4f}; all: the share where all other texts count too, with the score "
-              f"{toy.OUTSIDE:g}. J share: gain of the aggregated objective over the base's, by the optimum's gain")
+              f"{toy.OUTSIDE:g}. J share: the aggregated objective's gain over the base, of the optimum's gain")
     print(f"reference point {first['reference_point']} in {first['points_are']}; pictures: "
           + ", ".join(str(run / "front.png") for run in runs))
 
