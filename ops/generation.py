@@ -94,11 +94,8 @@ class FastLinear(nn.Module):
         self.packed = pack and _can_pack(weight)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else weight
         self.bias = bias
-        self.one_token = OneToken([self]) if OneToken.can(self) else None
 
     def forward(self, x):                                                             # (B, T, d_in) -> (B, T, d_out)
-        if self.one_token is not None and self.one_token.takes(x):
-            return self.one_token(x)[0]
         if self.packed:
             after = ("gelu", [], self.gelu) if self.gelu else ("none", [], "")
             y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *after)
@@ -113,14 +110,16 @@ class FastLinear(nn.Module):
         return torch.addmm(y, (h * d).to(y.dtype).flatten(0, -2), Ut).view(*x.shape[:-1], self.d_out)
 
 
-class OneToken:
-    """One to three FastLinears of one input, as one launch for one token per row (triton_kernels.svd_lora_decode).
+class OneToken(nn.Module):
+    """One to three FastLinears of one input: x -> their outputs, by one launch where x has one token per row
+    (triton_kernels.svd_lora_decode).
 
     It holds copies of their factors, laid out as the kernel reads them; the layers keep views of these.
     """
 
     def __init__(self, layers):
-        weights = [layer.weight for layer in layers]
+        super().__init__()
+        self.layers, weights = nn.ModuleList(layers), [layer.weight for layer in layers]
         quantized, dtype = isinstance(weights[0], QuantizedWeight), weights[0].dtype
         self.W = [w.codes if quantized else w for w in weights]
         self.quantized = {"scales": [w.scales for w in weights], "group": GROUP} if quantized else {}
@@ -137,7 +136,7 @@ class OneToken:
             self.U = torch.cat([F.pad(layer.factors[2].T, (0, more)) for layer in layers])            # (all d_out, BR)
             for layer, V, U in zip(layers, self.V, self.U.split([layer.d_out for layer in layers])):
                 layer.factors = V[:r].T, layer.factors[1], U[:, :r].T
-        self.stack_d(layers)
+        self.stack_d()
 
     @staticmethod
     def can(layer):
@@ -150,37 +149,23 @@ class OneToken:
 
     @staticmethod
     def can_join(layers):
-        """Whether these layers of one input can share a launch: each fits the kernel, and they are of one kind."""
+        """Whether layers of one input, each of which fits the kernel, can share a launch: they are of one kind."""
         kind = lambda layer: (getattr(layer.weight, "kind", "dense"), layer.weight.dtype, layer.weight.shape[1],
                               layer.bias is None, layer.factors and (layer.factors[0].shape, layer.factors[1].shape))
-        return all(layer.one_token for layer in layers) and len({kind(layer) for layer in layers}) == 1
+        return len({kind(layer) for layer in layers}) == 1
 
-    def stack_d(self, layers):
-        """Copies the d of its layers. (It keeps no reference to them, since they have one to it: Python frees a cycle
-        late, and a cycle would hold the weights in memory.)"""
-        ds = [layer.factors[1] for layer in layers if layer.factors]
+    def stack_d(self):
+        """Copies the d of its layers."""
+        ds = [layer.factors[1] for layer in self.layers if layer.factors]
         self.d = torch.stack([d[:, 0] if d.ndim == 3 else d for d in ds]) if ds else None    # (layers, [B,] r)
 
-    def takes(self, x):
-        return x.shape[1] == 1 and len(x) <= fused.triton().DECODE_ROWS and fused.use_kernels(x)
-
-    def __call__(self, x):                                            # (B, 1, d_in) -> (B, 1, d_out) of each layer
-        outputs = fused.triton().svd_lora_decode(x[:, 0], self.W, self.V, self.d, self.U, self.bias, self.finished,
-                                                 **self.quantized)
-        return tuple(y[:, None] for y in outputs)
-
-
-class Joined(nn.Module):
-    """Several FastLinears of one input: x -> their outputs, by one launch where x has one token per row."""
-
-    def __init__(self, layers):
-        super().__init__()
-        self.layers, self.one_token = nn.ModuleList(layers), OneToken(layers)
-        for layer in layers:                                  # the layer's own copies of the factors are not needed
-            layer.one_token = None
-
-    def forward(self, x):
-        return self.one_token(x) if self.one_token.takes(x) else tuple(layer(x) for layer in self.layers)
+    def forward(self, x):                                     # (B, T, d_in) -> (B, T, d_out), a tuple of several layers
+        if x.shape[1] == 1 and len(x) <= fused.triton().DECODE_ROWS and fused.use_kernels(x):
+            outputs = [y[:, None] for y in fused.triton().svd_lora_decode(
+                x[:, 0], self.W, self.V, self.d, self.U, self.bias, self.finished, **self.quantized)]
+        else:
+            outputs = [layer(x) for layer in self.layers]
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
 
 class Stacked(nn.Module):
@@ -207,13 +192,12 @@ def fast_copy(module, pack):
     With `pack` and no adapter, q, k, v become one product, and GPT-2's GELU a part of its product; layers of one input
     that fit the kernel become one launch. The joined layer then stands in the place of the method that called its parts
     one by one: Attention.project, MLP.inner (model.py). λ enters here, inside d of Eq. (9), once per copy."""
-    if hasattr(module, "factors"):                                                    # SVDLoRALinear
-        factors = module.factors(module.weight.dtype) if module.enabled else None
+    if hasattr(module, "factors") or isinstance(module, (nn.Linear, QuantizedLinear)):
+        factors = module.factors(module.weight.dtype) if getattr(module, "enabled", False) else None    # SVDLoRALinear
         if factors is not None and fused.use_kernels(module.V):
             factors = factors[0], module.scaled_values(), factors[2]                  # d in fp32, as in training
-        return FastLinear(module.weight, module.bias, factors, pack)
-    if isinstance(module, (nn.Linear, QuantizedLinear)):
-        return FastLinear(module.weight, module.bias, None, pack)
+        fast = FastLinear(module.weight, module.bias, factors, pack)
+        return OneToken([fast]) if OneToken.can(fast) else fast
     twin = copy.copy(module)
     children, joined = dict(module._modules), {}
     if pack and hasattr(module, "project") and all(bare(layer) for layer in (module.q, module.k, module.v)):
@@ -224,9 +208,9 @@ def fast_copy(module, pack):
     twin._modules = joined | {name: fast_copy(child, pack) for name, child in children.items()}
     twin.__dict__.update(joined)                              # found before the methods of the same names
     for method, names in (("project", ("q", "k", "v")), ("inner", ("gate", "up"))):
-        layers = [twin._modules.get(name) for name in names]
-        if all(isinstance(layer, FastLinear) for layer in layers) and OneToken.can_join(layers):
-            twin._modules[method] = launch = Joined(layers)
+        parts = [twin._modules.get(name) for name in names]
+        if all(isinstance(part, OneToken) for part in parts) and OneToken.can_join([part.layers[0] for part in parts]):
+            twin._modules[method] = launch = OneToken([twin._modules.pop(name).layers[0] for name in names])
             twin.__dict__[method] = launch if method == "project" else lambda x: fused.swiglu(*launch(x))
     return twin
 
@@ -308,8 +292,8 @@ class Decoder:
                 V, d, Ut = layer.factors
                 layer.factors = V, d[rows] if d.ndim == 3 else d, Ut                  # one preference per row
         for layer in self.model.modules():
-            if getattr(layer, "one_token", None) is not None:
-                layer.one_token.stack_d(layer.layers if isinstance(layer, Joined) else [layer])
+            if isinstance(layer, OneToken):
+                layer.stack_d()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
