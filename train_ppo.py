@@ -119,7 +119,7 @@ def train(model, out, name, fixed_lam, prompts, rows, weights, rewards, tokenize
         lam_of = lam.repeat_interleave(each, dim=0)                                   # (R, m), the λ of each response
 
         # rollout: `each` responses y ~ π_λ(·|x) to every prompt, and their rewards r_i(x, y)
-        set_lam(lam_of)
+        set_lam(lam_of)                                                               # d = cat(σ, s·λ), Eq. (9)
         responses = rollout(model, batch_rows, tokenizer, flags, draw, run)           # R lists of tokens
         texts, finished = spoken(responses, tokenizer)
         raw = rewards.raw([prompts[j].prompt for j in chosen for _ in range(each)], texts, finished)    # (R, m)

@@ -28,8 +28,8 @@ OUTLINE = [patheffects.withStroke(linewidth=2.5, foreground="white")]
 
 
 def dimension_color(i):
-    """The colour of dimension i. Names stand beside them: after ten they start again."""
-    return DIMENSION[i % len(DIMENSION)]
+    """The colour of dimension i: the first ten by name, then hues a golden angle apart, so that no two are equal."""
+    return DIMENSION[i] if i < len(DIMENSION) else colors.hsv_to_rgb([0.618034 * i % 1, 1, 0.8 - 0.3 * (i % 2)])
 
 
 def arrays(r, key="points"):

@@ -203,7 +203,7 @@ def keys_of(file, name, least=2):
 
 @pytest.mark.parametrize("file, name", [("runs/speed.py", "report_speed"), ("fronts/evaluation.py", "evaluate"),
                                         ("fronts/evaluation.py", "front_metrics"), ("fronts/evaluation.py", "shares"),
-                                        ("fronts/comparison.py", "compare"), ("train_hqd.py", "select")])
+                                        ("fronts/comparison.py", "compare")])
 def test_keys_that_are_written_are_explained(file, name):
     explained = set(re.findall(r"`(\w+)`", read("docs/metrics.md")))
     keys = set(keys_of(file, name))

@@ -225,3 +225,8 @@ def test_labelers_show_what_each_gets_from_every_model():
     assert shows(plane, [r["base"]]) and all(shows(plane, scores) for scores in r["scores"].values())
     for k, name in enumerate(names):
         assert any(list(line.get_ydata()) == r["served"][name] for line in served.lines)
+
+
+def test_every_dimension_has_a_colour_of_its_own():
+    colours = [tuple(np.round(shared.colors.to_rgb(shared.dimension_color(i)), 3)) for i in range(25)]
+    assert len(set(colours)) == 25
