@@ -6,14 +6,13 @@ ids: token ids   BOS, EOS: the special tokens that begin and end a text (EOS alw
 row: one prompt, its responses and their labels (data.files.Row)
 """
 import base64
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
 import tiktoken
 
-from runs.files import UserError
+from runs.files import UserError, read_json
 
 # GPT-2's split into words, numbers, punctuation and spaces, before the byte pairs are merged. The toy BPE uses it too.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -170,10 +169,7 @@ def _special_id(model, path, kind):
     for file in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"):
         if not (path / file).is_file():
             continue
-        try:
-            settings = json.loads((path / file).read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"tokenizer {path / file}: not JSON; copy the file anew") from None
+        settings = read_json(path / file)
         token, number = settings.get(f"{kind}_token"), settings.get(f"{kind}_token_id")
         if token:  # spelled, as a string or as {"content": …}
             number = model.token_to_id(token["content"] if isinstance(token, dict) else token)

@@ -68,12 +68,6 @@ class _LayerCache:
 # ---------------------------------------------------------------------------------------------------------------------
 # The model as it is during one call of generate().
 
-def _can_pack(weight):
-    """Whether oneDNN's packed product can take this weight."""
-    return (weight.device.type == "cpu" and weight.numel() >= PACK_FROM and has_onednn(weight.dtype)
-            and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))
-
-
 class FastLinear(nn.Module):
     """A Linear or SVDLoRALinear that is not trained: x Wᵀ + b, with factors (V, d, Uᵀ) plus ((x V) · d) Uᵀ, Eq. (9).
 
@@ -91,7 +85,8 @@ class FastLinear(nn.Module):
         if self.folded:
             weight = torch.cat([weight, factors[0].T])                                # (d_out + r, d_in)
             bias = F.pad(bias, (0, len(weight) - self.d_out)) if bias is not None else None
-        self.packed = pack and _can_pack(weight)
+        self.packed = (pack and weight.device.type == "cpu" and weight.numel() >= PACK_FROM and has_onednn(weight.dtype)
+                       and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else weight
         self.bias = bias
 

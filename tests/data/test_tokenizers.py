@@ -175,7 +175,7 @@ def test_bad_huggingface_directory(tmp_path):
     with pytest.raises(UserError, match="no EOS token found; name eos_token"):
         load_tokenizer(small_hf(tmp_path, tokens=("a", "b")))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json: not JSON"):
+    with pytest.raises(UserError, match="config.json is not JSON"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="tokenizer.json: cannot be read"):
