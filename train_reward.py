@@ -30,6 +30,7 @@ from data.rewards import raw_rewards
 from data.sources import check_preferences, preference_rows, room_for_prompts
 from data.tokenizers import spoken, tokenize
 from data.trees import pack_ends, row_lengths
+from fronts.tables import shown, table
 from model import generate
 from objectives import bradley_terry_loss
 from ops.heads import RewardModel
@@ -140,15 +141,10 @@ def main(flags):
                         "raise --steps or --lr")
     report |= {"mean": raw.mean(0).tolist(), "std": raw.std(0, correction=0).tolist(),
                "reference_finished": sum(s["finished"] for s in samples) / len(samples)}
-    for i, dim in enumerate(dims):
-        line = f"{dim}: mean {report['mean'][i]:.3f}, std {report['std'][i]:.3f} on {len(samples)} reference responses"
-        if flags.eval:
-            line += (f" | held-out accuracy {report['accuracy'][i]:.3f} ± {report['accuracy_se'][i]:.3f} "
-                     f"on {report['eval_labels'][i]} labels")
-        if flags.eval and on_world:
-            line += (f", expected {report['expected_accuracy'][i]:.4f} of at most {report['bayes_accuracy'][i]:.4f} "
-                     f"(ratio {report['bayes_ratio'][i]:.4f})")
-        print(line)
+    heads = {"mean": "mean", "std": "std", "labels": "eval_labels", "held-out accuracy": "accuracy", "±": "accuracy_se",
+             "expected": "expected_accuracy", "best possible": "bayes_accuracy", "ratio": "bayes_ratio"}
+    print(table({f"{len(samples)} reference responses": dims} | {
+        head: shown(report[key], ".4g") for head, key in heads.items() if key in report}))
     end_training(out, f"{flags.steps} steps", device, dtype)
     write_json(out / "reward.json", report)                            # a directory that has it is a finished run
     close_run(out)
@@ -166,15 +162,14 @@ def held_out_accuracy(model, rows, dims, tokenizer, max_length, batch_size, on_w
     behind the labels are known, also "expected_accuracy", the first without the noise of the labels drawn;
     "bayes_accuracy", that of the true scores, which none can beat; "bayes_ratio", the one over the other.
     """
-    token_rows, device = tokenize(rows, tokenizer, max_length)[0], model.head.weight.device
-    columns, sums = [toy.DIMS.index(dim) for dim in dims] if on_world else None, 0
+    token_rows, device, sums = tokenize(rows, tokenizer, max_length)[0], model.head.weight.device, 0
     for i in range(0, len(rows), batch_size):
         batch, last = pack_ends(token_rows[i:i + batch_size])
         raw = model(batch.tokens.to(device), last.to(device), batch.positions.to(device), batch.mask.to(device)).cpu()
         _, correct, known = compare(raw, batch.pairs, batch.better)
         terms = [correct.double() * known, known.double()]
         if on_world:
-            r = torch.cat([toy.scores(row.prompt.removesuffix("\n"), row.responses)[:, columns]
+            r = torch.cat([toy.scores(row.prompt.removesuffix("\n"), row.responses, dims)
                            for row in rows[i:i + batch_size]])                        # (R, m)
             first, second = batch.pairs.T
             p = torch.sigmoid(r[first] - r[second])                                   # (P, m): the first is better
