@@ -29,6 +29,7 @@ from fronts.objective import NATS, same_objective
 from fronts.pictures import draw_comparison, draw_evolution, draw_fronts, draw_histograms
 from fronts.stationarity import stationarity
 from fronts.tables import shown, table
+from runs.directory import close_run, end_training
 from runs.files import UserError, read_json, write_json
 from runs.flags import check_valid, flag, run_main
 from runs.processes import pick_device
@@ -100,6 +101,16 @@ def main(flags):
               f"gain share: gain in λ·scores divided by the largest possible gain at the same KL; picture: "
               f"{out / 'compare.png'}")
     return results
+
+
+def finish(out, what, flags, device, dtype, processes=1):
+    """Ends a run whose models are trained: sums up its speed, evaluates it, and then nothing is left to resume. Called by
+    training scripts. what: what was trained, for a line   flags: the run's   Returns the run directory."""
+    end_training(out, what, device, dtype, processes)
+    if flags.eval:
+        main(Flags(runs=[str(out)], device=flags.device))
+    close_run(out)
+    return out
 
 
 def check(flags, runs):

@@ -30,7 +30,7 @@ from data.sources import check_preferences, preference_rows
 from data.tokenizers import tokenize
 from data.trees import batch_logprobs
 from objectives import dpo_loss, ipo_loss, losses_on_pairs
-from runs.directory import close_run, end_training, models_left, open_run, steps_each
+from runs.directory import models_left, open_run, steps_each
 from runs.files import UserError
 from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, RunFlags, flag, run_main
 from runs.loop import Run, adamw, add_adapter
@@ -140,11 +140,7 @@ def main(flags):
     if rank > 0:
         return out
     del model, reference
-    end_training(out, f"{len(models)} adapter(s) of {steps} steps", device, dtype, processes)
-    if flags.eval:
-        eval_front.main(eval_front.Flags(runs=[str(out)], device=flags.device))
-    close_run(out)
-    return out
+    return eval_front.finish(out, f"{len(models)} adapter(s) of {steps} steps", flags, device, dtype, processes)
 
 
 def check(flags, processes):

@@ -40,7 +40,7 @@ from fronts.selection import select_high_quality
 from fronts.tables import shown, table
 from model import generate
 from objectives import sft_loss
-from runs.directory import close_run, end_training, open_run
+from runs.directory import open_run
 from runs.files import UserError, write_json, write_whole
 from runs.flags import AdapterFlags, BaseFlags, RewardFlags, RunFlags, flag, run_main
 from runs.loop import Log, Run, adamw, add_adapter
@@ -175,11 +175,8 @@ def main(flags):
                 train(model, out, stage, member, g, lams, pool.tokens, near[g], rewards.dims, flags, resume, device)
                 resume = None
     del model
-    end_training(out, f"{G} adapter(s) of {flags.steps}{f' + {flags.steps2}' * flags.stage2} steps", device, dtype)
-    if flags.eval:
-        eval_front.main(eval_front.Flags(runs=[str(out)], device=flags.device))
-    close_run(out)
-    return out
+    steps = f"{flags.steps} + {flags.steps2}" if flags.stage2 else flags.steps
+    return eval_front.finish(out, f"{G} adapter(s) of {steps} steps", flags, device, dtype)
 
 
 def preferences(flags, dims):

@@ -41,7 +41,7 @@ from data.trees import TreeBatch, batch_logprobs, pack, path_logprobs, predictin
 from model import generate
 from objectives import gae, kl_penalized_rewards, noon, ppo_policy_loss, ppo_value_loss, sft_loss
 from ops.heads import Critic
-from runs.directory import close_run, end_training, models_left, open_run, steps_each
+from runs.directory import models_left, open_run, steps_each
 from runs.files import UserError
 from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, RewardFlags, RunFlags, flag, run_main
 from runs.loop import Run, adamw, add_adapter
@@ -342,11 +342,7 @@ def main(flags):
         rewards=rewards.description(), prompts=flags.prompts)
     for i, (name, lam), state in models_left(models, resume):
         train(model, out, name, lam, prompts, rows, weights, rewards, tokenizer, flags, steps, i, state, device)
-    end_training(out, f"{len(models)} adapter(s) of {steps} steps", device, dtype)
-    if flags.eval:
-        eval_front.main(eval_front.Flags(runs=[str(out)], device=flags.device))
-    close_run(out)
-    return out
+    return eval_front.finish(out, f"{len(models)} adapter(s) of {steps} steps", flags, device, dtype)
 
 
 def check(flags):

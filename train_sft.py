@@ -32,7 +32,7 @@ from data.tokenizers import tokenize
 from data.trees import batch_logprobs
 from fronts.objective import sft_ideal
 from objectives import sft_loss
-from runs.directory import close_run, end_training, models_left, open_run, steps_each
+from runs.directory import models_left, open_run, steps_each
 from runs.files import UserError
 from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, RunFlags, flag, run_main
 from runs.loop import Run, adamw, add_adapter
@@ -120,11 +120,7 @@ def main(flags):
     for i, (name, lam), state in models_left(models, resume):
         train(model, out, name, lam, rows, kinds, scale, ideal, dims, flags, steps, i, state, device)
     del model
-    end_training(out, f"{len(models)} adapter(s) of {steps} steps", device, dtype)
-    if flags.eval:
-        eval_front.main(eval_front.Flags(runs=[str(out)], device=flags.device))
-    close_run(out)
-    return out
+    return eval_front.finish(out, f"{len(models)} adapter(s) of {steps} steps", flags, device, dtype)
 
 
 def check(flags):
