@@ -104,8 +104,8 @@ def main(flags):
 
 
 def finish(out, what, flags, device, dtype, processes=1):
-    """Ends a run whose models are trained: sums up its speed, evaluates it, and then nothing is left to resume. Called by
-    training scripts. what: what was trained, for a line   flags: the run's   Returns the run directory."""
+    """Ends a run whose models are trained: sums up its speed, evaluates it, and then nothing is left to resume.
+    Training scripts call it. what: what was trained, for one line   flags: the run's   Returns the run directory."""
     end_training(out, what, device, dtype, processes)
     if flags.eval:
         main(Flags(runs=[str(out)], device=flags.device))

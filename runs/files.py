@@ -37,7 +37,7 @@ def write_json(path, value):
 def read_json(path):
     """Reads a JSON file. Raises UserError where there is none or it does not parse."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as e:

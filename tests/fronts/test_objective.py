@@ -160,7 +160,7 @@ def test_a_run_of_an_older_version_is_refused(tmp_path):
         run_config(tmp_path)
 
 
-TEXT, TOY, FOUR = ["happy", "sad"], ["helpful", "harmless"], ["helpful", "harmless", "warm", "curious"]
+TEXT, TOY, FOUR = ["happy", "dialogue"], ["helpful", "harmless"], ["helpful", "harmless", "warm", "curious"]
 
 
 @pytest.mark.parametrize("name, names, dims, files, exact, held_out", [

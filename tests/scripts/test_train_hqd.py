@@ -268,10 +268,10 @@ def test_an_offline_set_of_one_s_own(work, capsys):
 # ---- bad input ----
 
 BAD = {
-    "data without a base": (dict(data=["x.jsonl"], rewards=["sad", "length"]), "--data needs --init and --rewards"),
+    "data without a base": (dict(data=["x.jsonl"], rewards=["happy", "length"]), "--data needs --init and --rewards"),
     "data without rewards": (dict(data=["x.jsonl"], init=BASE), "--data needs --init and --rewards"),
-    "a base without data": (dict(init="elsewhere", rewards=["sad", "length"]), "--init needs --data"),
-    "no such file": (dict(data=["nowhere.jsonl"], init=BASE, rewards=["sad", "length"]),
+    "a base without data": (dict(init="elsewhere", rewards=["happy", "length"]), "--init needs --data"),
+    "no such file": (dict(data=["nowhere.jsonl"], init=BASE, rewards=["happy", "length"]),
                      "nowhere.jsonl: cannot be read"),
     "one dimension": (dict(pref_dim=1), "at least 2 dimensions"),
     "one reward": (dict(rewards=["length"]), "name two rewards"),

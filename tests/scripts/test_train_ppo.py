@@ -360,9 +360,9 @@ def test_text_rewards_on_stories(work, capsys, monkeypatch):
 # ---- bad input ----
 
 BAD = {
-    "prompts without a base": (dict(prompts=["x.txt"], rewards=["sad", "length"]), "--prompts needs --init"),
+    "prompts without a base": (dict(prompts=["x.txt"], rewards=["happy", "length"]), "--prompts needs --init"),
     "prompts without rewards": (dict(prompts=["x.txt"], init=BASE), "needs --init and --rewards"),
-    "a base without prompts": (dict(init="elsewhere", rewards=["sad", "length"]), "--init needs --prompts"),
+    "a base without prompts": (dict(init="elsewhere", rewards=["happy", "length"]), "--init needs --prompts"),
     "lam off the simplex": (dict(method="dps", lam=[0.7, 0.7]), "sums to 1"),
     "lam of the wrong length": (dict(method="dps", lam=[0.5, 0.3, 0.2]), "--lam takes 2 numbers"),
     "lam for panacea": (dict(lam=[0.5, 0.5]), "--lam is the one preference"),
@@ -384,7 +384,7 @@ BAD = {
     "too few steps": (dict(method="dps", steps=10), "shared by 11 models"),
     "no β": (dict(kl_coeff=0.0), "--kl_coeff 0.0: must be positive"),
     "gae_lambda": (dict(gae_lambda=1.5), "--gae_lambda 1.5: must be between 0 and 1"),
-    "no such file": (dict(prompts=["nowhere.txt"], init=BASE, rewards=["sad", "length"]),
+    "no such file": (dict(prompts=["nowhere.txt"], init=BASE, rewards=["happy", "length"]),
                      "nowhere.txt: cannot be read"),
     "a directory of something else": (dict(out=BASE), "holds no run of train_ppo.py"),
     "too few prompts to hold out": (dict(prompts=["few.jsonl"], init=BASE, rewards=["length", "narrative"]),
