@@ -36,6 +36,7 @@ def test_the_numbers_tell_what_they_should(pages):
     assert abs(abs(s) - walkthrough.FLAGS.lr) < 1e-6                               # AdamW's first step
     last = re.search(r"last m of d +\(2, 2\)  \[\[(.+)\], \[(.+)\]\]", text)
     rows = [[float(x) for x in row.split(", ")] for row in last.groups()]
-    assert all(abs(d - s * lam) < 1e-6 for row, lams in zip(rows, ((0.3, 0.7), (1.0, 0.0))) for d, lam in zip(row, lams))
+    preferences = ((0.3, 0.7), (1.0, 0.0))
+    assert all(abs(d - s * lam) < 1e-6 for row, lams in zip(rows, preferences) for d, lam in zip(row, lams))
     before, after = (float(x) for x in re.findall(r"objective +\(\)  \[(.+)\]", text))
     assert after < before - 0.01
