@@ -107,7 +107,7 @@ def main(flags):
     device, dtype = pick_device(flags.device, flags.precision)
     rank, processes, device = init_distributed(device)
     given, on_world = replace(flags), flags.data is None               # given: before defaults are filled in
-    flags.lams_per_step = flags.lams_per_step or (8 if flags.aggregate == "ls" else 1)
+    flags.lams_per_step = flags.lams_per_step or (math.gcd(8, flags.batch_size) if flags.aggregate == "ls" else 1)
     flags.beta = flags.beta or (1.0 if on_world else 0.1)
     check(flags, processes)
     print(f"device: {device}, {processes} process(es), base in {dtype}, matrix products at up to "

@@ -9,9 +9,9 @@
 m: dimensions   X: prompts per step, each with --samples responses   R: responses (--batch_size), R' of a minibatch
 L: tokens of the longest   β: --kl_coeff   lam: (X, m), one λ per prompt, fixed from the rollout through all its updates
 r: (R, m) rewards, normalised by the mean and the standard deviation that they have under the reference policy
-A: (R', L, n) advantages. n = m for linear scalarisation, PAMA and MGDA: one critic head per dimension. Each dimension's
-token rewards contain −β KL; Σ λ_i = 1, so their weighted sum contains it once, and since GAE is linear, A_λ = Σ λ_i A_i
-is the advantage of Σ λ_i r_i − β KL. Tchebycheff is not linear: n = 1, for its own reward.
+A: (R', L, n) advantages. n = m for linear scalarisation, PAMA and MGDA: one critic head per dimension, and every head's
+token rewards have the full KL penalty. The weights λ_i sum to 1 and GAE is linear, so A_λ = Σ λ_i A_i is the advantage
+of Σ λ_i r_i − β KL, with the penalty once. Tchebycheff is not linear: n = 1, for its own reward.
 The reference is the same model with the adapter off. A killed run continues from its last checkpoint, bit for bit.
 """
 from dataclasses import dataclass, replace
@@ -143,13 +143,13 @@ def train(model, out, name, fixed_lam, prompts, rows, weights, rewards, tokenize
             set_lam(lam[e.index])
             logp = path_logprobs(model, e.batch)                                      # (R', L)
             first_ratio = first_ratio or (logp - e.old).abs().max().exp().item()      # 1: the numbers of observe()
-            loss, policy = policy_loss(e, logp, run, flags)
+            loss, figures = policy_loss(e, logp, run, flags)                          # figures: for the log
             if own:                                                                   # --ptx_coeff: SFT beside PPO
                 ptx = ptx_loss(model, [own[x] for x in e.index], run, device)
                 loss = flags.ptx_coeff * ptx + (0 if loss is None else loss)
             run.update(loss)
         value_loss = update_critic(critic, critic_optimizer, parts * flags.critic_iters, flags)
-        log(run, parts, raw, r, r_lam, lam, responses, finished, policy, flags, first_ratio=first_ratio,
+        log(run, parts, raw, r, r_lam, lam, responses, finished, flags, **figures, first_ratio=first_ratio,
             value_loss=value_loss, ptx=0.0 if ptx is None else ptx.item())
     save_adapter(model, out / f"{name}.safetensors", rewards.dims, method=flags.method, beta=flags.kl_coeff,
                  lam=None if fixed_lam is None else fixed_lam.tolist())
@@ -292,7 +292,7 @@ def explained_variance(parts):
     return torch.where(spread > 1e-9, 1 - missed / spread.clamp(min=1e-9), 0.0).mean().item()
 
 
-def log(run, parts, raw, r, r_lam, lam, responses, finished, policy, flags, **figures):
+def log(run, parts, raw, r, r_lam, lam, responses, finished, flags, **figures):
     """The record of a step (docs/metrics.md)."""
     n, lengths = len(responses), [len(y) for y in responses]
     kl = sum(((e.old - e.ref) * e.mask).sum().item() for e in parts) / n
@@ -302,7 +302,7 @@ def log(run, parts, raw, r, r_lam, lam, responses, finished, policy, flags, **fi
             rewards=raw.mean(0).tolist(), normalised=r.mean(0).tolist(), kl=kl,
             objective=r_lam.mean().item() - flags.kl_coeff * kl, explained_variance=explained_variance(parts),
             ideal=run.kept["ideal"], lam=lam.tolist(), length=sum(lengths) / n, finished=sum(finished) / n,
-            collapsed=sum(map(collapsed, responses)) / n, **policy, **figures)
+            collapsed=sum(map(collapsed, responses)) / n, **figures)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

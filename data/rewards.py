@@ -158,7 +158,7 @@ def load_reward_model(path, policy=None, device="cpu"):
     """The rewards of a finished run directory of train_reward.py -> (rewards, dims).
 
     rewards(prompts, responses, finished) -> (R, m) fp32 on the CPU: reward_scale_i · (raw_i − mean_i) / std_i, columns
-    as dims. Prompts are whole model inputs, as data.preferences.Row has them (the embedded world's end in a line break,
+    as dims. Prompts are whole model inputs, as data.files.Row has them (the embedded world's end in a line break,
     the others' in "Assistant:"); responses are without EOS, finished says whether it followed.
     policy: a Transformer, with or without an adapter. Where its base is the reward model's own, that base is used, its
     weights frozen and its adapter left alone: there is no second copy of it, and `device` is the policy's. Else the

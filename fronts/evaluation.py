@@ -2,8 +2,9 @@
 
 F: preferences   m: dimensions   lams: (F, m)   points: (F, m) what is reached at each, larger is better
 A *share* is what a run reaches, divided by what is possible. hypervolume_share: its hypervolume, divided by the exact
-front's; at most 1, but for preferences at which the exact front was not computed. objective_share: the gain of its
-aggregated objective over the base's, divided by the optimum's gain; at most 1, and below 0 if the run is worse.
+front's; by linear scalarisation at most 1, up to discretisation (docs/metrics.md: Tchebycheff's may exceed it).
+objective_share: the gain of its aggregated objective over the base's, divided by the optimum's gain; at most 1, and
+below 0 if the run is worse.
 """
 from dataclasses import replace
 
@@ -122,7 +123,7 @@ def objective_share(J, base, best, lams, aggregate, z):
     """The gain of a run's aggregated objective over the base's, divided by the optimum's gain: the mean over lams.
 
     J, best (F, m): what the run and the optimal policies reach; base (m,); lams (F, m). Linear scalarisation:
-    Σ λ_i J_i, Eq. (6); Tchebycheff: −max λ_i (−J_i − z_i), Eq. (7), (15), (16). Preferences for which the base is
+    Σ λ_i J_i, Eq. (6); Tchebycheff: −max λ_i (−J_i − ideal_i), Eq. (7), (15), (16). Preferences for which the base is
     optimal already do not count; None where it is for all.
     """
     lams, (J, base, best) = torch.tensor(lams), (torch.tensor(x) for x in (J, base, best))

@@ -61,7 +61,7 @@ class BaseFlags:
 class AdapterFlags:
     """How the adapter learns (Panacea's Tables 1 and 2, where they name it)."""
 
-    lora_dim: int = flag(8, "k, the learned rank; the whole rank is k + m, and k + 1 where λ is no input", 1)
+    lora_dim: int = flag(8, "k, the learned rank; the whole rank is k + m; of baselines k + 1, of reward models k", 1)
     lora_scaling: float = flag(512.0, "the adapter's gain is lora_scaling / lora_dim", "positive")
     lr: float | None = flag(None, "peak learning rate, then a cosine to 0 "
                                   "(default 2e-3 on the embedded world; else 2e-4, 1e-3 below width 512)", "positive")
@@ -83,9 +83,11 @@ class PreferenceFlags:
         "panacea", "Panacea; rewarded soups: one model per dimension; discrete policy solutions: one per preference")
     aggregate: Literal["ls", "tche"] = flag("ls", "linear scalarisation or Tchebycheff")
     ideal: list[float] | None = flag(None, "Tchebycheff: the lowest loss that each dimension can reach, −z of Eq. (7); "
-                                           "RLHF: the highest reward, z (default: known on the embedded world, else 0)")
-    lams_per_step: int | None = flag(None, "G: preferences per step, each with its share of the batch; 1 is the "
-                                           "paper's (default 8 for ls; 1 for tche, whose maximum is of batch means)", 1)
+                                           "RLHF: the highest reward, z (default: known on the embedded world; else 0, "
+                                           "and in RLHF the highest reward so far)")
+    lams_per_step: int | None = flag(None, "G: preferences per step, each with its part of the batch; 1 is the paper's "
+                                           "(default for ls the greatest common divisor of 8 and batch_size; 1 for tche, "
+                                           "whose maximum is of batch means)", 1)
     vertex_share: float = flag(0.25, "share of the preferences that are vertices of the simplex; the others are drawn "
                                      "evenly from it", "share")
     dps_parts: int = flag(10, "dps: the simplex is cut into so many parts; m = 2: parts + 1 models", 1)

@@ -129,8 +129,8 @@ class Run:
         """Backward pass; after the last micro-batch gradients are summed over processes, clipped, and the optimizer
         takes its step. Raises UserError where the loss or the gradient is not finite, before anything is changed.
 
-        loss: its gradients are those of this micro-batch's and this process's rows alone, so they add up; None: the
-        gradients are there already. penalty: a term without rows, of which each of them takes its share.
+        loss: of this micro-batch's rows on this process alone; gradients are added up afterwards. None: .grad is filled
+        already (MGDA). penalty: a term without rows; every micro-batch and process takes its part of it.
         """
         rank, processes = ranks()
         if loss is not None:
