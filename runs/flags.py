@@ -86,7 +86,7 @@ class PreferenceFlags:
                                            "RLHF: the highest reward, z (default: known on the embedded world; else 0, "
                                            "and in RLHF the highest reward so far)")
     lams_per_step: int | None = flag(None, "G: preferences per step, each with its part of the batch; 1 is the paper's "
-                                           "(default for ls the greatest common divisor of batch_size and 8; for tche 1: "
+                                           "(default for ls the greatest divisor of batch_size and of 8; for tche 1: "
                                            "its maximum is of batch means)", 1)
     vertex_share: float = flag(0.25, "share of the preferences that are vertices of the simplex; the others are drawn "
                                      "evenly from it", "share")
