@@ -77,7 +77,31 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, RewardFlags):
         None, "… and in stage 2 (default a quarter: the paper's 200 learn 50 pairs by heart)", 1)
 
 
-def train(model, out, stage, member, g, lams, rows, near, dims, flags, resume, device):
+def train(model, out, lams, pool, rewards, tokens_of, tokenizer, flags, resume, device):
+    """The algorithm: both stages for all G preferences. Writes an adapter for each, and what it selected."""
+    selection, G = {}, len(lams)
+    for stage in (1, 2) if flags.stage2 else (1,):
+        # 1. the pool: in stage 1 the offline set, in stage 2 what the representatives' stage-1 models answer
+        if stage == 2:
+            said = answers(model, out, lams, pool, rewards, tokens_of, tokenizer,
+                           resume is not None and resume["member"] >= G, flags)
+            pool, about = pool_of_answers(said, lams, rewards, tokens_of, flags)
+
+        # 2. the pairs of its first layers that are nearest to each preference's ray; in stage 2 half as many
+        near, selection[f"stage {stage}"] = select(pool, lams, stage, rewards.dims, flags)         # (G, k)
+        if stage == 2:
+            selection["stage 2"]["representatives"] = about
+        write_json(out / "selection.json", selection)
+
+        # 3. plain SFT, one adapter after the other; a resumed run passes over those that are done
+        for g in range(G):
+            member = (stage - 1) * G + g
+            if resume is None or resume["member"] <= member:
+                fine_tune(model, out, stage, member, g, lams, pool.tokens, near[g], rewards.dims, flags, resume, device)
+                resume = None
+
+
+def fine_tune(model, out, stage, member, g, lams, rows, near, dims, flags, resume, device):
     """Plain SFT of the adapter of preference g on the pairs `near` of the rows. member: the number of this training
     among those of the run. Stage 2 goes on where stage 1 ended."""
     steps = flags.steps if stage == 1 else flags.steps2
@@ -159,24 +183,10 @@ def main(flags):
         base, tokenizer_name, "hqd", label=label, models=len(lams), rewards=rewards.description(),
         objective={"name": "scores", "beta": 0.0, "aggregate": "ls", "ideal": None}, prompts=flags.data, cut=cut,
         dropped=dropped)
-    selection, G = {}, len(lams)
-    for stage in (1, 2) if flags.stage2 else (1,):
-        if stage == 2:
-            said = answers(model, out, lams, pool, rewards, tokens_of, tokenizer,
-                           resume is not None and resume["member"] >= G, flags)
-            pool, about = pool_of_answers(said, lams, rewards, tokens_of, flags)
-        near, selection[f"stage {stage}"] = select(pool, lams, stage, rewards.dims, flags)         # (G, k)
-        if stage == 2:
-            selection["stage 2"]["representatives"] = about
-        write_json(out / "selection.json", selection)
-        for g in range(G):
-            member = (stage - 1) * G + g
-            if resume is None or resume["member"] <= member:
-                train(model, out, stage, member, g, lams, pool.tokens, near[g], rewards.dims, flags, resume, device)
-                resume = None
+    train(model, out, lams, pool, rewards, tokens_of, tokenizer, flags, resume, device)
     del model
     steps = f"{flags.steps} + {flags.steps2}" if flags.stage2 else flags.steps
-    return eval_front.finish(out, f"{G} adapter(s) of {steps} steps", flags, device, dtype)
+    return eval_front.finish(out, f"{len(lams)} adapter(s) of {steps} steps", flags, device, dtype)
 
 
 def preferences(flags, dims):
