@@ -11,10 +11,11 @@ Mistral = Llama.  Qwen2 = Llama with biases on q, k, v.
 Weights are read from and written to Hugging Face directories (config.json + *.safetensors). The rotary layout is
 theirs: the two halves of a head are rotated against each other, not neighbouring pairs (Meta's original layout).
 
-A new family needs, all of it in this file: a line in the table above; where it computes something new, a switch in
-Config and its branch in Norm, Attention, MLP or Transformer.forward (one product may stand in the place of
-Attention.project and MLP.inner: generation.fast_copy); its names on disk in _HF_NAMES and in Config.family, if they are
-neither GPT-2's nor Llama's; its config.json in config_from_hf and config_to_hf. Then a test like test_golden_forward.
+A new family needs in this file (elsewhere: CONTRIBUTING.md): a line in the table above; where it computes something
+new, a switch in Config and its branch in Norm, Attention, MLP or Transformer.forward (one product may stand in the
+place of Attention.project and MLP.inner: generation.fast_copy); its names on disk in _HF_NAMES and in Config.family, if
+they are neither GPT-2's nor Llama's; its config.json in config_from_hf and config_to_hf. Then a test like
+test_golden_forward.
 """
 import json
 import math

@@ -230,7 +230,8 @@ def select(pool, lams, stage, dims, flags):
     """near (G, k): which pairs of the pool each preference trains on, a list of lists; and what there is to know of
     them, for selection.json."""
     k = flags.near if stage == 1 else max(1, flags.near // 2)
-    try:        # layers until they hold 3 k pairs: more would bring in poor pairs that happen to lie near the ray
+    try:
+        # layers until they hold 3 · --near pairs, in both stages: more would bring in poor ones that lie near the ray
         chosen = select_high_quality(pool.scores.numpy(), lams.numpy(), k, 3 * flags.near, rule=flags.select)
     except ValueError as e:                                            # a reward that does not vary, or is no number
         raise UserError(f"stage {stage}, {len(pool.rows)} pairs for {' '.join(dims)}: {e}") from None
@@ -257,7 +258,7 @@ def representatives(lams):
 @torch.no_grad()
 def answers(model, out, lams, pool, rewards, tokens_of, tokenizer, resumed, flags):
     """What the representatives' stage-1 models answer to prompts of the offline set: a list of dicts, and
-    generated.jsonl, which a run that was killed in stage 2 reads again (`resumed`)."""
+    generated.jsonl, which is read again by a run that was killed after stage 2's first checkpoint (`resumed`)."""
     file = out / "generated.jsonl"
     if resumed and file.exists():
         return [json.loads(line) for line in file.read_text().splitlines()]

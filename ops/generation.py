@@ -2,7 +2,8 @@
 
 B: rows that still continue   T: tokens in this call   M: slots of the KV cache   V: vocabulary   H: query heads
 K: key/value heads   C: head_dim   r: rank of an adapter
-In the SVD-LoRA factors V: (d_in, r)   d: gain · cat(σ, s·λ), (r,) or (B, 1, r)   U: (d_out, r), Ut its transpose
+In the SVD-LoRA factors V: (d_in, r)   d: gain · cat(σ, s·λ), (r,) or (B, 1, r); svd_lora.py's d is without the gain
+U: (d_out, r), Ut its transpose
 
 Where λ enters: fast_copy asks every SVDLoRALinear for its factors, once per call of generate(), and FastLinear
 multiplies with them. So λ must be set before the call, and a change of λ during the call has no effect.
