@@ -40,8 +40,8 @@ from fronts.selection import select_high_quality
 from fronts.tables import shown, table
 from model import generate
 from objectives import sft_loss
-from runs.directory import open_run
-from runs.files import UserError, write_json, write_whole
+from runs.directory import models_left, open_run
+from runs.files import UserError, write_json, write_jsonl
 from runs.flags import AdapterFlags, BaseFlags, RewardFlags, RunFlags, flag, run_main
 from runs.loop import Log, Run, adamw, add_adapter
 from runs.processes import pick_device
@@ -94,11 +94,8 @@ def train(model, out, lams, pool, rewards, tokens_of, tokenizer, flags, resume, 
         write_json(out / "selection.json", selection)
 
         # 3. plain SFT, one adapter after the other; a resumed run passes over those that are done
-        for g in range(G):
-            member = (stage - 1) * G + g
-            if resume is None or resume["member"] <= member:
-                fine_tune(model, out, stage, member, g, lams, pool.tokens, near[g], rewards.dims, flags, resume, device)
-                resume = None
+        for member, g, state in models_left(range(G), resume, first=(stage - 1) * G):
+            fine_tune(model, out, stage, member, g, lams, pool.tokens, near[g], rewards.dims, flags, state, device)
 
 
 def fine_tune(model, out, stage, member, g, lams, rows, near, dims, flags, resume, device):
@@ -277,7 +274,7 @@ def answers(model, out, lams, pool, rewards, tokens_of, tokenizer, resumed, flag
             said += [{"adapter": g, "prompt": x, "response": text, "ended": end, "collapsed": collapsed(y)}
                      for x, y, text, end in zip(prompts[i:], new, *spoken(new, tokenizer))]
             tokens, read = tokens + sum(map(len, new)), read + sum(map(len, part))
-    write_whole(file, lambda f: Path(f).write_text("".join(json.dumps(line) + "\n" for line in said)))
+    write_jsonl(file, said)
     log, seconds = Log(out / "metrics.jsonl", 1, desc="answers"), time.time() - t0
     log.step({"step": 0, "member": len(lams), "stage": 2, "tokens": tokens,
               "flops": model_flops(model.config, tokens + read, tokens, base=2),

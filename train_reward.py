@@ -15,7 +15,6 @@ responses are packed as a token tree (data/trees.py), so each is computed once, 
 Only differences of raw rewards mean anything. What is used is reward_scale_i · (raw_i − mean_i) / std_i, with mean and
 standard deviation over responses that the frozen base gives to training prompts, stored in reward.json.
 """
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from model import generate
 from objectives import bradley_terry_loss
 from ops.heads import RewardModel
 from runs.directory import close_run, end_training, open_run
-from runs.files import UserError, write_json, write_whole
+from runs.files import UserError, write_json, write_jsonl, write_whole
 from runs.flags import AdapterFlags, BaseFlags, RunFlags, flag, run_main
 from runs.loop import Run, adamw
 from runs.processes import pick_device
@@ -134,7 +133,7 @@ def main(flags):
         report |= held_out_accuracy(model, held_out, dims, tokenizer, max_length, flags.batch_size, on_world)
     # mean and standard deviation on reference responses, by the same route that rewards take ever after: from texts
     samples = reference_samples(backbone, rows, tokenizer, max_length, flags)
-    write_whole(out / "reference.jsonl", lambda f: Path(f).write_text("".join(json.dumps(s) + "\n" for s in samples)))
+    write_jsonl(out / "reference.jsonl", samples)
     raw = raw_rewards(model, tokenizer, max_length, *([s[key] for s in samples] for key in samples[0]))
     if not (raw.std(0, correction=0) > 1e-6).all():
         raise UserError("a dimension's reward is the same on all reference responses: nothing was learned; "

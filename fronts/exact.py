@@ -17,9 +17,9 @@ def exact_front(lams, row, world, o):
     lams: (F, m)   world: measure.World after reference()   o["everything"]: all other texts count as one more response
     Returns a dict: lams; J (F, m); ideal and nadir (m,), the best and the worst J_i on the front that gives the scale,
     which is that of linear scalarisation where the objective names no other; points (F, m), J with ideal at 1 and
-    nadir at 0; their hypervolume; scores (F, m), the mean scores of the optimal policies; z (m,), the
-    losses that Tchebycheff aims at, or None; residual: what the solver left of
-    a gradient or a duality gap, checked to be 0 but for rounding.
+    nadir at 0; their hypervolume; scores (F, m), the mean scores of the optimal policies; z (m,), the losses that
+    Tchebycheff aims at, or None; residual: what the solver left of a gradient or a duality gap, checked to be 0 but for
+    rounding.
     """
     z = row.least and (o["ideal"] or row.least(world))
     o = o | ({"ideal": z} if z else {})

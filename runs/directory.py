@@ -85,13 +85,13 @@ def steps_each(flags, models):
     return flags.steps // len(models)
 
 
-def models_left(models, resume):
-    """Yields (number, the model's (name, λ), the state to resume from or None) for those models of a run that are still
-    to be trained. models: as aggregate.models_of has them   resume: what prepare_run returned"""
-    for i, model in enumerate(models):
-        if resume is None or resume["member"] <= i:
-            yield i, model, resume
-            resume = None
+def models_left(models, resume, first=0):
+    """Yields (number, model, the state to resume from or None) for those models of a run that are still to be trained.
+    models: a list of anything   resume: what prepare_run returned   first: the number of models[0] in the run"""
+    killed = resume["member"] if resume else first                     # the model that was being trained
+    for i, model in enumerate(models, first):
+        if i >= killed:
+            yield i, model, resume if i == killed else None
 
 
 def end_training(out, what, device, dtype, processes=1):

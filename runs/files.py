@@ -34,6 +34,11 @@ def write_json(path, value):
     write_whole(path, lambda f: Path(f).write_text(text + "\n"))
 
 
+def write_jsonl(path, records):
+    """Writes records as JSONL, one a line, whole or not at all."""
+    write_whole(path, lambda f: Path(f).write_text("".join(json.dumps(record) + "\n" for record in records)))
+
+
 def read_json(path):
     """Reads a JSON file. Raises UserError where there is none or it does not parse."""
     try:

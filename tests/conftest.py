@@ -14,12 +14,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from small import SHAPES
+
 from model import Config, Transformer
 
 SHARED = Path(__file__).parents[2] / "shared"
-SHAPES = {"gpt2": dict(),
-          "llama": dict(n_kv_head=2, d_ff=48, norm="rmsnorm", positions="rotary", activation="swiglu", qkv_bias=False,
-                        out_bias=False, tied=False)}
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small import TOKENS, adapted
 
 from model import Transformer
 from runs.files import UserError
@@ -28,19 +29,7 @@ from svd_lora import (
 )
 
 LAMS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.3, 0.7]]
-TOKENS = torch.randint(0, 61, (4, 9), generator=torch.Generator().manual_seed(5))
 families = pytest.mark.parametrize("family", ["gpt2", "llama"])
-
-
-def adapted(model, k=4, m=2, seed=1, **more):
-    """The model with a trained-looking adapter: U, V as injected, sigma and s random."""
-    generator = torch.Generator().manual_seed(seed)
-    inject_svd_lora(model, k, m, generator=generator, **more)
-    with torch.no_grad():
-        for layer in svd_lora_layers(model).values():
-            layer.sigma.normal_(0, 0.5, generator=generator)
-            layer.s.normal_(0, 1.0, generator=generator)
-    return model
 
 
 def at(model, lam, tokens=TOKENS):

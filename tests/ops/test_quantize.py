@@ -1,12 +1,15 @@
 """test_quantize.py - codes and scales by hand and by brute force, quantised models beside dense ones, what is kept."""
 import math
 import weakref
+from functools import partial
 
 import pytest
+import small
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from small import TOKENS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fronts.measure import policies
@@ -33,7 +36,7 @@ PUBLISHED = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.3949174880981445
              -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
              0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
 SHAPES = [(5, 64), (3, 7), (4, 65), (2, 129), (1, 1), (6, 192), (3, 126)]             # odd; no multiple of a group
-TOKENS = torch.randint(0, 61, (4, 9), generator=torch.Generator().manual_seed(5))
+adapted = partial(small.adapted, sigma=0.05, s=0.05)                               # small: quantised or not is seen
 kinds = pytest.mark.parametrize("kind", KINDS)
 families = pytest.mark.parametrize("family", ["gpt2", "llama"])
 shapes = pytest.mark.parametrize("shape", SHAPES)
@@ -63,17 +66,6 @@ def pair(tiny, tmp_path):
         plain.load_state_dict(dense_state_dict(model))
         return model, plain
     return build
-
-
-def adapted(model, k=4, m=2, seed=1):
-    """The model with a trained-looking adapter: sigma and s are random."""
-    generator = torch.Generator().manual_seed(seed)
-    inject_svd_lora(model, k, m, generator=generator)
-    with torch.no_grad():
-        for layer in svd_lora_layers(model).values():
-            layer.sigma.normal_(0, 0.05, generator=generator)
-            layer.s.normal_(0, 0.05, generator=generator)
-    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -291,7 +291,7 @@ def svd_lora_decode(kernels, new):
 def decode_steps(kernels, new):
     """Steps of tiny models with one preference per row, before and after a row is dropped, by the kernels and without.
     The prompts are read by the kernels too in fp32 alone."""
-    from conftest import SHAPES
+    from small import SHAPES
 
     from model import Config, Transformer
     from ops import fused
