@@ -10,8 +10,9 @@ F: preferences   m: dimensions   lams: (F, m)   points: (F, m) what is reached a
 What J is, and what it is measured on, stands in fronts/objective.py, one row per objective. On the embedded world
 (data/toy.py) J is an exact expectation, normalised so that the exact front's best value of a dimension is 1 and its
 worst 0. Elsewhere the points are the accuracy on held-out pairs, the gain in log-likelihood on held-out demonstrations,
-or the normalised mean reward of sampled responses. "share": what is reached, divided by what is possible; fronts/
-evaluation.py defines each.
+or the normalised mean reward of sampled responses.
+"regret": of the way from the base to the optimum, the part that is missing; "share": hypervolume, divided by the exact
+front's; fronts/evaluation.py defines both.
 "outside": outside mass, the probability that a policy gives to texts other than the world's listed responses.
 """
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import numpy as np
 from data import toy
 from fronts.comparison import compare
 from fronts.dominance import nondominated
-from fronts.evaluation import evaluate
+from fronts.evaluation import SPLITS, evaluate
 from fronts.measure import run_config
 from fronts.metrics import hypervolume, inner_product, spacing, sparsity
 from fronts.objective import NATS, same_objective
@@ -46,6 +47,8 @@ class Flags:
     parts: int | None = flag(None, "cut the simplex into so many parts (default 10 for m = 2 and 3; beyond, paths from "
                                    "the centre to the vertices and 100 random preferences instead)", 1)
     out: str = flag("out/compare", "where the comparison of several runs is written")
+    validation: bool = flag(False, "measure on the embedded world's validation prompts, on which everything is tuned; "
+                                   "written beside the other results, into validation/")
     evolution: bool = flag(False, "evaluate every snapshot of the (one) run instead")
     stationarity: bool = flag(False, "RLHF runs on the embedded world, instead: min ‖Σ c_i ∇J_i‖ of their models, and "
                                      "of the base before")
@@ -65,12 +68,13 @@ def main(flags):
     # 1. every run alone: measured; its files and pictures
     results, known = [], {}
     for run in runs:
-        r, samples = evaluate(run, device, known, flags.parts)
+        r, samples = evaluate(run, device, known, flags.parts, splits=("validation",) if flags.validation else SPLITS)
+        into = run / "validation" if flags.validation else run
         if samples:
-            write_json(run / "samples.json", samples)
-            draw_histograms(samples, run / "histograms.png")
-        write_json(run / "front.json", r)
-        draw_fronts([r], run / "front.png")
+            write_json(into / "samples.json", samples)
+            draw_histograms(samples, into / "histograms.png")
+        write_json(into / "front.json", r)
+        draw_fronts([r], into / "front.png")
         results.append(r)
 
     # 2. the tables
@@ -79,10 +83,14 @@ def main(flags):
         print(front_table(first))
     print(run_table(results))
     if exact:
+        print(split_table(results))
+        print(f"regret: of the way from the base's aggregated objective to the optimum's, the part that is missing, "
+              f"over all {len(first['lams'])} preferences, and at the worst of them. All other texts count, with the "
+              f"score {toy.OUTSIDE:g}")
+    if exact and exact["at_lams"]["hypervolume_share"]:
         print(f"HV share: hypervolume divided by the exact front's {exact['hypervolume']:.4f} on {len(exact['lams'])} "
-              f"preferences; the exact front itself has, at these {len(first['lams'])}: "
-              f"{exact['share_at_these_lams']:.4f}; all: the share where all other texts count too, with the score "
-              f"{toy.OUTSIDE:g}. J share: the aggregated objective's gain over the base, of the optimum's gain")
+              f"preferences; the optimal policies themselves have, at these {len(first['lams'])}: "
+              f"{exact['at_lams']['hypervolume_share']:.4f}")
     print(f"reference point {first['reference_point']} in {first['points_are']}; pictures: "
           + ", ".join(str(run / "front.png") for run in runs))
 
@@ -135,9 +143,9 @@ def check(flags, runs):
 # Tables.
 
 # head -> key, and how its number is shown; a list is one value per dimension or preference
-COLUMNS = {"what": ("label", str), "J share": ("objective_share", "{:.4f}".format),
+COLUMNS = {"what": ("label", str), "regret": ("regret", "{:.4f}".format), "worst": ("regret_worst", "{:.4f}".format),
            "HV": ("hypervolume", "{:.4f}".format), "HV share": ("hypervolume_share", "{:.4f}".format),
-           "all": ("hypervolume_share_all", "{:.4f}".format),
+           "of these": ("hypervolume_share_at_lams", "{:.4f}".format),
            "IP": ("inner_product", "{:.4f}".format), "sparsity": ("sparsity", "{:.4f}".format),
            "spacing": ("spacing", "{:.4f}".format), "Spearman": ("spearman", lambda x: f"{min(x):.3f}"),
            "KL mean": ("kl", lambda x: f"{np.mean(x):.3f}"), "KL max": ("kl", lambda x: f"{max(x):.3f}"),
@@ -157,6 +165,16 @@ def run_table(runs):
     return table({"run": [Path(r["run"]).name for r in runs]} | {
         head: [say(r[key]) if key in r else "-" for r in runs]
         for head, (key, say) in COLUMNS.items() if any(key in r for r in runs)})
+
+
+def split_table(runs):
+    """One line per run and split of the embedded world's prompts: what fronts/evaluation.py keeps in "splits"."""
+    lines = [(Path(r["run"]).name, split, x) for r in runs for split, x in r["splits"].items()]
+    return table({"run": [run for run, *_ in lines], "prompts": [split for _, split, _ in lines],
+                  "regret": [f"{x['regret']:.4f}" for *_, x in lines],
+                  "worst": [f"{x['regret_worst']:.4f}" for *_, x in lines],
+                  "at λ": [" ".join(f"{v:.2g}" for v in x["worst_lam"]) for *_, x in lines],
+                  "outside": [f"{max(x['outside_mass']):.4f}" for *_, x in lines]})
 
 
 def front_table(r):
@@ -188,7 +206,7 @@ def evolution(run, device, parts):
     for step, file in zip(steps, files + [run / "adapter.safetensors"]):
         r, _ = evaluate(run, device, known, parts, file)
         results.append(r)
-        print(f"step {step:06d} | hypervolume {r['hypervolume']:.4f} | share {r['hypervolume_share']}")
+        print(f"step {step:06d} | hypervolume {r['hypervolume']:.4f} | regret {r['regret']}")
     write_json(run / "evolution.json", {"steps": steps, "fronts": results})
     draw_evolution(steps, results, run / "evolution.png")
     return results

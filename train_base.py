@@ -14,6 +14,7 @@ from data import toy
 from data.tokenizers import load_tokenizer, tokenize
 from data.trees import batch_logprobs, pack
 from fronts.measure import world_batches, world_logprobs
+from fronts.tables import table
 from model import SIZES, Transformer
 from objectives import sft_loss
 from runs.files import UserError, write_json
@@ -78,24 +79,28 @@ def main(flags):
     model = Transformer(config).init_weights(generator_for(flags.seed, "init")).to(device)
     flags.lr = flags.lr or (3e-3 if flags.size == "tiny" else 6e-4)
     matmul_ceiling(device, dtype)                                      # now, while nothing else runs
-    prompts = toy.prompts("train")
+    prompts = toy.prompts("base")
     rows = tokenize([toy.as_row(x, toy.responses(x)) for x in prompts], tokenizer, config.context_length)[0]
     (out / "metrics.jsonl").unlink(missing_ok=True)
     train(model, out, rows, [toy.base_probs(x) for x in prompts], flags, device)
     seconds = report_speed(out, device, dtype)
 
-    # How far the base is from what it was trained on, exactly, on unseen prompts
-    unseen = toy.prompts("eval")
-    logps = world_logprobs(model, world_batches(unseen, tokenizer, device))                           # (prompts, S)
-    target = torch.stack([toy.base_probs(x) for x in unseen])
-    report = {"seconds": seconds, "parameters": sum(p.numel() for p in model.parameters()),
-              "outside_mass": (1 - logps.exp().sum(1)).mean().item(),
-              "kl_data_to_base": (target * (target.log() - logps)).sum(1).mean().item()}
+    # How far the base is from what it was trained on, exactly, also on prompts that it has not seen
+    report = {"seconds": seconds, "parameters": sum(p.numel() for p in model.parameters()), "splits": {}}
+    for split in toy.SPLITS:
+        prompts = toy.prompts(split)
+        logps = world_logprobs(model, world_batches(prompts, tokenizer, device))                      # (prompts, S)
+        target = torch.stack([toy.base_probs(x) for x in prompts])
+        report["splits"][split] = {"kl_data_to_base": (target * (target.log() - logps)).sum(1).mean().item(),
+                                   "outside_mass": (1 - logps.exp().sum(1)).mean().item(),
+                                   "outside_mass_worst": (1 - logps.exp().sum(1)).max().item()}
     model.save_pretrained(out)
     write_json(out / "base.json", {"tokenizer": "toy", "flags": asdict(flags), **report})
-    print(f"base model {out}: {report['parameters'] / 1e6:.2f}M parameters, {seconds:.0f} s; "
-          f"unseen prompts: KL(data || base) {report['kl_data_to_base']:.3f} nats, "
-          f"outside mass {report['outside_mass']:.3f}")
+    print(f"base model {out}: {report['parameters'] / 1e6:.2f}M parameters, {seconds:.0f} s")
+    print(table({"prompts": list(report["splits"])} | {
+        head: [f"{measured[key]:.5f}" for measured in report["splits"].values()] for head, key in
+        (("KL(data || base)", "kl_data_to_base"), ("outside mass", "outside_mass"),
+         ("at worst", "outside_mass_worst"))}))
     return out
 
 

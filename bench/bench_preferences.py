@@ -82,7 +82,7 @@ def main(flags):
         if p.ndim < 2 and p.requires_grad:
             p.data.fill_(1e-3)                                    # a fresh adapter would not tell preferences apart
     lams = simplex_lattice(2, 10).float().to(device)                                  # (11, 2)
-    tasks = [toy.as_row(x, toy.responses(x)[:32]) for x in toy.prompts("eval")[:flags.prompts]]
+    tasks = [toy.as_row(x, toy.responses(x)[:32]) for x in toy.prompts("seen")[:flags.prompts]]
     rows = tokenize(tasks, tokenizer, 10_000)[0]
     one = pack(rows).to(device)
     of_row = lams.repeat_interleave(len(rows), dim=0)                                 # one λ per row

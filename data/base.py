@@ -10,14 +10,18 @@ from model import Transformer
 from runs.files import ROOT, UserError
 from runs.processes import first_alone
 
+SHIPPED = ROOT / "data" / "base"        # made by  python train_base.py --out data/base
+
 
 def find_base(init, size, tokenizer, device):
     """The base model's directory and its tokenizer's name, from the flags --init, --size and --tokenizer.
 
-    Without --init it is the embedded world's own: 125m on a GPU, else tiny; train_base.py makes it if it is not there.
+    Without --init it is the embedded world's own: the tiny one ships with the code, another --size is made by
+    train_base.py if it is not there.
     """
-    size = size or ("125m" if device.type == "cuda" else "tiny")
-    base = init or first_alone(lambda: _world_base(size, str(device)))
+    if init is None and size is None and device.type == "cuda":
+        print("the base model is the tiny one; --size 125m trains one of GPT-2's size")
+    base = init or (str(SHIPPED) if size in (None, "tiny") else first_alone(lambda: _world_base(size, str(device))))
     return base, tokenizer or ("toy" if is_world_base(base) else base)
 
 

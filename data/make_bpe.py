@@ -46,7 +46,7 @@ def _merge(word, left, right):
 
 def world_text():
     """Every prompt of the world and every different listed response, each as the model sees it."""
-    prompts = toy.prompts("train") + toy.prompts("eval")
+    prompts = [prompt for split in toy.SPLITS[1:] for prompt in toy.prompts(split)]
     rows = [toy.as_row(prompt, toy.responses(prompt)) for prompt in prompts]
     return [row.prompt for row in rows] + sorted({text for row in rows for text in row.responses})
 

@@ -23,7 +23,7 @@ def preference_rows(flags, eval_rows=0):
     if flags.data is None:
         dims = toy.choose_dims(flags.dims, flags.pref_dim)
         draw = lambda split, n, g: toy.sample_pairs(split, dims, n, flags.responses, g)
-        held_out = draw("eval", eval_rows, generator_for(0, "eval pairs")) if eval_rows else []
+        held_out = draw("new_verbs", eval_rows, generator_for(0, "eval pairs")) if eval_rows else []
         return draw("train", flags.rows, generator_for(flags.seed, "pairs")), held_out, dims
     rows, dims, dropped = read_preferences(flags.data, flags.dims, flags.pref_dim, flags.seed)
     # read now, so that a bad file is not found after the training

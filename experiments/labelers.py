@@ -25,6 +25,7 @@ from data.tokenizers import load_tokenizer, tokenize
 from data.trees import batch_logprobs
 from fronts import optimum
 from fronts.measure import World, base_of, run_config, world_logprobs
+from fronts.objective import listed_only
 from fronts.pictures import draw_labelers
 from objectives import dpo_loss, losses_on_pairs
 from runs.files import UserError, write_json
@@ -63,20 +64,21 @@ def main(flags):
 
     # 1. one model on the labels of all, pooled: one scalar label per pair
     pooled = train_pooled(model, config, labelers, flags, tokenizer, device)
-    said = {"pooled DPO, trained": world_logprobs(pooled, world.batches).expand(len(labelers), -1, -1)}
+    measured = lambda policy: optimum.with_outside(world_logprobs(policy, world.batches))                # (X, O)
+    said = {"pooled DPO, trained": measured(pooled).expand(len(labelers), -1, -1)}
     # 2. one Panacea model on labels of each dimension, at each labeler's λ
     panacea, at = shared_base(model), []
     load_adapter(panacea, run / "adapter.safetensors", dims)
     for lam in labelers.float():
         set_preference(panacea, lam)
-        at.append(world_logprobs(panacea, world.batches))
-    said["Panacea (DPO), trained"] = torch.stack(at)                                  # (n, X, S)
+        at.append(measured(panacea))
+    said["Panacea (DPO), trained"] = torch.stack(at)                                  # (n, X, O)
     # 3. the same by the best of all policies
     said |= optimal(world, labelers)
 
-    # U_i of policies (n, X, S), one for each labeler -> (n,)
+    # U_i of policies (n, X, O), one for each labeler -> (n,)
     utility = lambda logps: linear_scalarization(torch.stack([world.mean_scores(x) for x in logps]), labelers) - (
-        logps.softmax(-1) * (logps.log_softmax(-1) - world.ref)).sum(-1).mean(-1)
+        logps.exp() * (logps - world.ref)).sum(-1).mean(-1)
     low, high = utility(world.ref.expand(len(labelers), -1, -1)), utility(said["for this labeler alone"])
     served = {name: ((utility(logps) - low) / (high - low)).tolist() for name, logps in said.items()}
     print(f"{'labeler: λ =':34}" + "".join(f"{f'({a:.2g}, {b:.2g})':>13}" for a, b in labelers.tolist()))
@@ -115,16 +117,18 @@ def train_pooled(base, config, labelers, flags, tokenizer, device):
 
 
 def optimal(world, labelers):
-    """{name: log-probs (n, X, S)} of optimal policies: pooled labels by RLHF and by DPO; Panacea, one per labeler."""
-    n, own = len(labelers), torch.einsum("xsm,nm->nxs", world.scores, labelers)       # labeler i's scalar reward
+    """{name: log-probs (n, X, O)} of optimal policies: pooled labels by RLHF and by DPO; Panacea, one per labeler."""
+    n, own = len(labelers), torch.einsum("xom,nm->nxo", world.scores, labelers)       # labeler i's scalar reward
     scores, w, problem = world.problems                                               # (Q, S, m)
     # DPO on pooled labels: P(a better than b) = Σ p^i σ(λ^i · (r(a) − r(b))), one dimension for the solver
     win_prob = torch.stack([optimum.win_probs((scores @ lam)[..., None]) for lam in labelers]).mean(0)    # (Q, 1, S, S)
     h = optimum.newton(win_prob.sum(-1)[:, 0], scores @ labelers.mean(0))                                 # (Q, S)
-    return {"pooled RLHF, exact: λ^opt": (world.ref + own.mean(0)).expand(n, -1, -1),  # Eq. (11) with p^i = 1/n
-            "pooled DPO, exact": (world.ref + h[problem]).expand(n, -1, -1),
-            "Panacea (DPO), exact": world.ref + optimum.dpo_ls(labelers, scores, w)[1][:, problem],
-            "for this labeler alone": world.ref + own}
+    listed = world.ref[:, :-1]
+    return {"pooled RLHF, exact: λ^opt":                                               # Eq. (11) with p^i = 1/n
+            (world.ref + own.mean(0)).log_softmax(-1).expand(n, -1, -1),
+            "pooled DPO, exact": listed_only(listed + h[problem]).expand(n, -1, -1),
+            "Panacea (DPO), exact": listed_only(listed + optimum.dpo_ls(labelers, scores, w)[1][:, problem]),
+            "for this labeler alone": (world.ref + own).log_softmax(-1)}
 
 
 if __name__ == "__main__":

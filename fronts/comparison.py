@@ -1,10 +1,10 @@
 """comparison.py - runs of every kind in the one space that they share: the mean scores of what they say.
 
-F: preferences   m: dimensions   X: prompts   S: responses
-All are exact expectations over the embedded world's responses. 0 and 1 are the worst and the best value of a dimension
-on the front of what any policy within NATS nats of the base can reach. hypervolume_share: hypervolume divided by that
-of the front without any limit. gain_share: the gain in λ·scores over the base, divided by the largest possible gain at
-the same KL; the mean over λ. Both are at most 1, up to the grid's discretisation.
+F: preferences   m: dimensions   X: prompts   O: outcomes, the listed responses and any other text
+All are exact expectations over everything that can be said on the embedded world. 0 and 1 are the worst and the best
+value of a dimension on the front of what any policy within NATS nats of the base can reach. hypervolume_share:
+hypervolume divided by that of the front without any limit. gain_share: the gain in λ·scores over the base, divided by
+the largest possible gain at the same KL; the mean over λ. Both are at most 1, up to the grid's discretisation.
 """
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def compare(results, device):
     world = World(dims, load_tokenizer(configs[0]["tokenizer"]), device)
     world.reference(base_of(configs[0], device))
     before = world.mean_scores(world.ref)
-    grid = front_preferences(len(dims), torch.empty(0, len(dims)))
+    grid = front_preferences(len(dims))
     limits, *_ = optimum.most_scores(grid, world.scores, world.ref, BUDGETS)                           # (b, F, m)
     scale = limits[BUDGETS.index(NATS)]
     scale = {"ideal": scale.amax(0).tolist(), "nadir": scale.amin(0).tolist()}

@@ -1,10 +1,12 @@
 """evaluation.py - one run, measured over the whole simplex of preferences: what front.json holds.
 
 F: preferences   m: dimensions   lams: (F, m)   points: (F, m) what is reached at each, larger is better
-A *share* is what a run reaches, divided by what is possible. hypervolume_share: its hypervolume, divided by the exact
-front's; by linear scalarisation at most 1, up to discretisation (docs/metrics.md: Tchebycheff's may exceed it).
-objective_share: the gain of its aggregated objective over the base's, divided by the optimum's gain; at most 1, and
-below 0 if the run is worse.
+*regret*: of the way from the base's aggregated objective to the optimum's, the share that is missing, summed over the
+preferences before dividing: 0 is optimal, 1 the base model, above 1 worse than the base. It asks at every λ for what
+the run was trained for, Eq. (6) or (7).
+*share*: a run's hypervolume, divided by that of the exact front of linear scalarisation, on a lattice so dense that no
+policy has more; for m > 3 no lattice is dense. Beside it stands the same divided by what the optimal policies have at
+the very preferences of the run (at_lams): few points, so that a run can have more.
 """
 from dataclasses import replace
 
@@ -15,24 +17,32 @@ from tqdm import tqdm
 from aggregate import linear_scalarization, tchebycheff
 from data.tokenizers import load_tokenizer
 from fronts.dominance import nondominated
-from fronts.exact import drawn_rows, evaluation_preferences, exact_front, front_preferences, normalise, path_rows
+from fronts.exact import (
+    best,
+    dense,
+    drawn_rows,
+    evaluation_preferences,
+    exact_front,
+    front_preferences,
+    normalise,
+    path_rows,
+)
 from fronts.measure import base_of, policies, run_config
 from fronts.metrics import hypervolume, inner_product, spacing, sparsity, spearman
 from fronts.objective import ACCURACY, OBJECTIVES, measured_on
 from runs.files import UserError
 from svd_lora import fingerprint
 
-# Σ λ_i J_i, or Tchebycheff's maximum, is what these methods optimise; others have no aggregated objective
-AGGREGATED = ("panacea", "rs", "dps")
-
+SPLITS = ("seen", "new_verbs")         # of the embedded world; the last one is the headline's
 
 @torch.no_grad()
-def evaluate(run, device, known, parts=None, adapters=None):
+def evaluate(run, device, known, parts=None, adapters=None, splits=SPLITS):
     """Measures one run at every preference of exact.evaluation_preferences. Returns what front.json holds, and what
     samples.json holds, the rewards and texts: None where no responses were sampled.
 
     known: a dict that keeps exact fronts, for runs that share them. adapters: a snapshot instead of the run's final
-    adapter (Panacea); then only what is exact is measured. Raises UserError for another base model than the run's.
+    adapter (Panacea); then only what is exact is measured. splits: of the embedded world; all but "splits" is of the
+    last one. Raises UserError for another base model than the run's.
     """
     config = run_config(run)
     o, flags, dims = config["objective"], config["flags"], config["dims"]
@@ -44,52 +54,59 @@ def evaluate(run, device, known, parts=None, adapters=None):
     if flags.get("eos_id") is not None:
         tokenizer = replace(tokenizer, eos_id=flags["eos_id"])
 
-    # 1. what the base reaches, and the run at every preference; exact figures replace sampled ones
-    world, held_out = measured_on(config, model, tokenizer, device)
-    data = [each for each in (held_out if adapters is None or world is None else None, world) if each]
-    measure = lambda policy: {"kl": None, "outside_mass": None} | {
-        k: v for each in data for k, v in each.measure(policy, o["beta"]).items()}
+    # 1. what the base reaches, and the run at every preference: exactly on every split, and by what is held out
+    worlds, held_out = measured_on(config, model, tokenizer, device, splits)
+    sources = {world.split: world for world in worlds} | (
+        {"held out": held_out} if held_out and not (adapters and worlds) else {})
+    measure = lambda policy: {name: source.measure(policy, o["beta"]) for name, source in sources.items()}
     base, lams, results = measure(model), [], []                                      # no adapter yet: π = π_ref
     grid = evaluation_preferences(m, parts).float()
     for lam, policy in tqdm(policies(run, config, model, grid, adapters), desc="front", disable=None):
         lams.append([round(x, 6) for x in lam.tolist()])
         results.append(measure(policy))
-    column = {key: [r[key] for r in results] for key in results[0]}                   # key -> one value per preference
+    columns = {name: {key: [r[name][key] for r in results] for key in base[name]} for name in sources}
 
-    # 2. points: J on the scale of the exact front, or what the held-out data say
+    # 2. of the embedded world's splits: regret; exact figures of the last one replace sampled ones
+    exact = {world.split: cached(known, config, world, best, lams) for world in worlds}
+    by_split = {world.split: regret(base[world.split], columns[world.split], exact[world.split], lams, world, row, o)
+                | {key: columns[world.split][key] for key in ("J", "outside_mass")} for world in worlds}
+    shown = [name for name in ("held out", splits[-1]) if name in sources]
+    column = {"kl": None, "outside_mass": None} | {k: v for name in shown for k, v in columns[name].items()}
+    base = {"kl": None, "outside_mass": None} | {k: v for name in shown for k, v in base[name].items()}
+
+    # 3. points: J on the scale of the exact front, or what the held-out data say
     front, kind = None, row.points
-    if world:
-        front, kind = cached_front(known, config, world, front_preferences(m, torch.tensor(lams))), row.exact_points
+    if worlds:
+        kind, front = row.exact_points, cached(known, config, worlds[-1], exact_front, front_preferences(m).tolist())
         column["points"], base["points"] = (normalise(x["J"], front).tolist() for x in (column, base))
     elif kind is ACCURACY:
         base["points"] = None                                                         # the base itself orders no pair
     rewards = {"rewards": {k: config["rewards"][k] for k in ("names", "scale")}} if "rewards" in config else {}
     result = {"run": str(run), "objective": o | rewards, "steps": flags["steps"], "seed": flags["seed"],
-              "lams": lams, "points_are": kind.name, "hypervolume_share": None, "objective_share": None,
-              "base": base, "exact": front, **{k: config[k] for k in ("method", "label", "models", "dims")},
+              "lams": lams, "points_are": kind.name, "split": splits[-1] if worlds else None,
+              "hypervolume_share": None, "hypervolume_share_at_lams": None,
+              **{k: by_split[splits[-1]][k] if worlds else None for k in ("regret", "regret_worst", "worst_lam")},
+              "splits": by_split, "base": {k: v for k, v in base.items() if k not in ("raw", "texts", "logps")},
+              "exact": front, **{k: config[k] for k in ("method", "label", "models", "dims")},
               **{k: column.get(k) for k in ("J", "scores", "points", "kl", "outside_mass", "scores_se", "length",
                                             "ended", "collapsed", "own_text_loss")},
               "eval_labels": getattr(held_out, "labels", None),
               **front_metrics(lams, column["points"], [kind.reference] * m)}
-    samples = {"lams": lams, "dims": dims, "raw": column["raw"], "texts": column["texts"],
-               "base": {key: base.pop(key) for key in ("raw", "texts")}} if "raw" in column else None
-
-    # 3. shares of what is possible
     if front:
-        result |= shares(result, front)
-    if front and row.speaks:                             # the same where all other texts count, too
-        strict = exact_front(torch.tensor(front["lams"], dtype=torch.float64), row, world, o | {"everything": True})
-        result |= {"J_all": column["J_all"], "kl_all": column["kl_all"], "hypervolume_share_all": hypervolume(
-            normalise(column["J_all"], strict), result["reference_point"]) / strict["hypervolume"]}
+        result |= shares(result, exact[splits[-1]], worlds[-1])
+    samples = {"lams": lams, "dims": dims, "raw": column["raw"], "texts": column["texts"],
+               "base": {key: base[key] for key in ("raw", "texts")}} if "raw" in column else None
     return result, samples
 
 
-def cached_front(known, config, world, lams):
-    """The exact front of a run on the world, out of the dict `known` where one of its objective and base is there."""
-    key = str([config["objective"], config.get("rewards"), config["dims"], config["fingerprint"], lams.tolist(),
+def cached(known, config, world, exact, lams):
+    """exact.best or exact.exact_front of a run's objective at lams (F, m), a list, out of the dict `known` where it has
+    been computed for the same objective, base and split."""
+    o = config["objective"] if exact is best else config["objective"] | {"aggregate": "ls", "ideal": None}
+    key = str([exact.__name__, o, config.get("rewards"), config["dims"], config["fingerprint"], world.split, lams,
                *(config["flags"].get(k) for k in ("quantize", "precision"))])
     if key not in known:
-        known[key] = exact_front(lams, OBJECTIVES[config["objective"]["name"]], world, config["objective"])
+        known[key] = exact(torch.tensor(lams, dtype=torch.float64), OBJECTIVES[o["name"]], world, o)
     return known[key]
 
 
@@ -104,29 +121,38 @@ def front_metrics(lams, points, reference):
             "spearman": [spearman(np.array(lams)[rows, i], points[rows, i]) for i, rows in enumerate(along)]}
 
 
-def shares(r, front):
-    """hypervolume_share and objective_share of a result, and "exact": the front and the share that the optimal policies
-    themselves would have with these few points, from the exact front's nearest preferences."""
-    lams, o = r["lams"], r["objective"]
-    nearest = [int(np.abs(np.array(front["lams"]) - lam).sum(1).argmin()) for lam in lams]
-    same = hypervolume(np.array(front["points"])[nearest], r["reference_point"]) / front["hypervolume"]
-    share, rows = None, drawn_rows(lams)
-    # Tchebycheff's objective for RLHF is no function of J: its maximum stands inside the expectation. Then z is None
-    if r["method"] in AGGREGATED and (o["aggregate"] == "ls" or front["z"]):
-        share = objective_share(r["J"][rows], r["base"]["J"], [front["J"][i] for i in nearest[rows]], lams[rows],
-                                o["aggregate"], front["z"])
-    return {"hypervolume_share": r["hypervolume"] / front["hypervolume"], "objective_share": share,
-            "exact": front | {"share_at_these_lams": same}}
+def shares(r, exact, world):
+    """hypervolume_share and hypervolume_share_at_lams of a result, and "exact": the front, and of the optimal policies
+    at the run's own preferences (exact.best) their J, points and scores, and the share that they have."""
+    front, reference = r["exact"], r["reference_point"]
+    at = {"J": exact["J"].tolist(), "points": normalise(exact["J"], front).tolist(), "z": exact["z"],
+          "scores": world.mean_scores(exact["logps"]).tolist()}
+    volume, share = hypervolume(at["points"], reference), dense(len(reference))
+    at["hypervolume_share"] = volume / front["hypervolume"] if share else None
+    return {"hypervolume_share": r["hypervolume"] / front["hypervolume"] if share else None,
+            "hypervolume_share_at_lams": r["hypervolume"] / volume, "exact": front | {"at_lams": at}}
 
 
-def objective_share(J, base, best, lams, aggregate, z):
-    """The gain of a run's aggregated objective over the base's, divided by the optimum's gain: the mean over lams.
+def regret(base, columns, exact, lams, world, row, o):
+    """regret = 1 − Σ_λ gain / Σ_λ possible gain, the largest 1 − gain / possible gain of a single λ, and that λ.
 
-    J, best (F, m): what the run and the optimal policies reach; base (m,); lams (F, m). Linear scalarisation:
-    Σ λ_i J_i, Eq. (6); Tchebycheff: −max λ_i (−J_i − ideal_i), Eq. (7), (15), (16). Preferences for which the base is
-    optimal already do not count; None where it is for all.
+    base, columns: what measure() says of the base, and lists of it over lams; exact: exact.best at lams. The gains are
+    those of the aggregated objective over the base's. Where preferences lie on paths (m > 3), the sums are over those
+    that were drawn. Preferences for which the base is optimal already have no regret of their own.
     """
-    lams, (J, base, best) = torch.tensor(lams), (torch.tensor(x) for x in (J, base, best))
-    value = lambda J: (-tchebycheff(-J, lams, z) if aggregate == "tche" else linear_scalarization(J, lams))
-    gain, possible = value(J) - value(base), value(best) - value(base)
-    return (gain / possible)[possible > 1e-9].mean().item() if (possible > 1e-9).any() else None
+    lams, rows, at = torch.tensor(lams, dtype=torch.float64), drawn_rows(lams), row.value or values
+    value = lambda J, logps: at(lams, J, logps, world, o | {"z": exact["z"]})
+    repeat = lambda x: torch.as_tensor(x, dtype=torch.float64).expand(len(lams), *torch.as_tensor(x).shape)
+    before = value(repeat(base["J"]), repeat(base["logps"]))
+    gain = value(torch.tensor(columns["J"], dtype=torch.float64), torch.stack(columns["logps"])) - before
+    possible = value(exact["J"], exact["logps"]) - before                                             # (F,)
+    each = torch.where(possible > 1e-9, 1 - gain / possible.clamp(min=1e-9), 0.0)
+    worst = int(each.argmax())
+    return {"regret": (1 - gain[rows].sum() / possible[rows].sum()).item(), "regret_worst": each[worst].item(),
+            "worst_lam": lams[worst].tolist()}
+
+
+def values(lams, J, logps, world, o):
+    """The aggregated objective at every λ, (F,), larger is better: Σ λ_i J_i, Eq. (6), or Tchebycheff's
+    −max λ_i (−J_i − z_i), Eq. (7), (15), (16). lams, J: (F, m)   o["z"]: (m,)"""
+    return -tchebycheff(-J, lams, o["z"]) if o["aggregate"] == "tche" else linear_scalarization(J, lams)

@@ -11,32 +11,41 @@ from fronts.metrics import hypervolume
 from runs.randomness import generator_for
 
 
-def exact_front(lams, row, world, o):
-    """The front of all policies for the objective `row` (objective.OBJECTIVES) of a run with the settings `o`.
+def best(lams, row, world, o):
+    """What the best of all policies reach at each preference, for the objective `row` (objective.OBJECTIVES) of a run
+    with the settings `o`.
 
-    lams: (F, m)   world: measure.World after reference()   o["everything"]: all other texts count as one more response
-    Returns a dict: lams; J (F, m); ideal and nadir (m,), the best and the worst J_i on the front that gives the scale,
-    which is that of linear scalarisation where the objective names no other; points (F, m), J with ideal at 1 and
-    nadir at 0; their hypervolume; scores (F, m), the mean scores of the optimal policies; z (m,), the losses that
-    Tchebycheff aims at, or None; residual: what the solver left of a gradient or a duality gap, checked to be 0 but for
-    rounding.
+    lams: (F, m)   world: measure.World after reference()   ->  a dict of tensors: J (F, m), log π `logps` (F, X, O),
+    and of z, the losses that Tchebycheff aims at, or None; residual: what the solver left of a gradient or a duality
+    gap, checked to be 0 but for rounding.
     """
     z = row.least and (o["ideal"] or row.least(world))
-    o = o | ({"ideal": z} if z else {})
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                    # for many small matrices a second thread costs more than it gives
-    J, logps, residual = row.optimum(lams, world, o)
-    own = o["aggregate"] == "ls" and not row.scale
-    scale = J if own else (row.scale or row.optimum)(lams, world, o | {"aggregate": "ls"})[0]
+    J, logps, residual = row.optimum(lams, world, o | ({"ideal": z} if z else {}))
     torch.set_num_threads(threads)
     if not residual < 1e-8:
         raise RuntimeError(f"the exact front is not exact: residual {residual}")
+    return {"J": J, "logps": logps, "z": z, "residual": residual}
+
+
+def exact_front(lams, row, world, o):
+    """The yardstick: the front of all policies by linear scalarisation, which is the limit of J whatever a run's own
+    aggregation is.
+
+    Arguments as of best(). Returns a dict of lists: lams; J (F, m); ideal and nadir (m,), the best and the worst J_i on
+    the front that gives the scale, this one where the objective names no other; points (F, m), J with ideal at 1 and
+    nadir at 0; their hypervolume; scores (F, m), the mean scores of the optimal policies; residual.
+    """
+    o = o | {"aggregate": "ls"}
+    front = best(lams, row, world, o)
+    J = front["J"]
+    scale = row.scale(lams, world, o)[0] if row.scale else J
     front = {"lams": lams.tolist(), "J": J.tolist(), "ideal": scale.amax(0).tolist(), "nadir": scale.amin(0).tolist(),
-             "z": z, "residual": residual}
+             "residual": front["residual"], "scores": world.mean_scores(front["logps"]).tolist()}
     points = normalise(front["J"], front)
-    volume = hypervolume(points, [row.exact_points.reference] * points.shape[1])
-    return front | {"points": points.tolist(), "hypervolume": volume,
-                    "scores": world.mean_scores(logps[..., :world.scores.shape[1]]).tolist()}
+    return front | {"points": points.tolist(),
+                    "hypervolume": hypervolume(points, [row.exact_points.reference] * points.shape[1])}
 
 
 def normalise(J, scale):
@@ -64,12 +73,15 @@ def evaluation_preferences(m, parts=None):
     return torch.cat([vertex_paths(m, PATH), drawn / drawn.sum(-1, keepdim=True)])
 
 
-def front_preferences(m, evaluated):
-    """The preferences of the exact front, those evaluated among them: 101 for m = 2, 861 for m = 3; for more dimensions
-    evaluation_preferences and, for models that have their own, these too. (F, m)"""
-    grid = simplex_lattice(m, {2: 100, 3: 40}[m]) if m <= 3 else evaluation_preferences(m)
-    new = [lam for lam in evaluated.double() if (grid - lam).abs().amax(1).min() > 1e-5]
-    return torch.cat([grid, torch.stack(new)]) if new and m > 3 else grid
+def dense(m):
+    """Whether lattices of m dimensions can be so dense that their hypervolume is the front's own."""
+    return m <= 3
+
+
+def front_preferences(m):
+    """The preferences of the exact front: 101 for m = 2, 861 for m = 3. Beyond no lattice is dense: those that runs are
+    evaluated at. (F, m)"""
+    return simplex_lattice(m, {2: 100, 3: 40}[m]) if dense(m) else evaluation_preferences(m)
 
 
 def path_rows(lams, i):

@@ -1,10 +1,11 @@
 """measure.py - what a policy achieves: exactly on the embedded world, by held-out data, or by sampled responses.
 
 The embedded *world* (data/toy.py) is a closed set of prompts and responses: all S responses to each of its X evaluation
-prompts can be listed, so a policy's expectations are sums. *Outside mass* is the probability that a policy gives to
-texts other than the listed responses. Elsewhere nothing can be listed, and held-out pairs or demonstrations, or sampled
-responses, stand for the truth.
-X: evaluation prompts   S: the world's responses to a prompt   O = S + 1: with "any other text"   m: dimensions
+prompts can be listed, so a policy's expectations are sums. Everything that it can say counts: all other texts together
+are one more outcome, with the score toy.OUTSIDE, and its probability is the *outside mass*. Elsewhere nothing can be
+listed, and held-out pairs or demonstrations, or sampled responses, stand for the truth.
+X: prompts of a split   S: the world's responses to a prompt   O = S + 1 outcomes, the last one "any other text"
+m: dimensions
 Every class here measures the base once, when it is made (World: by reference(model)). measure(policy, beta) returns
 J (m,) the objectives as they were trained, scores (m,) the mean rewards (or accuracies) themselves, where they are
 known kl and outside_mass, and, where no exact front gives J a scale, points (m,). policies() gives a run's policies,
@@ -118,45 +119,37 @@ class World:
     beside them as outside_mass. problems, wins and writers are what single objectives need, computed when first used.
     """
 
-    def __init__(self, dims, tokenizer, device, J=None, rewards=None):
-        """J(world, logps (X, S), beta) -> (m,): a row's of objective.py; without it, the mean scores. rewards:
+    def __init__(self, dims, tokenizer, device, J=None, rewards=None, split="new_verbs"):
+        """J(world, logps (X, O), beta) -> (m,): a row's of objective.py; without it, the mean scores. rewards:
         data.rewards.Rewards in the place of the world's own scores, with the run's own statistics."""
-        prompts, self.dims, self.J, self.r_all = toy.prompts("eval"), dims, J, None
+        prompts, self.dims, self.J, self.split = toy.prompts(split), dims, J, split
         self.batches = world_batches(prompts, tokenizer, device)
-        if rewards is None:
-            self.scores = torch.stack([toy.scores(x, toy.responses(x), dims) for x in prompts])        # (X, S, m)
-        else:
-            self.scores = world_scores(rewards, prompts)                                               # (X, S, m)
-            outside = torch.full_like(self.scores[:, :1], toy.OUTSIDE)
-            self.r_all = rewards.normalise(torch.cat([self.scores, outside], dim=1))                   # (X, O, m)
+        listed = (world_scores(rewards, prompts) if rewards else
+                  torch.stack([toy.scores(x, toy.responses(x), dims) for x in prompts]))               # (X, S, m)
+        self.scores = torch.cat([listed, torch.full_like(listed[:, :1], toy.OUTSIDE)], dim=1)          # (X, O, m)
+        self.r = rewards and rewards.normalise(self.scores)                                            # (X, O, m)
 
     def reference(self, model):
         """Measures the base model once; what measure() needs of it."""
         with adapters_off(model):
-            self.ref_all = optimum.with_outside(world_logprobs(model, self.batches))                   # (X, O)
-        self.ref = self.ref_all[:, :-1].log_softmax(-1)                                                # (X, S)
+            self.ref = optimum.with_outside(world_logprobs(model, self.batches))                       # (X, O)
 
     def measure(self, model, beta):
-        """J (m,), mean scores (m,), KL(π ‖ π_ref) in nats, and outside_mass. With rewards also J_all (m,) and kl_all:
-        E r − β KL where all other texts are one more outcome, with the score toy.OUTSIDE."""
-        logps = world_logprobs(model, self.batches)                                                    # (X, S)
-        inside, everything, scores = logps.log_softmax(-1), optimum.with_outside(logps), self.mean_scores(logps)
-        result = {"J": (self.J(self, logps, beta) if self.J else scores).tolist(), "scores": scores.tolist(),
-                  "kl": (inside.exp() * (inside - self.ref)).sum(1).mean().item(),
-                  "outside_mass": everything[:, -1].exp().mean().item()}
-        if self.r_all is not None:
-            J_all, kl_all = optimum.rlhf_objectives(everything, self.ref_all, self.r_all, beta)
-            result |= {"J_all": J_all.tolist(), "kl_all": kl_all.item()}
-        return result
+        """J (m,), mean scores (m,), KL(π ‖ π_ref) in nats, outside_mass, and log π (X, O) itself."""
+        logps = optimum.with_outside(world_logprobs(model, self.batches))                              # (X, O)
+        scores = self.mean_scores(logps)
+        return {"J": (self.J(self, logps, beta) if self.J else scores).tolist(), "scores": scores.tolist(),
+                "kl": (logps.exp() * (logps - self.ref)).sum(1).mean().item(),
+                "outside_mass": logps[:, -1].exp().mean().item(), "logps": logps}
 
     def mean_scores(self, logps):
-        """E r_i over the world's responses, renormalised to them. logps: (…, X, S) -> (…, m)"""
-        return torch.einsum("...xs,xsi->...i", logps.softmax(-1), self.scores) / len(self.scores)
+        """E r_i over everything that can be said. logps: (…, X, O) -> (…, m)"""
+        return torch.einsum("...xo,xoi->...i", logps.exp(), self.scores) / len(self.scores)
 
     @cached_property
     def problems(self):
         """The distinct scores (Q, S, m) among the prompts, their parts w (Q,), each prompt's index (X,): optimum.py."""
-        return optimum.problems(self.scores)
+        return optimum.problems(self.scores[:, :-1])
 
     @cached_property
     def wins(self):
@@ -166,7 +159,7 @@ class World:
     @cached_property
     def writers(self):
         """The demonstrators p_i(y|x) of the SFT objective: (X, S, m)"""
-        return writers(self.dims, "eval")
+        return writers(self.dims, self.split)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,7 +216,7 @@ class Samples:
         """model: still without an adapter. At most `most` prompts, `per_prompt` responses to each."""
         flags = config["flags"]
         rows = (split(read_prompts(config["prompts"], flags["prompt_words"])[0])[1] if config["prompts"] else
-                [toy.as_row(x, []) for x in toy.prompts("eval")])
+                [toy.as_row(x, []) for x in toy.prompts("new_verbs")])
         self.texts = [row.prompt for row in rows[:self.most]]
         self.new, self.tokenizer, self.rewards = flags["max_new_tokens"], tokenizer, rewards
         length = min(flags["max_length"], model.config.context_length)

@@ -6,7 +6,7 @@ stands beside it, what it is measured on where the truth is not known, and what 
 is a loss in objectives.py, a choice in its training script, and here its functions and its row: see IPO.
 
 F: preferences   lams: (F, m)   m: dimensions   X: prompts   S: the world's responses   O = S + 1: with "any other text"
-Q: distinct problems among the prompts   world: measure.World after reference()   logps: (X, S) log π(y|x) of a policy
+Q: distinct problems among the prompts   world: measure.World after reference()   logps: (X, O) log π(y|x) of a policy
 o: the objective's dict of config.json
 """
 from dataclasses import dataclass, replace
@@ -15,6 +15,7 @@ from typing import Callable
 
 import torch
 
+from aggregate import scalar_reward
 from data import toy
 from data.rewards import of_world, rewards_of, world_rewards
 from data.text_rewards import TEXT_REWARDS
@@ -60,22 +61,29 @@ class Objective:
     label: str                  # J, on axes
     marker: str                 # in pictures where several objectives meet
     J: Callable | None          # (world, logps, beta) -> (m,): exact, on the embedded world; None: mean scores
-    optimum: Callable           # (lams, world, o) -> J (F, m) of the best policies, log π (F, X, ·), its residual
+    optimum: Callable           # (lams, world, o) -> J (F, m) of the best policies, log π (F, X, O), its residual
     held_out: Callable          # (config, model, tokenizer, device, rewards) -> what measures it without a known truth
     points: Points              # …, and what its points are there
     least: Callable | None = None           # world -> Tchebycheff's z, the least losses; None: no function of J
     scale: Callable | None = None           # an optimum whose J have the best at 1 and the worst at 0; None: of "ls"
     exact_points: Points = NORMALISED_J     # what its points are on the embedded world
-    speaks: bool = False                    # trained on what the policy says: sampled on the world too, and its optimum
-    #                                         has a second form, o["everything"]: all other texts are one more response
+    speaks: bool = False                    # trained on what the policy says: sampled on the world too
+    value: Callable | None = None           # (lams, J, logps (F, X, O), world, o) -> (F,), what is optimised at each
+    #                                         λ; None: a function of J alone (evaluation.values)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# DPO: J_i = −L_DPO,i, Eq. (2), the expectation over all pairs of responses and their Bradley-Terry labels.
+# DPO: J_i = −L_DPO,i, Eq. (2), the expectation over all pairs of listed responses and their Bradley-Terry labels. It
+# compares responses with each other, so J does not see the outside mass; the best policies have none.
+
+def listed_only(logps):
+    """log π (…, X, S), up to a constant per prompt, of a policy that says nothing else -> (…, X, O)"""
+    return optimum.with_outside(logps.log_softmax(-1))
+
 
 def dpo_J(world, logps, beta):
     """J_i = −L_DPO,i, Eq. (2). (m,)"""
-    return -optimum.dpo_losses(beta * (logps - world.ref), world.wins[world.problems[2]]).mean(0)
+    return -optimum.dpo_losses(beta * (logps - world.ref)[:, :-1], world.wins[world.problems[2]]).mean(0)
 
 
 def zero(world):
@@ -88,7 +96,7 @@ def dpo_optimum(lams, world, o):
     scores, w, problem = world.problems
     J, h, left = (optimum.dpo_ls(lams, scores, w) if o["aggregate"] == "ls" else
                   optimum.dpo_tche(lams, scores, w, o["ideal"]))
-    return J, world.ref + h[:, problem] / o["beta"], left
+    return J, listed_only(world.ref[:, :-1] + h[:, problem] / o["beta"]), left
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,7 +118,7 @@ def ipo_losses(h, wins, beta):
 
 def ipo_J(world, logps, beta):
     """J_i = −L_IPO,i, (m,)"""
-    return -ipo_losses(logps - world.ref, world.wins[world.problems[2]], beta).mean(0)
+    return -ipo_losses((logps - world.ref)[:, :-1], world.wins[world.problems[2]], beta).mean(0)
 
 
 def ipo_optimum(lams, world, o):
@@ -128,7 +136,7 @@ def ipo_optimum(lams, world, o):
     else:
         h, losses, _ = zip(*map(solve, lams.double() / lams.double().sum(-1, keepdim=True)))
         J, left = -torch.stack(losses), 0.0
-    return J, world.ref + torch.stack(h)[:, problem], left
+    return J, listed_only(world.ref[:, :-1] + torch.stack(h)[:, problem]), left
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,7 +144,7 @@ def ipo_optimum(lams, world, o):
 
 def sft_J(world, logps, beta):
     """J_i = E log π(y|x), (m,)"""
-    return -optimum.sft_losses(logps, world.writers)
+    return -optimum.sft_losses(logps[..., :-1], world.writers)
 
 
 def sft_ideal(dims, split):
@@ -146,26 +154,35 @@ def sft_ideal(dims, split):
 
 def sft_optimum(lams, world, o):
     """Mixtures of the writers' distributions, whatever the aggregation."""
-    if o["aggregate"] == "ls":
-        return *optimum.sft_ls(lams, world.writers), 0.0
-    return optimum.sft_tche(lams, world.writers, o["ideal"])
+    J, logps, left = ((*optimum.sft_ls(lams, world.writers), 0.0) if o["aggregate"] == "ls" else
+                      optimum.sft_tche(lams, world.writers, o["ideal"]))
+    return J, listed_only(logps), left
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# RLHF: J_i = E r_i − β KL(π ‖ π_ref), Eq. (1), in two ways: over the world's responses alone, policy and reference
-# renormalised to them; and over everything ("all"), any other text being one more outcome (World.measure).
+# RLHF: J_i = E r_i − β KL(π ‖ π_ref), Eq. (1), over everything that can be said, as PPO is trained.
 
 def rlhf_J(world, logps, beta):
-    """J_i = E r_i − β KL, Eq. (1), (m,), over the world's responses alone"""
-    return optimum.rlhf_objectives(logps.log_softmax(-1), world.ref, world.r_all[:, :-1], beta)[0]
+    """J_i = E r_i − β KL, Eq. (1), (m,)"""
+    return optimum.rlhf_objectives(logps, world.ref, world.r, beta)[0]
+
+
+def rlhf_ideal(world, o):
+    """z of Eq. (13), (m,). A trained reward model's own largest rewards are not known: the true ones then."""
+    return world.r.amax((0, 1)) if o["ideal"] is None else torch.tensor(o["ideal"], dtype=torch.float64)
 
 
 def rlhf_optimum(lams, world, o):
     """Eq. (12), (13), in closed form."""
-    r, ref = (world.r_all, world.ref_all) if o.get("everything") else (world.r_all[:, :-1], world.ref)
-    # a trained reward model's own largest rewards are not these: the true ones then
-    z = r.amax((0, 1)) if o["ideal"] is None else torch.tensor(o["ideal"], dtype=torch.float64)
-    return *optimum.rlhf_closed_form(lams, r, ref, o["beta"], o["aggregate"], z), 0.0
+    return *optimum.rlhf_closed_form(lams, world.r, world.ref, o["beta"], o["aggregate"], rlhf_ideal(world, o)), 0.0
+
+
+def rlhf_value(lams, J, logps, world, o):
+    """E R_λ − β KL (F,), what Eq. (12) and (13) maximise: of Tchebycheff no function of J, for its maximum stands
+    inside the expectation. logps: (F, X, O)"""
+    R = scalar_reward(world.r, lams.double()[:, None, None], o["aggregate"], rlhf_ideal(world, o))    # (F, X, O)
+    return torch.stack([optimum.rlhf_objectives(logp, world.ref, r[..., None], o["beta"])[0][0]
+                        for logp, r in zip(logps, R)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,7 +202,8 @@ def score_optimum(lams, world, o, budget=None):
 OBJECTIVES = {
     "dpo": Objective("DPO", "−DPO loss", "o", dpo_J, dpo_optimum, partial(PreferenceFiles, dpo_loss), ACCURACY, zero),
     "ipo": Objective("IPO", "−IPO loss", "h", ipo_J, ipo_optimum, partial(PreferenceFiles, ipo_loss), ACCURACY, zero),
-    "rlhf": Objective("RLHF", "E r − β KL", "s", rlhf_J, rlhf_optimum, Samples, MEAN_REWARD, speaks=True),
+    "rlhf": Objective("RLHF", "E r − β KL", "s", rlhf_J, rlhf_optimum, Samples, MEAN_REWARD, speaks=True,
+                      value=rlhf_value),
     "sft": Objective("SFT", "E log π(y|x)", "^", sft_J, sft_optimum, DemonstrationFiles, GAIN,
                      lambda world: optimum.sft_entropies(world.writers).tolist()),
     "scores": Objective("scores", "mean score", "P", None, score_optimum, Samples, MEAN_REWARD,
@@ -201,9 +219,9 @@ def same_objective(results):
 
 
 @torch.no_grad()
-def measured_on(config, model, tokenizer, device):
-    """What a run is measured on: (World, or None where the truth is not known; held-out data or samples, or None).
-    Both have measured the model, which is still without an adapter."""
+def measured_on(config, model, tokenizer, device, splits=("new_verbs",)):
+    """What a run is measured on: (a World of each split, none where the truth is not known; held-out data or samples,
+    or None). All have measured the model, which is still without an adapter."""
     row, dims = OBJECTIVES[config["objective"]["name"]], config["dims"]
     if "rewards" not in config:
         known, rewards, true_rewards = config["flags"]["data"] is None, None, None
@@ -216,7 +234,7 @@ def measured_on(config, model, tokenizer, device):
         true_rewards = rewards if of_world(names) else world_rewards(dims, None) if known else None
     # for every preference of a large grid exact figures are enough
     sampled = not known or row.speaks and len(dims) <= 3
-    world = World(dims, tokenizer, device, row.J, true_rewards) if known else None
-    if world:
+    worlds = [World(dims, tokenizer, device, row.J, true_rewards, split) for split in splits] if known else []
+    for world in worlds:
         world.reference(model)
-    return world, row.held_out(config, model, tokenizer, device, rewards) if sampled else None
+    return worlds, row.held_out(config, model, tokenizer, device, rewards) if sampled else None

@@ -1,7 +1,7 @@
 """stationarity.py - how far an RLHF run's policies are from Pareto-stationary, on the embedded world.
 
 At a Pareto-stationary policy some c on the simplex has Σ c_i ∇J_i = 0 (PAMA, arXiv:2508.07768, Theorem 2).
-m: dimensions   J: (m,) with all other texts as one more outcome   c: (m,)
+m: dimensions   J: (m,)   c: (m,)
 """
 import torch
 
@@ -30,8 +30,8 @@ def min_norm(world, model, beta):
     for batch in world.batches:
         logps = optimum.with_outside(batch_logprobs(model, batch).double().cpu().view(-1, toy.N_RESPONSES))
         here = slice(start, start := start + len(logps))                              # the batch's prompts
-        J, _ = optimum.rlhf_objectives(logps, world.ref_all[here], world.r_all[here], beta)
-        grads = [torch.autograd.grad(value, matrices, retain_graph=True) for value in J * len(logps) / len(world.r_all)]
+        J, _ = optimum.rlhf_objectives(logps, world.ref[here], world.r[here], beta)
+        grads = [torch.autograd.grad(value, matrices, retain_graph=True) for value in J * len(logps) / len(world.r)]
         total = total + torch.stack([torch.cat([g.flatten() for g in each]).double() for each in grads])
     gram = total @ total.T                                                            # (m, m)
     c = min_norm_weights(gram)
@@ -45,15 +45,15 @@ def stationarity(run, device):
     """
     config = run_config(run)
     model, beta = base_of(config, device), config["objective"]["beta"]
-    world, _ = measured_on(config, model, load_tokenizer(config["tokenizer"]), device)
-    if world is None or not OBJECTIVES[config["objective"]["name"]].speaks:
+    worlds, _ = measured_on(config, model, load_tokenizer(config["tokenizer"]), device)
+    if not worlds or not OBJECTIVES[config["objective"]["name"]].speaks:
         raise UserError(f"{run}: --stationarity takes runs of train_ppo.py on the embedded world's own dimensions")
     plain = Transformer(model.config).to(model.embed.weight)
 
     def at(lam, policy):
         adapted = svd_lora_layers(policy)                                             # the base and soups are not
         plain.load_state_dict(merged_state_dict(policy, lam) if adapted else dense_state_dict(policy))
-        return min_norm(world, plain, beta)
+        return min_norm(worlds[0], plain, beta)
 
     lams = simplex_lattice(len(config["dims"]), 2).float()
     return {"before": [at(None, model)], "after": [at(*each) for each in policies(run, config, model, lams)]}

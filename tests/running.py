@@ -18,7 +18,7 @@ import train_base
 import train_hqd
 import train_ppo
 import train_reward
-from data import toy
+from data import base, toy
 from model import SIZES
 from runs.flags import cli, run_main
 from runs.loop import Log
@@ -42,22 +42,24 @@ USUAL = {(module, name): getattr(module, name) for module, constants in CONSTANT
 
 @contextmanager
 def small_world():
-    """The embedded world with 20 train and 4 evaluation prompts and 8 responses to each. Within another: no change."""
+    """The embedded world with 20 train prompts, 4 of each evaluation split, and 8 responses to each, and a base model for
+    it (make_base). Within another: no change."""
     if toy.N_RESPONSES == 8:
         yield
         return
-    prompts, probs, every = toy.prompts, toy.base_probs, dict(train=8, eval=10)
+    prompts, probs, every = toy.prompts, toy.base_probs, dict(train=8, base=8)
     slots = dict(OPENINGS=("plain", "formal"), BODIES=("hint", "refuse"), CAUTIONS=("none",),
                  CLOSINGS=("none", "cheer"))
     with pytest.MonkeyPatch.context() as patch:
         for name, kept in slots.items():
             patch.setattr(toy, name, {key: getattr(toy, name)[key] for key in kept})
         patch.setattr(toy, "N_RESPONSES", math.prod(map(len, slots.values())))
-        patch.setattr(toy, "prompts", lambda split: prompts(split)[::every[split]])
+        patch.setattr(toy, "prompts", lambda split: prompts(split)[::every.get(split, 10)])
         patch.setattr(toy, "base_probs", lambda prompt: probs(prompt) / probs(prompt).sum())
-        toy._world.cache_clear()
+        patch.setattr(base, "SHIPPED", Path(BASE))
+        toy._responses.cache_clear(), toy._scores.cache_clear()
         yield
-    toy._world.cache_clear()
+    toy._responses.cache_clear(), toy._scores.cache_clear()
 
 
 @contextmanager

@@ -1,4 +1,6 @@
 """plane.py - m = 2: the front in the plane of the two objectives."""
+import numpy as np
+
 from fronts.objective import OBJECTIVES, POINTS
 from fronts.pictures.shared import EXACT, OUTLINE, arrays, draw_tracking, finish_plane, legend_text, looks, plt, save
 
@@ -18,9 +20,9 @@ def draw_plane(results, path):
             ax.plot(*arrays(world, key)[1].T, color=EXACT, lw=1.5, zorder=1,
                     label="Exact front: the optimum over all policies")
         for j, (r, look) in enumerate(zip(results, looks(results))):
-            if world and abs(r["exact"]["hypervolume"] - world["hypervolume"]) > 1e-3:         # another aggregation
-                ax.plot(*arrays(r["exact"], key)[1].T, color=look["color"], lw=1.2, ls=":", zorder=1,
-                        label=f"Exact front of {look['name']}" if look["alpha"] == 1 else None)
+            if world and r["objective"]["aggregate"] == "tche":           # its own optima, at the run's preferences
+                ax.plot(*np.array(r["exact"]["at_lams"][key]).T, "x", color=look["color"], ms=6, zorder=1,
+                        label=f"Optima of {look['name']}" if look["alpha"] == 1 else None)
             lams, Y = arrays(r, key)
             if key == "scores" and not world:
                 error = arrays(r, "scores_se")[1]

@@ -85,11 +85,11 @@ def looks(runs):
 
 
 def legend_text(look):
-    """Its name, its models, the mean share of its seeds; None for every seed but the first, which has no entry."""
-    shares, n = [r["hypervolume_share"] for r in look["seeds"]], look["seeds"][0]["models"]
-    seeds = f" ({len(shares)} seeds)" if len(shares) > 1 else ""
-    share = f": {np.mean(shares):.1%} of the exact hypervolume" if None not in shares else ""
-    return f"{look['name']}, {n} model{'s' * (n > 1)}{share}{seeds}" if look["alpha"] == 1 else None
+    """Its name, its models, the mean regret of its seeds; None for every seed but the first, which has no entry."""
+    regrets, n = [r["regret"] for r in look["seeds"]], look["seeds"][0]["models"]
+    seeds = f" ({len(regrets)} runs)" if len(regrets) > 1 else ""
+    regret = f": regret {np.mean(regrets):.3f}" if None not in regrets else ""
+    return f"{look['name']}, {n} model{'s' * (n > 1)}{regret}{seeds}" if look["alpha"] == 1 else None
 
 
 def finish_plane(ax, dims, unit, base):

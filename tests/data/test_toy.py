@@ -21,7 +21,7 @@ def risky(prompt):
 @pytest.fixture(scope="module")
 def all_scores():
     """prompt -> (S, dimensions), for all prompts."""
-    return {prompt: toy.scores(prompt, toy.responses(prompt)) for prompt in toy.prompts("train") + toy.prompts("eval")}
+    return {prompt: toy.scores(prompt, toy.responses(prompt)) for prompt in toy.prompts("train") + toy.prompts("new_verbs")}
 
 
 def words(prompt):
@@ -31,7 +31,7 @@ def words(prompt):
 # ---- prompts and responses ----
 
 def test_prompts():
-    train, held_out = toy.prompts("train"), toy.prompts("eval")
+    train, held_out = toy.prompts("train"), toy.prompts("new_verbs")
     assert len(train) == len(set(train)) == 160 and len(held_out) == len(set(held_out)) == 40
     assert not set(train) & set(held_out)
     assert sum(map(risky, train)) == 80 and sum(map(risky, held_out)) == 20
@@ -48,7 +48,7 @@ def test_every_held_out_verb_and_object_was_trained_on():
 
 
 def test_responses():
-    for prompt in toy.prompts("train") + toy.prompts("eval"):
+    for prompt in toy.prompts("train") + toy.prompts("new_verbs"):
         texts = toy.responses(prompt)
         assert len(texts) == len(set(texts)) == toy.N_RESPONSES
         assert all(text == text.strip() and text and "  " not in text and "{" not in text for text in texts)
@@ -94,7 +94,7 @@ def test_a_new_dimension_is_one_name_and_one_function(monkeypatch):
     assert toy.choose_dims(None, len(toy.SCORES))[-1] == "asking" == toy.choose_dims(["asking"], 1)[0]
     assert toy.scores(SAFE, texts, dims)[:, 0].tolist() == [1, 0, toy.OUTSIDE]
     assert toy.scores(RISKY, texts, dims)[:, 0].tolist() == [-1, -2, toy.OUTSIDE]
-    assert toy.sample_pairs("eval", dims, 2, 3, torch.Generator()) and toy.demonstrator_probs(SAFE, dims).shape[1] == 2
+    assert toy.sample_pairs("new_verbs", dims, 2, 3, torch.Generator()) and toy.demonstrator_probs(SAFE, dims).shape[1] == 2
 
 
 def test_outside_text_scores_below_all_that_is_listed(all_scores):
@@ -115,7 +115,7 @@ def test_the_first_three_dimensions_conflict(all_scores, split):
 
 def test_helpful_and_harmless_conflict_most_where_it_is_risky(all_scores):
     correlation = lambda x: torch.corrcoef(all_scores[x][:, :2].T)[0, 1].item()
-    assert all(correlation(x) < -0.4 if risky(x) else correlation(x) > -0.1 for x in toy.prompts("eval"))
+    assert all(correlation(x) < -0.4 if risky(x) else correlation(x) > -0.1 for x in toy.prompts("new_verbs"))
 
 
 # ---- what is drawn from the world ----
@@ -141,8 +141,8 @@ def test_pairs_are_all_comparisons_of_distinct_responses():
     prompts = [row.prompt[:-1] for row in rows]
     every = toy.prompts("train")
     assert sorted(prompts[:len(every)]) == sorted(every) and prompts[:len(every)] != every      # in turn, shuffled
-    held_out = toy.sample_pairs("eval", THREE, 40, 2, torch.Generator())
-    assert {row.prompt[:-1] for row in held_out} == set(toy.prompts("eval"))
+    held_out = toy.sample_pairs("new_verbs", THREE, 40, 2, torch.Generator())
+    assert {row.prompt[:-1] for row in held_out} == set(toy.prompts("new_verbs"))
 
 
 def test_pairs_come_from_the_generator_alone():
@@ -205,7 +205,7 @@ def test_train_bpe_by_hand():
 
 def test_world_text_round_trip():
     tokenizer, text = load_tokenizer("toy"), make_bpe.world_text()
-    every = toy.prompts("train") + toy.prompts("eval")
+    every = toy.prompts("train") + toy.prompts("new_verbs")
     assert len(text) == len(every) + len({y for x in every for y in toy.responses(x)})
     lengths = []
     for x in text:

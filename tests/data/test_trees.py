@@ -168,7 +168,7 @@ def test_along_and_rows():
 
 
 def test_a_tree_has_fewer_tokens(tiny):
-    prompt = toy.prompts("eval")[0]
+    prompt = toy.prompts("new_verbs")[0]
     plain = lambda row: sum(len(row.prompt) + len(y) - 1 for y in row.responses)
     for texts, saving in [(toy.responses(prompt)[:32], 3), (toy.responses(prompt)[:2], 1.3)]:
         (row,), _ = tokenize([toy.as_row(prompt, texts)], load_tokenizer("toy"), 10_000)

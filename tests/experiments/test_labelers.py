@@ -26,7 +26,7 @@ def world_of(base):
 
 def test_exact_policies_of_pooled_labels():
     """RLHF gets the mean λ; DPO the policy whose win rates are the labelers' mean; both serve nobody fully."""
-    world = world_of(torch.stack([toy.base_probs(x).log() for x in toy.prompts("eval")]))
+    world = world_of(torch.stack([toy.base_probs(x).log() for x in toy.prompts("new_verbs")]))
     people = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     best = labelers.optimal(world, people)
     middle = (world.ref + world.scores.mean(-1)).log_softmax(-1)

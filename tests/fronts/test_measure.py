@@ -21,7 +21,7 @@ def small():
     """A world of 4 prompts, some of them risky, and 8 responses; a tiny base model that knows it roughly."""
     from running import small_world
     with small_world():
-        tokenizer, prompts = load_tokenizer("toy"), toy.prompts("eval")
+        tokenizer, prompts = load_tokenizer("toy"), toy.prompts("new_verbs")
         config = Config(tokenizer.vocab_size, 64, n_layer=2, n_head=2, d_model=32)
         model = Transformer(config).init_weights(torch.Generator().manual_seed(0))
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -52,7 +52,7 @@ def by_loops(policy, model, small):
     """J (m,), mean scores (m,), KL and outside mass, one response after the other: the gradient reaches the policy."""
     _, rewards, tokenizer = small
     J, scores, kl, outside = [0.0, 0.0], [0.0, 0.0], 0.0, 0.0
-    prompts = toy.prompts("eval")
+    prompts = toy.prompts("new_verbs")
     for x in prompts:
         (row,), _ = tokenize([toy.as_row(x, toy.responses(x))], tokenizer, 64)
         logps = {}
@@ -121,7 +121,7 @@ def gradients(policy, small):
 @pytest.mark.parametrize("rows", [40, 1])
 def test_stationarity(small, rows, close):
     data, policy = world(small)
-    data.batches = measure.world_batches(toy.prompts("eval"), small[2], "cpu", rows=rows)
+    data.batches = measure.world_batches(toy.prompts("new_verbs"), small[2], "cpu", rows=rows)
     assert len(data.batches) == (1 if rows == 40 else 4)
     norm, c, single = min_norm(data, policy, BETA)
     G, matrices = gradients(policy, small)

@@ -33,7 +33,7 @@ def world(Q=2, S=7, m=3, seed=0):
 
 def world_scores(dims):
     """Scores of the embedded world's evaluation prompts: (X, S, m)"""
-    return torch.stack([toy.scores(x, toy.responses(x), dims) for x in toy.prompts("eval")])
+    return torch.stack([toy.scores(x, toy.responses(x), dims) for x in toy.prompts("new_verbs")])
 
 
 def near(h, n=50, size=1e-3, seed=1):
@@ -345,7 +345,7 @@ def test_best_at_kl(close):
 
 @pytest.mark.parametrize("dims", [["helpful", "harmless"], ["harmless", "concise", "warm"]])
 def test_problems(dims):
-    prompts = toy.prompts("eval")
+    prompts = toy.prompts("new_verbs")
     scores, w, index = problems(world_scores(dims))
     assert w.sum().item() == pytest.approx(1, abs=1e-12)
     assert scores.shape == (len(w), 160, len(dims)) and len(w) < len(prompts)

@@ -197,7 +197,7 @@ def test_all_ten_dimensions_of_the_embedded_world(sharp, towards_the_centre):
     """Demonstrators that tilt the base model's texts towards one score each, so that some nearly lack what others say.
     Among the preferences are some whose dual is so steep that D is at its maximum, but for rounding, before the gap is
     closed."""
-    prompts = toy.prompts("eval")[::2]
+    prompts = toy.prompts("new_verbs")[::2]
     scores = torch.stack([toy.scores(x, toy.responses(x)) for x in prompts])         # (20, 160, 10)
     demos = (torch.stack([toy.base_probs(x) for x in prompts]).log()[..., None] + sharp * scores).softmax(1)
     eye = torch.eye(10, dtype=torch.float64)

@@ -79,7 +79,7 @@ def test_preference_objectives_against_plain_loops(loss):
         patch.setattr(measure, "world_logprobs", lambda model, batches: logps)
         got = world.measure(None, beta)
     J, scores = np.zeros(2), np.zeros(2)
-    for x, prompt in enumerate(toy.prompts("eval")):
+    for x, prompt in enumerate(toy.prompts("new_verbs")):
         r = toy.scores(prompt, toy.responses(prompt))[:, [0, 2]]
         for a in range(S):
             for b in range(a):
@@ -113,16 +113,16 @@ def test_sft_is_evaluated_by_the_exact_expectation(sft_run):
     assert r["points_are"] == "normalised J" and r["exact"]["residual"] == 0 and len(r["exact"]["lams"]) == 101
     # the base's J by a loop over prompts and responses
     model, tokenizer, J = Transformer.from_pretrained(BASE), load_tokenizer("toy"), np.zeros(2)
-    for x in toy.prompts("eval"):
+    for x in toy.prompts("new_verbs"):
         ids = [tokenizer.encode(y) + [tokenizer.eos_id] for y in toy.responses(x)]
         with torch.no_grad():
             logps = batch_logprobs(model, pack([TokenRow(tokenizer.encode(x + "\n"), ids)])).double()
-        J += (toy.demonstrator_probs(x, r["dims"]) * logps[:, None]).sum(0).numpy() / len(toy.prompts("eval"))
+        J += (toy.demonstrator_probs(x, r["dims"]) * logps[:, None]).sum(0).numpy() / len(toy.prompts("new_verbs"))
     assert np.allclose(r["base"]["J"], J, rtol=1e-5)
     assert r["objective_share"] < 1 and r["hypervolume_share"] < 1     # a few steps
     # the optimum is the mixture of the writers
     E = r["exact"]
-    demos = torch.stack([toy.demonstrator_probs(x, r["dims"]) for x in toy.prompts("eval")])
+    demos = torch.stack([toy.demonstrator_probs(x, r["dims"]) for x in toy.prompts("new_verbs")])
     mixture = demos @ torch.tensor(E["lams"][30], dtype=torch.float64)
     assert np.allclose(E["J"][30], -sft_losses(mixture.log(), demos), rtol=1e-9)
 
@@ -244,7 +244,7 @@ def test_ideal_scores_come_from_the_rewards_of_the_run(ppo_run):
     config["rewards"] |= {"mean": [1.0, 2.0], "std": [2.0, 4.0], "scale": [1.0, 5.0]}
     world, _ = measured_on(config, Transformer.from_pretrained(BASE), load_tokenizer("toy"), torch.device("cpu"))
     raw = world_rewards(config["dims"], None).raw
-    x = toy.prompts("eval")[1]
+    x = toy.prompts("new_verbs")[1]
     r = raw([x + "\n"] * 8, toy.responses(x), [True] * 8)
     expected = torch.tensor([1.0, 5.0]) * (r - torch.tensor([1.0, 2.0])) / torch.tensor([2.0, 4.0])
     assert torch.allclose(world.r_all[1, :8], expected)

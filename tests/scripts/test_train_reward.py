@@ -48,7 +48,7 @@ def test_held_out_accuracy_and_its_ceiling():
     """True scores as rewards reach the ceiling exactly, their opposite 1 − ceiling; labels are counted by a plain loop.
     Rules out: a ceiling from the drawn labels, the columns of other dimensions, swapped p and 1 − p."""
     dims, tokenizer = ["harmless", "warm"], load_tokenizer("toy")
-    rows = toy.sample_pairs("eval", dims, 5, 6, torch.Generator().manual_seed(0))
+    rows = toy.sample_pairs("new_verbs", dims, 5, 6, torch.Generator().manual_seed(0))
     score = lambda row: toy.scores(row.prompt.removesuffix("\n"), row.responses)[:, [1, 5]]
 
     class Truth(torch.nn.Module):
