@@ -124,7 +124,7 @@ def epoch_and_whole(script, models, **flags):
     """What 20 rows teach at the base model: the mean gradient over an epoch of 5 batches, and that of all rows at once,
     (models, parameters) each; and what the steps of the first logged. The learning rate leaves the model where it is.
     """
-    flags = dict(init=BASE, lr=1e-7) | flags
+    flags = dict(init=BASE, lr=1e-9) | flags
     few = gradients(script, f"few-{script}", batch_size=4, steps=5 * models, **flags)
     whole = gradients(script, f"whole-{script}", batch_size=20, steps=models, **flags)
     return few.view(models, 5, -1).mean(1), whole, metrics(Path(f"out/few-{script}"))
