@@ -69,26 +69,31 @@ def tchebycheff(losses, lam, ideal=None):
     ideal: (m,) the best reachable losses; None: 0, which is DPO's, since −log σ has infimum 0. The paper's z are values
     of J = −L, so its z is −ideal. Eq. (15) and (16) take the maximum of expectations: there the losses are means over
     the batch. Eq. (13) has the maximum inside the expectation: there they are −r of single responses. The gradient is
-    that of the largest term alone. With λ_i = 0 the term is 0, which is never the largest where others are positive.
+    that of the largest term alone. A dimension with λ_i = 0 takes no part: its term is −inf. (Its 0 would be the
+    largest, and leave no gradient, wherever the others are better than their ideal.)
     """
     if ideal is not None:
         losses = losses - torch.as_tensor(ideal, dtype=losses.dtype, device=losses.device)
-    return (lam * losses).amax(-1)
+    return (lam * losses).masked_fill(lam == 0, -torch.inf).amax(-1)
 
 
-def denominators(known, aggregate):
-    """What sums of losses are divided by, to become the batch means L_i of Eq. (14), (15) and (16).
+def denominators(known, expected, aggregate):
+    """What sums of losses are divided by, to become the means L_i of Eq. (14), (15) and (16).
 
-    known: (G, m), how many labels (or responses) each dimension has under each of the step's G preferences   aggregate:
-    "ls" or "tche"   ->  counts (G or 1, m), and `absent`, to be added to the quotients: L = sums / counts + absent
-    "ls": every preference's sum is divided by the mean count over the G preferences. LS is linear, so the mean over
-    preferences then weighs every label of dimension i by its λ_i, also where some preferences have few labels of i.
-    "tche": every preference's sum is divided by its own count, since the maximum is over its own means. Where it has no
-    label of dimension i, −1e9 is added, so that i is never the maximum.
+    known: (G, m), how many labels (or responses) each dimension has under each of the step's G preferences
+    expected: (m,), how many it has under one on average over all data   aggregate: "ls" or "tche"
+    ->  counts (1 or G, m), and `absent`, to be added to the quotients: L = sums / counts + absent
+    "ls": every sum is divided by the expected count. LS is linear: over an epoch all labels of dimension i then weigh
+    the same, and the mean gradient is that of Σ λ_i L_i over all data. (Divided by the batch's own count, dimension i
+    would weigh λ_i · P(a batch has a label of i), and a label that is alone in its batch more than one in company.)
+    "tche": every preference's sum is divided by its own count. Here it is the values that decide which term is the
+    largest, and an own mean is near L_i however many labels there are; a sum over the expected count is small just
+    because the labels are few. A maximum of noisy means is not the maximum of the L_i, and no divisor makes it so: only
+    larger batches do. Where a preference has no label of dimension i, nothing is known of L_i, and −inf leaves i out.
     """
     if aggregate == "ls":
-        return (known.sum(0, keepdim=True) / len(known)).clamp(min=1e-9), 0.0
-    return known.clamp(min=1e-9), -1e9 * (known == 0)
+        return expected[None].clamp(min=1e-9), 0.0
+    return known.clamp(min=1e-9), torch.zeros_like(known).masked_fill(known == 0, -torch.inf)
 
 
 def scalar_reward(rewards, lam, aggregate, ideal=None):

@@ -91,7 +91,7 @@ def train(model, out, name, fixed_lam, rows, reference, dims, flags, steps, memb
         L = batch.mean(losses)                                                        # (P, m) -> (G, m)
 
         # … aggregated according to λ
-        objective = aggregate(L, lam.to(device)).mean()                               # (G,) -> (), Eq. (14) or (16)
+        objective = batch.over_preferences(aggregate(L, lam.to(device)))              # (G,) -> (), Eq. (14) or (16)
 
         # line 8: a step of gradient descent on U, V, σ and s
         penalty = flags.orth_coeff * orthogonality_penalty(model) if flags.orth_coeff else 0.0        # of Eq. (5)

@@ -10,7 +10,7 @@ All dimensions share one frozen base and one adapter and differ in their heads: 
 # not in paper: it has one 7B model per dimension. An adapter of its own for each, by one run per dimension with --dims,
 is as accurate on the embedded world: helpful 0.9986 of the best possible, harmless 0.9952 (--dims helpful; --dims
 harmless), against 0.9979 and 0.9944 (--pref_dim 2, seed 0) for half the forward passes, in PPO too.
-The loss is −log σ(r_i(x, y_w) − r_i(x, y_l)), the mean over all labels of a batch, whatever their dimension. A row's
+The loss is −log σ(r_i(x, y_w) − r_i(x, y_l)), the mean over all labels of the data, whatever their dimension. A row's
 responses are packed as a token tree (data/trees.py), so each is computed once, and all of their pairs are used.
 Only differences of raw rewards mean anything. What is used is reward_scale_i · (raw_i − mean_i) / std_i, with mean and
 standard deviation over responses that the frozen base gives to training prompts, stored in reward.json.
@@ -69,6 +69,7 @@ def train(model, rows, dims, flags, out, resume, device):
     optimizer = adamw(model.backbone, flags, head=model.head)
     run = Run(model, optimizer, out, "reward", flags, flags.steps, dims, resume=resume)
     lengths = None if flags.data is None else row_lengths(rows)       # files: batches of rows of about one length
+    labels = sum((torch.tensor(row.better) >= 0).sum().item() for row in rows) / len(rows) * flags.batch_size
 
     for step in run.steps():
         # 1. a batch of rows
@@ -78,9 +79,10 @@ def train(model, rows, dims, flags, out, resume, device):
         # 2. rewards of all responses, all dimensions
         raw = model(batch.tokens, last, batch.positions, batch.mask)                  # (R, m)
 
-        # 3. loss: the mean over all labels, whatever their dimension
+        # 3. loss: the mean over all labels, whatever their dimension. Divided by how many a batch has on average: by
+        #    its own number, labels would weigh the more, the fewer are beside them
         losses, correct, known = compare(raw, batch.pairs, batch.better)              # (P, m) each
-        loss = (losses * known).sum() / known.sum()
+        loss = (losses * known).sum() / labels
 
         # 4. backward, clip, step
         run.update(loss)

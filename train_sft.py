@@ -84,7 +84,7 @@ def train(model, out, name, fixed_lam, rows, kinds, scale, ideal, dims, flags, s
         L = batch.mean(nats)                                                          # (R, m) -> (G, m)
 
         # … aggregated according to λ
-        objective = aggregate(L, lam.to(device)).mean()                               # (G,) -> (), Eq. (6) or (7)
+        objective = batch.over_preferences(aggregate(L, lam.to(device)))              # (G,) -> (), Eq. (6) or (7)
 
         # line 8: a step of gradient descent on U, V, σ and s
         run.update(objective)

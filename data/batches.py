@@ -30,6 +30,7 @@ class Batch:
     item_group: torch.Tensor    # (items,) the preference that each item is under
     counts: torch.Tensor        # (G or 1, m) what sums are divided by, and
     absent: torch.Tensor        # (G, m) what is added to the quotients: aggregate.denominators of the whole step
+    here: torch.Tensor          # (G,) whether a preference has rows in this micro-batch, in any process
 
     def mean(self, losses):
         """L (G, m), the mean loss of each dimension under each preference. losses: (items, m)
@@ -41,6 +42,15 @@ class Batch:
         G, m = self.absent.shape
         share = losses.new_zeros(G, m).index_add(0, self.item_group, losses * self.known) / self.counts
         return with_value(share, all_sum(share.detach().clone())) + self.absent
+
+    def over_preferences(self, values):
+        """The mean over the G preferences. values: (G,), each one's losses aggregated  ->  ()
+
+        0 counts for a preference whose rows are in other micro-batches: its max λ_i (0 − ideal_i) is no loss. So it
+        does with Tchebycheff where no dimension that λ weighs has a label: the value is −inf, and nothing is learned.
+        """
+        nothing = ~self.here | (values == -torch.inf)
+        return values.masked_fill(nothing, 0.0).sum() / len(values)
 
 
 class Batches:
@@ -55,6 +65,7 @@ class Batches:
         self.first, self.parts = first, parts
         self.group = torch.arange(flags.batch_size) // (flags.batch_size // G)        # (B,)
         self.labels, self.G = torch.stack([x.sum(0) for x in known]), G               # (rows, m)
+        self.expected = self.labels.mean(0) * (flags.batch_size // G)                 # (m,) under one preference
         self.lengths = row_lengths(rows) if by_length else None
         self.multiple = pad_to(device)
 
@@ -63,13 +74,14 @@ class Batches:
         flags, (rank, processes) = self.flags, ranks()
         chosen = epoch_batch(len(self.rows), flags.batch_size, flags.seed, self.first + step, self.lengths)    # (B,)
         labels = torch.zeros(self.G, self.labels.shape[1]).index_add(0, self.group, self.labels[chosen])       # (G, m)
-        counts, absent = denominators(labels.to(self.device), flags.aggregate)
-        mine = torch.arange(flags.batch_size).chunk(self.parts)[part][rank::processes]
+        counts, absent = denominators(labels.to(self.device), self.expected.to(self.device), flags.aggregate)
+        whole = torch.arange(flags.batch_size).chunk(self.parts)[part]                # of all processes
+        here, mine = torch.isin(torch.arange(self.G), self.group[whole]), whole[rank::processes]
         rows, group = chosen[mine].tolist(), self.group[mine]
         tree, known = pack([self.rows[j] for j in rows], self.multiple), [self.known[j] for j in rows]
         item_group = group.repeat_interleave(torch.tensor([len(x) for x in known]))
         return Batch(rows, group, tree.to(self.device), torch.cat(known).to(self.device), item_group.to(self.device),
-                     counts, absent + torch.zeros_like(labels, device=self.device))
+                     counts, absent + torch.zeros_like(labels, device=self.device), here.to(self.device))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from aggregate import scalar_reward
+from aggregate import scalar_reward, tchebycheff
 
 NEWTON_STEPS = 50
 AT_ONCE = 2 ** 20                                             # numbers in one (F, X, S) tensor: bounds the memory
@@ -135,7 +135,7 @@ def dpo_tche(lams, scores, w, z):
     def start(lam, found):
         """The best so far in λ's eyes: its weights, and itself."""
         losses, states = zip(*known, *found)
-        near = states[(lam * (torch.stack(losses) - z)).amax(-1).argmin()]
+        near = states[tchebycheff(torch.stack(losses), lam, z).argmin()]
         return near["c"], near
 
     J, states, worst = by_the_dual(lams, z, solve, start)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import train_base
 import train_hqd
@@ -20,6 +21,7 @@ import train_ppo
 import train_reward
 from data import base, toy
 from model import SIZES
+from runs import loop
 from runs.flags import cli, run_main
 from runs.loop import Log
 
@@ -103,6 +105,39 @@ def go(script, name, **flags):
                 patch.setattr(target, constant, CONSTANTS[target][constant])
         argv = words(COMMON | SMALL[script] | flags | {"out": f"out/{name}"})
         return Path(module.main(cli(module.Flags, "", argv))).resolve()
+
+
+def gradients(script, name, **flags):
+    """Trains out/<name>; the gradient of every optimizer step, before it is clipped: (steps, parameters) float64."""
+    seen, reduce = [], loop.reduce_gradients
+
+    def keep(parameters):
+        reduce(parameters)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        seen.append(torch.cat([grad.double().flatten() for grad in grads]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "reduce_gradients", keep)
+        go(script, name, **flags)
+    return torch.stack(seen)
+
+
+def epoch_and_whole(script, models, **flags):
+    """What 20 rows teach at the base model: the mean gradient over an epoch of 5 batches, and that of all rows at once,
+    (models, parameters) each; and what the steps of the first logged. The learning rate leaves the model where it is.
+    """
+    flags = dict(init=BASE, lr=1e-9) | flags
+    few = gradients(script, f"few-{script}", batch_size=4, steps=5 * models, **flags)
+    whole = gradients(script, f"whole-{script}", batch_size=20, steps=models, **flags)
+    return few.view(models, 5, -1).mean(1), whole, metrics(Path(f"out/few-{script}"))
+
+
+def one_label_in_twenty(path):
+    """A file of 20 preference rows that all have a label for helpful; one of them has one for harmless."""
+    return write_rows(path, [
+        {"prompt": f"How do I clean a bicycle{' and a car' * (i % 4)}?", "response_0": "First look at every part.",
+         "response_1": "I will not help with that.",
+         "better": {"helpful": i % 3 % 2} | ({"harmless": 0} if i == 7 else {})} for i in range(20)])
 
 
 def command(script, *argv, cwd, status=0):

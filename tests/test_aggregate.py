@@ -52,6 +52,22 @@ def test_the_ideal_point_moves_the_maximum():
     assert value == pytest.approx(0.4, rel=1e-12) and gradient == pytest.approx((0, 0.5))
 
 
+def test_a_dimension_without_weight_is_never_the_maximum():
+    """Also where the other terms are negative, as losses below the ideal are. Rules out: λ_i · L_i = 0 as the largest,
+    which leaves no gradient; a NaN of 0 · ∞."""
+    value, gradient = value_and_gradient(tchebycheff, (1, 1), (1, 0), ideal=[3, 0])
+    assert value == -2 and gradient == [1, 0]
+    value, gradient = value_and_gradient(tchebycheff, (1, 1, 9), (0.5, 0.5, 0), ideal=[2, 3, 0])
+    assert value == -0.5 and gradient == [0.5, 0, 0]
+    for nothing in (-1e9, -torch.inf, torch.inf):
+        value, gradient = value_and_gradient(tchebycheff, (1, nothing), (1, 0), ideal=[3, 0])
+        assert value == -2 and gradient == [1, 0]
+    losses, lam = torch.full((5, 4, 2), -1.0), torch.tensor([0.0, 1.0])               # any leading dimensions, one λ
+    assert (tchebycheff(losses, lam) == -1).all() and tchebycheff(losses.double(), lam.double()).dtype == torch.float64
+    r, z = torch.tensor([[6.0, 1.0]]), torch.tensor([5.0, 4.0])          # a reward above its z
+    assert scalar_reward(r, torch.tensor([[1.0, 0.0]]), "tche", z).tolist() == [1.0]
+
+
 def test_equal_the_oracle(oracle, close):
     o = oracle("pareto")
     losses, lam = -o["scal_points"], o["scal_weights"]                   # the oracle maximises rewards
@@ -296,12 +312,13 @@ def test_readings_of_pama_by_hand():
 def test_denominators_by_hand():
     known = torch.tensor([[2.0, 0.0], [4.0, 6.0]])                       # labels under two preferences
     sums, lam = torch.tensor([[6.0, 0.0], [2.0, 9.0]]), torch.tensor([[0.5, 0.5], [0.25, 0.75]])
-    counts, absent = denominators(known, "ls")
-    assert counts.tolist() == [[3, 3]] and absent == 0
-    # every label weighs λ_i / (3 · 2), under whichever preference it is. wrong: λ_i / (count of its own preference · 2)
+    expected = torch.tensor([4.0, 1.5])                                  # of all data, under one preference
+    counts, absent = denominators(known, expected, "ls")
+    assert counts.tolist() == [[4, 1.5]] and absent == 0
+    # every label of i weighs λ_i / (2 · expected_i), under whichever preference it is. wrong: the step's own count
     assert linear_scalarization(sums / counts + absent, lam).mean().item() == pytest.approx(
-        (0.5 * 6 + 0.25 * 2 + 0.75 * 9) / 6)
-    counts, absent = denominators(known, "tche")
+        (0.5 * 6 + 0.25 * 2) / 8 + 0.75 * 9 / 3)
+    counts, absent = denominators(known, expected, "tche")
     L = sums / counts + absent
     assert L[0, 0] == 3 and L[1].tolist() == [0.5, 1.5]                  # means over each preference's own labels
     assert tchebycheff(L, lam).tolist() == [1.5, 1.125]                  # wrong: 0 / 0 where no label is

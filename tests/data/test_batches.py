@@ -1,8 +1,10 @@
 """test_batches.py - means of losses over rows, preferences, micro-batches and processes; the reference's log-probs."""
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from aggregate import linear_scalarization, tchebycheff
 from data import batches
@@ -42,7 +44,8 @@ def losses_of(batch, known, weight):
 
 
 def plain_mean(chosen, G, known, aggregate, weight):
-    """L (G, m) by loops. ls: divided by the mean number of labels of a preference; tche: by its own number."""
+    """L (G, m) by loops. ls: divided by how many labels a preference has on average over all rows, an epoch's mean;
+    tche: by its own number."""
     m = known[0].shape[1]
     L = [[0.0] * m for _ in range(G)]
     for i in range(m):
@@ -53,15 +56,16 @@ def plain_mean(chosen, G, known, aggregate, weight):
                 if known[j][item, i]:
                     sums[g], counts[g] = sums[g] + item_loss(j, item, i, weight), counts[g] + 1
         for g in range(G):
-            by = sum(counts) / G if aggregate == "ls" else counts[g]
-            L[g][i] = sums[g] / by if by else (0.0 if aggregate == "ls" else -1e9)
+            every = sum(x[:, i].sum().item() for x in known) / len(known) * len(chosen) / G
+            by = every if aggregate == "ls" else counts[g]
+            L[g][i] = sums[g] / by if by else -torch.inf
     return torch.stack([torch.stack([torch.as_tensor(x, dtype=torch.float32) for x in row]) for row in L])
 
 
-def scalar(aggregate, L):
-    """One number of L (G, m), as training has it."""
+def values(aggregate, L):
+    """(G,) of L (G, m), as training has them; Tchebycheff's ideals are above some of the losses."""
     lam = torch.tensor([[0.3, 0.7], [0.6, 0.4], [1.0, 0.0], [0.5, 0.5]])[:len(L)]
-    return (linear_scalarization if aggregate == "ls" else tchebycheff)(L, lam).mean()
+    return linear_scalarization(L, lam) if aggregate == "ls" else tchebycheff(L, lam, [3.2, 2.0])
 
 
 @pytest.mark.parametrize("aggregate", ["ls", "tche"])
@@ -75,19 +79,19 @@ def test_means_equal_a_plain_loop(aggregate, G, parts):
         chosen = epoch_batch(13, 8, 3, 5 + step).tolist()
         plain = torch.tensor(2.0, requires_grad=True)
         L = plain_mean(chosen, G, known, aggregate, plain)
-        scalar(aggregate, L).backward()
+        values(aggregate, L).mean().backward()
         weight, taken, groups, value, total = torch.tensor(2.0, requires_grad=True), [], [], 0.0, 0.0
         for part in range(parts):
             batch = data.take(step, part)
             mean = batch.mean(losses_of(batch, known, weight))
             taken, groups = taken + batch.rows, groups + batch.group.tolist()
-            loss = scalar(aggregate, mean)
+            loss = batch.over_preferences(values(aggregate, mean))
             loss.backward()
             value, total = value + loss.item(), total + mean.detach()
             assert torch.equal(batch.tree.tokens, pack([rows[j] for j in batch.rows]).tokens)
             assert torch.equal(batch.known, torch.cat([known[j] for j in batch.rows]))
         assert taken == chosen and groups == [b // (8 // G) for b in range(8)]
-        assert value == pytest.approx(scalar(aggregate, L).item(), rel=1e-5)
+        assert value == pytest.approx(values(aggregate, L).mean().item(), rel=1e-5)
         assert torch.allclose(total[L > -1e8], L[L > -1e8], rtol=1e-5) and (total[L < -1e8] < -1e8).all()
         assert weight.grad.item() == pytest.approx(plain.grad.item(), rel=1e-5)
 
@@ -99,7 +103,7 @@ def test_two_processes_have_the_value_of_all_and_the_gradients_of_their_own(monk
     chosen = epoch_batch(13, 8, 0, 2).tolist()
     plain = torch.tensor(2.0, requires_grad=True)
     L = plain_mean(chosen, 2, known, aggregate, plain)
-    scalar(aggregate, L).backward()
+    values(aggregate, L).mean().backward()
 
     def process(rank, all_sum):
         monkeypatch.setattr(batches, "ranks", lambda: (rank, 2))
@@ -107,7 +111,7 @@ def test_two_processes_have_the_value_of_all_and_the_gradients_of_their_own(monk
         weight = torch.tensor(2.0, requires_grad=True)
         batch = Batches(rows, known, flags, 2, CPU).take(2)
         mean = batch.mean(losses_of(batch, known, weight))
-        scalar(aggregate, mean).backward()
+        batch.over_preferences(values(aggregate, mean)).backward()
         return batch.rows, mean.detach(), weight.grad
 
     local = []                                           # first what each contributes, then with what all have together
@@ -127,6 +131,50 @@ def test_a_dimension_without_labels_is_never_tchebycheff_s_maximum():
     assert mean[:, 0].tolist() == [1, 1] and (mean[:, 1] < -1e8).all()
     batch = Batches(rows, known, SimpleNamespace(batch_size=4, seed=0, aggregate="ls"), 2, CPU).take(0)
     assert (batch.mean(torch.ones(len(batch.known), 2))[:, 1] == 0).all()
+
+
+def test_a_preference_without_labels_of_what_it_weighs_teaches_nothing():
+    """Its value is 0, no infinity, and its gradient is no NaN."""
+    rows, known = rows_of(8)
+    known = [torch.cat([torch.ones(len(k), 1), torch.zeros(len(k), 1)], dim=1) for k in known]
+    batch = Batches(rows, known, SimpleNamespace(batch_size=4, seed=0, aggregate="tche"), 2, CPU).take(0)
+    losses = torch.full((len(batch.known), 2), 0.5, requires_grad=True)
+    loss = batch.over_preferences(tchebycheff(batch.mean(losses), torch.tensor([[0.0, 1.0], [0.5, 0.5]]), [1.0, 0.0]))
+    loss.backward()
+    assert loss.item() == pytest.approx((0 + 0.5 * (0.5 - 1)) / 2)
+    weighed = (batch.item_group == 1).float()
+    assert torch.allclose(losses.grad, torch.stack([weighed / weighed.sum() / 4, 0 * weighed], dim=1))
+    assert batch.over_preferences(torch.tensor([torch.nan, 1.0])).isnan()             # what is wrong stays visible
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+@pytest.mark.parametrize("G, parts", [(1, 1), (4, 1), (1, 2)])
+def test_an_epoch_s_mean_gradient_is_that_of_all_data(close, by_length, G, parts):
+    """Of Σ λ_i L_i, with L_i the mean over all labels of i, also where one row in 20 has labels of a dimension, and
+    these are the longest. Rules out: division by what the batch itself has."""
+    rows, known = rows_of(80)
+    rows = [replace(row, prompt=row.prompt * (4 if j % 20 == 7 else 1 + j % 3)) for j, row in enumerate(rows)]
+    known = [torch.stack([x[:, 0], torch.full((len(x),), float(j % 20 == 7))], dim=1) for j, x in enumerate(known)]
+    g, lam = torch.Generator().manual_seed(1), torch.tensor([0.3, 0.7], dtype=torch.float64)
+    features = [torch.randn(len(x), 2, 5, generator=g, dtype=torch.float64) for x in known]
+    weights = torch.randn(5, generator=g, dtype=torch.float64).requires_grad_(True)
+    losses = lambda chosen: torch.cat([F.softplus(features[j] @ weights) for j in chosen])           # (items, 2)
+    gradient = lambda loss: torch.autograd.grad(loss, weights)[0]
+    labelled = torch.cat(known)
+    whole = gradient(lam @ ((losses(range(80)) * labelled).sum(0) / labelled.sum(0)))
+    data = Batches(rows, known, SimpleNamespace(batch_size=4, seed=0, aggregate="ls"), G, CPU, by_length=by_length,
+                   parts=parts)
+    mean, own = 0.0, 0.0
+    for step in range(20):
+        labels = data.labels[epoch_batch(80, 4, 0, step, data.lengths)].sum(0, keepdim=True)
+        for part in range(parts):
+            batch = data.take(step, part)
+            for wrong in (False, True):
+                batch = replace(batch, counts=labels.clamp(min=1e-9) / G) if wrong else batch
+                L = batch.mean(losses(batch.rows))
+                step_s = gradient(batch.over_preferences(linear_scalarization(L, lam))) / 20
+                mean, own = mean + step_s * (not wrong), own + step_s * wrong
+    assert close(mean, whole, 1e-5) and not close(own, whole, 0.1)
 
 
 def test_batches_by_length_and_shapes():

@@ -4,7 +4,21 @@ import math
 import numpy as np
 import pytest
 import torch
-from running import BASE, SHARED, command, go, metrics, own_rows, read, refused, timeless, write_rows
+from running import (
+    BASE,
+    SHARED,
+    command,
+    epoch_and_whole,
+    go,
+    gradients,
+    metrics,
+    one_label_in_twenty,
+    own_rows,
+    read,
+    refused,
+    timeless,
+    write_rows,
+)
 from safetensors.torch import load_file
 
 import eval_front
@@ -86,16 +100,23 @@ def test_rewarded_soups_and_discrete_policy_solutions(soups):
     assert read(run, "config.json")["models"] == 3
 
 
-@pytest.mark.parametrize("aggregate", ["ls", "tche"])
-def test_micro_batches_change_nothing(aggregate):
+@pytest.mark.parametrize("aggregate, more", [("ls", {}), ("tche", {}), ("tche", dict(ideal=[0.6, 0.1]))])
+def test_micro_batches_change_nothing(aggregate, more):
+    """The second ideal is so low that a preference whose rows are elsewhere would count as a loss of −λ · ideal."""
     one, two = (metrics(go("train_dpo", f"{aggregate}{parts}", aggregate=aggregate, accumulate=parts, orth_coeff=1e-3,
-                           lr=8e-3)) for parts in (1, 2))
+                           lr=8e-3, **more)) for parts in (1, 2))
     for a, b in zip(one, two, strict=True):
         assert np.isclose(a["loss"], b["loss"], rtol=1e-5) and np.isclose(a["grad_norm"], b["grad_norm"], rtol=1e-3)
         assert np.allclose(a["losses"], b["losses"], rtol=1e-5)
         # an untrained adapter moves nothing: which of two rewards is larger is rounding then
         assert a["step"] < 3 or a["accuracy"] == b["accuracy"]
         assert a["tokens"] == b["tokens"] and a["flops"] == b["flops"]
+
+
+def test_micro_batches_leave_the_gradient_of_tchebycheff():
+    one, two = (gradients("train_dpo", f"gradient{parts}", aggregate="tche", ideal=[0.6, 0.1], accumulate=parts,
+                          lr=1e-7) for parts in (1, 2))
+    assert one.shape == two.shape and (one - two).norm() < 1e-5 * one.norm() and one.norm(dim=1).min() > 0
 
 
 def test_options_do_something(panacea):
@@ -195,6 +216,18 @@ def test_missing_labels_keep_the_weight_of_lambda():
                          vertex_share=0))
     assert sorted(str(r["losses"][1]) == "None" for r in records)[-1]  # no label: no number
     assert all(np.isfinite(r["loss"]) and r["losses"][0] is not None for r in records)
+
+
+def test_an_epoch_weighs_a_rare_dimension_by_lambda(close):
+    """1 label of harmless in 20 rows, λ = (0, 1), (½, ½), (1, 0): over an epoch of 5 batches the mean gradient is that
+    of Σ λ_i L_i. Rules out: division by the batch's own count, 0.2 of it for λ = (0, 1). A step without a label of
+    harmless logs null."""
+    few, whole, records = epoch_and_whole("train_dpo", 3, data=[one_label_in_twenty("rare.jsonl")], method="dps",
+                                          dps_parts=2, lams_per_step=1)
+    for mean, all_rows in zip(few, whole):
+        assert all_rows.norm() > 0 and close(mean, all_rows, 1e-5)
+    for key in ("losses", "accuracy"):
+        assert [sum(r[key][i] is None for r in records) for i in (0, 1)] == [0, 12]        # 4 of 5 steps, 3 models
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared (the real preference data and the tiny Llama) is not here")

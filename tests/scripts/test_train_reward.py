@@ -5,7 +5,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from running import BASE, go, metrics, read, refused, timeless, write_rows
+from running import (
+    BASE,
+    epoch_and_whole,
+    go,
+    metrics,
+    one_label_in_twenty,
+    read,
+    refused,
+    timeless,
+    write_rows,
+)
 
 import train_reward
 from data import rewards as data_rewards
@@ -203,7 +213,18 @@ def test_a_planted_signal_is_learned_in_each_dimension_from_a_file(capsys):
     assert report["dims"] == ["polite", "safe"] and report["eval_labels"] == [32, 16]
     assert min(report["accuracy"]) > 0.9 and "bayes_ratio" not in report and "at most" not in capsys.readouterr().out
     assert all(r["labels"][0] == 8 for r in records) and {r["labels"][1] for r in records} != {8}
-    assert abs(records[0]["loss"] - math.log(2)) < 1e-6                # a mean over what has a label
+    # of 96 labels in 64 rows a batch has 12 on average. wrong: divided by its own number
+    assert records[0]["loss"] == pytest.approx(math.log(2) * sum(records[0]["labels"]) / 12, rel=1e-6)
+
+
+def test_an_epoch_weighs_every_label_alike(close):
+    """21 labels in 20 rows, two of them of one row. Rules out: division by the batch's own number. A batch without a
+    label of a dimension logs null for it."""
+    few, whole, records = epoch_and_whole("train_reward", 1, data=[one_label_in_twenty("rare.jsonl")],
+                                          reward_scale=None, lr=1e-7)  # rewards that are all equal are refused
+    assert whole.norm() > 0 and close(few, whole, 1e-5)
+    assert sorted(r["labels"][1] for r in records) == [0, 0, 0, 0, 1]
+    assert all((r[key][1] is None) == (r["labels"][1] == 0) for r in records for key in ("losses", "accuracy"))
 
 
 # ---- bad input ----

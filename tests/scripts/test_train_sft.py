@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from running import BASE, go, metrics, read, refused, timeless, write_rows
+from running import BASE, epoch_and_whole, go, gradients, metrics, read, refused, timeless, write_rows
 
 from aggregate import sample_preference, tchebycheff
 from data import toy
@@ -45,6 +45,25 @@ def test_tche_aims_at_the_entropies():
     assert np.allclose(z, -(p * p.log()).sum(1).mean(0))
     given = metrics(go("train_sft", "sft-ideal", aggregate="tche", steps=1, lams_per_step=1, ideal=[1.0, 2.0]))[0]
     assert np.isclose(given["loss"], tchebycheff(L, lam[0], [1.0, 2.0]), rtol=1e-4)
+
+
+def test_tche_learns_at_every_vertex():
+    """Losses below z there leave a gradient, too: the other dimension's 0 · L is no larger term."""
+    flags = dict(aggregate="tche", lams_per_step=1, vertex_share=1, ideal=[80, 80])
+    steps = gradients("train_sft", "sft-vertices", **flags)
+    records = metrics(go("train_sft", "sft-vertices", **flags))
+    assert all(max(r["lam"][0]) == 1 and r["loss"] < 0 for r in records)
+    assert steps.norm(dim=1).min() > 0 and all(r["grad_norm"] > 0 for r in records)
+
+
+def test_an_epoch_weighs_a_rare_style_by_lambda(close):
+    """One of 20 prompts has an answer of the second style. Rules out: division by the batch's own count."""
+    plain = [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(20)]
+    files = [write_rows("plain.jsonl", plain), write_rows("rare.jsonl", [plain[7] | {"response": "Oh, my friend!"}])]
+    few, whole, records = epoch_and_whole("train_sft", 3, data=files, method="dps", dps_parts=2, lams_per_step=1)
+    for mean, all_rows in zip(few, whole):
+        assert all_rows.norm() > 0 and close(mean, all_rows, 1e-5)
+    assert [sum(r["losses"][i] is None for r in records) for i in (0, 1)] == [0, 12]
 
 
 def test_same_seed_same_adapter(sft_run):
