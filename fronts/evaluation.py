@@ -23,16 +23,17 @@ from runs.files import UserError
 from svd_lora import fingerprint
 
 # Σ λ_i J_i, or Tchebycheff's maximum, is what these methods optimise; others have no aggregated objective
-AGGREGATED = ("panacea", "rs", "dps")
+AGGREGATED = ("panacea", "rs", "dps", "prompt")
 
 
 @torch.no_grad()
-def evaluate(run, device, known, parts=None, adapters=None):
+def evaluate(run, device, known, parts=None, adapters=None, **mixture):
     """Measures one run at every preference of exact.evaluation_preferences. Returns what front.json holds, and what
     samples.json holds, the rewards and texts: None where no responses were sampled.
 
     known: a dict that keeps exact fronts, for runs that share them. adapters: a snapshot instead of the run's final
-    adapter (Panacea); then only what is exact is measured. Raises UserError for another base model than the run's.
+    adapter (Panacea); then only what is exact is measured. mixture: mix and factor of measure.policies. Raises UserError
+    for another base model than the run's.
     """
     config = run_config(run)
     o, flags, dims = config["objective"], config["flags"], config["dims"]
@@ -51,9 +52,11 @@ def evaluate(run, device, known, parts=None, adapters=None):
         k: v for each in data for k, v in each.measure(policy, o["beta"]).items()}
     base, lams, results = measure(model), [], []                                      # no adapter yet: π = π_ref
     grid = evaluation_preferences(m, parts).float()
-    for lam, policy in tqdm(policies(run, config, model, grid, adapters), desc="front", disable=None):
+    for lam, policy in tqdm(policies(run, config, model, grid, adapters, **mixture), desc="front", disable=None):
         lams.append([round(x, 6) for x in lam.tolist()])
         results.append(measure(policy))
+    if config["method"] == "dps" and len(lams) == 1:                # one compromise: its answer to every preference
+        lams, results = [[round(x, 6) for x in lam] for lam in grid.tolist()], results * len(grid)
     column = {key: [r[key] for r in results] for key in results[0]}                   # key -> one value per preference
 
     # 2. points: J on the scale of the exact front, or what the held-out data say
