@@ -64,6 +64,6 @@ def written(lams, dims, tokenizer):
     """
     ids = [tokenizer.encode(", ".join(f"{dim} {x:.2f}" for dim, x in zip(dims, lam)) + "\n") for lam in lams.tolist()]
     if len({len(x) for x in ids}) > 1:
-        raise UserError(f"tokenizer {tokenizer.name}: --method prompt needs one that writes all preferences in equally many "
-                        f"tokens")
+        raise UserError(f"tokenizer {tokenizer.name}: --method prompt needs one that writes every preference in as "
+                        f"many tokens")
     return torch.tensor(ids)

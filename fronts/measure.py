@@ -85,7 +85,7 @@ def policies(run, config, model, lams, adapters=None, mix="weights", factor=1.0)
 
     Panacea sets λ in its one adapter (`adapters`: this file instead). Rewarded soups average the merged weights of m
     models, W0 + factor · Σ λ_i ΔW_i; with mix = "logprobs" it is their log-probs, and that is MOD (ops/generation.py:
-    Mixture). A prompted λ is a text in front of the prompt: there the policy is a function, TreeBatch -> (R,) log-probs.
+    Mixture). A prompted λ is a text in front of the prompt: that policy is a function, TreeBatch -> (R,) log-probs.
     Every other method has one adapter for each of its own preferences, and `lams` is ignored.
     """
     method, dims = config["method"], config["dims"]

@@ -62,7 +62,7 @@ class BaseFlags:
 class AdapterFlags:
     """How the adapter learns (Panacea's Tables 1 and 2, where they name it)."""
 
-    lora_dim: int = flag(8, "k, the learned rank; the whole rank is k + m, of baselines k + 1; 0 (ablation): λ alone", 0)
+    lora_dim: int = flag(8, "k, the learned rank; the whole rank is k + m, of baselines k + 1; 0: λ alone", 0)
     lora_scaling: float = flag(512.0, "the adapter's gain is lora_scaling / lora_dim (lora_dim 0: / 8)", "positive")
     lr: float | None = flag(None, "peak learning rate, then a cosine to 0 "
                                   "(default 2e-3 on the embedded world; else 2e-4, 1e-3 below width 512)", "positive")
@@ -92,7 +92,7 @@ class PreferenceFlags:
     vertex_share: float = flag(0.25, "share of the preferences that are vertices of the simplex; the others are drawn "
                                      "evenly from it", "share")
     dps_parts: int = flag(10, "dps: the simplex is cut into so many parts; m = 2: parts + 1 models", 1)
-    lam: list[float] | None = flag(None, "dps: one model, at this preference, in the place of a lattice; evaluated as its "
+    lam: list[float] | None = flag(None, "dps: one model at this preference, not a lattice of them; evaluated as its "
                                          "answer to every preference")
     snapshots: int = flag(8, "adapters kept along the way, for the front's evolution", 0)
 
