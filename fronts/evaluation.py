@@ -32,8 +32,8 @@ def evaluate(run, device, known, parts=None, adapters=None, **mixture):
     samples.json holds, the rewards and texts: None where no responses were sampled.
 
     known: a dict that keeps exact fronts, for runs that share them. adapters: a snapshot instead of the run's final
-    adapter (Panacea); then only what is exact is measured. mixture: mix, factor of policies(). Raises UserError for another
-    base model than the run's.
+    adapter (Panacea); then only what is exact is measured. mixture: mix, factor of policies(). Raises UserError for
+    another base model than the run's.
     """
     config = run_config(run)
     o, flags, dims = config["objective"], config["flags"], config["dims"]
