@@ -44,10 +44,10 @@ def sample_preference(n, m, alpha=1.0, vertex_share=0.25, generator=None):
 def models_of(method, dims, parts, lam=None):
     """The models that a method trains: a list of (name, the λ it is trained for, or None where λ is an input).
 
-    panacea: one. rs: one per dimension, at the vertices. dps: one per preference, those of the lattice of `parts`, or
-    `lam` alone.
+    panacea, prompt: one. rs: one per dimension, at the vertices. dps: one per preference, those of the lattice of
+    `parts`, or `lam` alone.
     """
-    if method == "panacea":
+    if method in ("panacea", "prompt"):
         return [("adapter", None)]
     if method == "rs":
         return [(f"adapter-{dim}", vertex) for dim, vertex in zip(dims, torch.eye(len(dims)))]

@@ -4,6 +4,7 @@
     python eval_front.py out/a out/b out/c       # the same for each, and one table and picture of all (out/compare);
                                                  # runs of different objectives meet in the space of mean scores
     python eval_front.py out/a --evolution       # the front at every snapshot of the training (Fig. 4)
+    python eval_front.py out/rs --mix logprobs   # MOD: the specialists of rewarded soups mixed by their log-probs
     python eval_front.py out/a --stationarity    # how far an RLHF run is from Pareto-stationary, before and after
 
 F: preferences   m: dimensions   lams: (F, m)   points: (F, m) what is reached at each preference, larger is better
@@ -17,6 +18,7 @@ front's; fronts/evaluation.py defines both.
 """
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -52,6 +54,10 @@ class Flags:
     evolution: bool = flag(False, "evaluate every snapshot of the (one) run instead")
     stationarity: bool = flag(False, "RLHF runs on the embedded world, instead: min ‖Σ c_i ∇J_i‖ of their models, and "
                                      "of the base before")
+    mix: Literal["weights", "logprobs"] = flag("weights", "runs of --method rs: average the specialists' weights, or, "
+                                                          "as MOD, their log-probs at every token")
+    factor: float = flag(1.0, "runs of --method rs: what the specialists change in the base, mixed, times this",
+                         "positive")
     device: str = flag("auto", "cpu, cuda, or auto")
 
 
@@ -68,13 +74,14 @@ def main(flags):
     # 1. every run alone: measured; its files and pictures
     results, known = [], {}
     for run in runs:
-        r, samples = evaluate(run, device, known, flags.parts, splits=("validation",) if flags.validation else SPLITS)
-        into = run / "validation" if flags.validation else run
+        r, samples = evaluate(run, device, known, flags.parts, None, ("validation",) if flags.validation else SPLITS,
+                              mix=flags.mix, factor=flags.factor)
+        r["label"], beside = mixture_label(flags, r["label"]), run / folder(flags)
         if samples:
-            write_json(into / "samples.json", samples)
-            draw_histograms(samples, into / "histograms.png")
-        write_json(into / "front.json", r)
-        draw_fronts([r], into / "front.png")
+            write_json(beside / "samples.json", samples)
+            draw_histograms(samples, beside / "histograms.png")
+        write_json(beside / "front.json", r)
+        draw_fronts([r], beside / "front.png")
         results.append(r)
 
     # 2. the tables
@@ -92,7 +99,7 @@ def main(flags):
               f"preferences; the optimal policies themselves have, at these {len(first['lams'])}: "
               f"{exact['at_lams']['hypervolume_share']:.4f}")
     print(f"reference point {first['reference_point']} in {first['points_are']}; pictures: "
-          + ", ".join(str(run / "front.png") for run in runs))
+          + ", ".join(str(run / folder(flags) / "front.png") for run in runs))
 
     # 3. several runs: in one picture if they share an objective, else in the space of what they say
     if len(results) > 1 and same_objective(results):
@@ -132,11 +139,29 @@ def check(flags, runs):
     for run, config in zip(runs, configs):
         if not (run / "timing.json").exists():
             raise UserError(f"{run}: the training has not ended; run its command again to resume it")
+        if mixture_folder(flags) and (config["method"] != "rs" or flags.stationarity):
+            raise UserError(f"{run}: --mix and --factor are ways to evaluate a run of --method rs")
         if flags.evolution and config["method"] != "panacea":
             raise UserError(f"{run}: --evolution takes a finished run of method panacea")
         if config["dims"] != configs[0]["dims"] and not flags.stationarity:
             raise UserError(f"{run} has the dimensions {' '.join(config['dims'])}, {runs[0]} has "
                             f"{' '.join(configs[0]['dims'])}: their fronts lie in different spaces")
+
+
+def mixture_folder(flags):
+    """Where in a run the results of --mix and --factor go: "" for rewarded soups themselves, mod, weights-1.3, …"""
+    factor = f"-{flags.factor:g}" if flags.factor != 1 else ""
+    return "mod" + factor if flags.mix == "logprobs" else "weights" + factor if factor else ""
+
+
+def folder(flags):
+    """Where in a run its results go: validation/ and what mixture_folder says, or the run's directory itself."""
+    return Path("validation" if flags.validation else "") / mixture_folder(flags)
+
+
+def mixture_label(flags, label):
+    """What tables and pictures call it: "MOD", "Rewarded soups, factor 1.3", …"""
+    return ("MOD" if flags.mix == "logprobs" else label) + (f", factor {flags.factor:g}" if flags.factor != 1 else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ W0 may be quantised (a QuantizedWeight, ops/quantize.py).
 in generation through factors, which ops/generation.py asks for (fast_copy → FastLinear.factors).
 Because λ enters through d alone, rows of one batch can have different preferences: d is then (B, 1, r).
 Not in paper: gain (from the reference hyper-parameter lora_scaling = 512 at k = 8; the divisor is k, not r).
-m = 0 is a plain SVD-LoRA of rank k: rewarded soups and discrete policy solutions use it with rank k + 1.
+m = 0 is a plain SVD-LoRA of rank k: rewarded soups and discrete policy solutions use it with rank k + 1, a prompted λ
+with rank k + m. k = 0 (ablation): λ alone, nothing that all preferences share.
 """
 import hashlib
 import json
@@ -77,18 +78,20 @@ class SVDLoRALinear(nn.Module):
         return (self.gain * self.U * self.singular_values(lam)) @ self.V.T
 
 
-def inject_svd_lora(model, k=8, m=2, lora_scaling=512.0, pref_scaling=None, generator=None):
+def inject_svd_lora(model, k=8, m=2, lora_scaling=512.0, pref_scaling=None, generator=None, gain=None):
     """Replaces every Linear inside `model.blocks` by an SVDLoRALinear and freezes all else, in place. Where there is an
     adapter already, a fresh one takes its place.
 
-    k: learned rank; m: objectives; gain = lora_scaling / k; pref_scaling: a fixed s (ablation), None: s is learned.
+    k: learned rank; m: objectives; gain: lora_scaling / k, where none is given (k = 0 needs one); pref_scaling: a fixed
+    s (ablation), None: s is learned.
     generator: a CPU torch.Generator for U and V. Returns the model.
     """
+    gain = lora_scaling / k if gain is None else gain
     model.requires_grad_(False)
     for block in model.blocks:
         for name, linear in [(n, mod) for n, mod in block.named_modules()
                              if isinstance(mod, (nn.Linear, QuantizedLinear, SVDLoRALinear))]:
-            block.set_submodule(name, SVDLoRALinear(linear, k, m, lora_scaling / k, pref_scaling, generator))
+            block.set_submodule(name, SVDLoRALinear(linear, k, m, gain, pref_scaling, generator))
     return model
 
 
@@ -250,8 +253,8 @@ def load_adapter(model, path, dims=None):
         raise UserError(f"{path} belongs to another base model (fingerprint {header['base']}, "
                         f"this one has {fingerprint(model)})")
     if not svd_lora_layers(model):
-        inject_svd_lora(model, header["k"], header["m"], header["gain"] * header["k"],
-                        0.0 if header["fixed_s"] else None)
+        inject_svd_lora(model, header["k"], header["m"], pref_scaling=0.0 if header["fixed_s"] else None,
+                        gain=header["gain"])
     ours, layer = adapter_state(model), next(iter(svd_lora_layers(model).values()))
     if (layer.k, layer.m) != (header["k"], header["m"]):
         raise UserError(f"{path} has k = {header['k']}, m = {header['m']}; "

@@ -3,6 +3,7 @@
     python train_dpo.py --pref_dim 2                        # the embedded world; makes its base model first
     python train_dpo.py --pref_dim 2 --aggregate tche       # Tchebycheff instead of linear scalarisation
     python train_dpo.py --pref_dim 2 --method rs            # baselines: rewarded soups; dps: one model per preference
+    python train_dpo.py --pref_dim 2 --method prompt        # baseline: λ as a text in front of the prompt
     python train_dpo.py --pref_dim 2 --loss ipo             # IPO's loss in the place of DPO's
     python train_dpo.py --pref_dim 2 --init <Hugging Face directory> --data train.jsonl --eval_data eval.jsonl
     torchrun --nproc_per_node 8 train_dpo.py …              # the same on several GPUs; --parallel fsdp: a sharded base
@@ -26,13 +27,14 @@ import eval_front
 from aggregate import linear_scalarization, models_of, sample_preference, tchebycheff
 from data.base import find_base, load_base, usual_rate
 from data.batches import Batches, pad_to, reference_logprobs
+from data.prompts import written
 from data.sources import check_preferences, preference_rows
 from data.tokenizers import tokenize
-from data.trees import batch_logprobs
+from data.trees import batch_logprobs, with_prefix
 from objectives import dpo_loss, ipo_loss, losses_on_pairs
 from runs.directory import models_left, open_run, steps_each
 from runs.files import UserError
-from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, RunFlags, flag, run_main
+from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, RunFlags, check_lam, flag, run_main
 from runs.loop import Run, adamw, add_adapter
 from runs.processes import init_distributed, pick_device, shard
 from runs.randomness import generator_for
@@ -46,6 +48,9 @@ LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss}
 class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags):
     """The script's flags, with defaults and --help texts; more in runs/flags.py."""
 
+    method: Literal["panacea", "rs", "dps", "prompt"] = flag(
+        "panacea", "Panacea; rewarded soups: one model per dimension; discrete policy solutions: one per preference; "
+                   "prompt: an adapter of Panacea's rank that reads λ as a text in front of the prompt")
     loss: Literal["dpo", "ipo"] = flag("dpo", "of a pair: DPO's, Eq. (2), or IPO's")
     beta: float | None = flag(None, "β, the paper's scale_coeff; IPO's τ "
                                     "(default 1 on the embedded world, 0.1 otherwise)", "positive")
@@ -61,10 +66,11 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags):
         "ddp", "under torchrun: a copy of the base in every process, or shares of it (--eval then reads it whole)")
 
 
-def train(model, out, name, fixed_lam, rows, reference, dims, flags, steps, member, resume, device):
-    """Algorithm 1 for one adapter, written to out/name. fixed_lam: None for Panacea, else the one λ of this model."""
+def train(model, out, name, fixed_lam, rows, reference, dims, flags, steps, member, resume, device, text_of=None):
+    """Algorithm 1 for one adapter, written to out/name. fixed_lam: None for Panacea, else the one λ of this model.
+    text_of: λ (G, m) -> its text (G, n), tokens that each prompt begins with, in the place of Eq. (9)."""
     m, G = len(dims), flags.lams_per_step if fixed_lam is None else 1
-    add_adapter(model, flags, m if fixed_lam is None else 0, member)
+    add_adapter(model, flags, m if fixed_lam is None and not text_of else 0, member, more=m if text_of else 1)
     if flags.parallel == "fsdp":
         shard(model, device)
     known = [(torch.tensor(row.better) >= 0).float() for row in rows]
@@ -80,7 +86,9 @@ def train(model, out, name, fixed_lam, rows, reference, dims, flags, steps, memb
         lam = (fixed_lam.expand(G, m) if fixed_lam is not None else
                sample_preference(G, m, vertex_share=flags.vertex_share,
                                  generator=generator_for(flags.seed, "lambda", step)))                # (G, m)
-        if fixed_lam is None:
+        if text_of:
+            batch.tree = with_prefix(batch.tree, text_of(lam)[batch.group])
+        elif fixed_lam is None:
             set_preference(model, lam[batch.group])                                   # (B, m): d = cat(σ, s·λ), Eq. (9)
 
         # line 7: the losses of all dimensions, from the log-probs of the responses, …
@@ -114,6 +122,7 @@ def main(flags):
           f"{matmul_ceiling(device, dtype) / 1e12:.3g} TFLOP/s".replace("torch.", ""))
     base, tokenizer_name = find_base(flags.init, flags.size, flags.tokenizer, device)
     rows, _, dims = preference_rows(flags)
+    check_lam(flags, dims)
     # a base to be sharded is read into main memory: it may be too large for one GPU
     load = lambda: load_base(base, tokenizer_name, torch.device("cpu") if flags.parallel == "fsdp" else device, dtype,
                              flags.quantize, flags.checkpoint)
@@ -123,7 +132,8 @@ def main(flags):
     rows, cut = tokenize(rows, tokenizer, min(flags.max_length, model.config.context_length))
     print("data: {prompts} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut".format(**cut))
 
-    models = models_of(flags.method, dims, flags.dps_parts)
+    models = models_of(flags.method, dims, flags.dps_parts, flags.lam)
+    text_of = (lambda lams: written(lams, dims, tokenizer)) if flags.method == "prompt" else None
     steps = steps_each(flags, models)
     objective = {"name": flags.loss, "beta": flags.beta, "aggregate": flags.aggregate, "ideal": flags.ideal}
     files = [Path(f).stem for f in flags.data or []]
@@ -136,7 +146,7 @@ def main(flags):
     for i, (name, lam), state in models_left(models, resume):
         if flags.parallel == "fsdp":                                   # train() shards anew, with the adapter in place
             model, _ = load()
-        train(model, out, name, lam, rows, reference, dims, flags, steps, i, state, device)
+        train(model, out, name, lam, rows, reference, dims, flags, steps, i, state, device, text_of)
     if rank > 0:
         return out
     del model, reference
@@ -150,6 +160,8 @@ def check(flags, processes):
     if m < 2:
         raise UserError("a front needs at least 2 dimensions: --pref_dim 2, or two names after --dims")
     check_preferences(flags)
+    if flags.method == "prompt" and flags.data is not None:
+        raise UserError("--method prompt is for the embedded world, without --data")
     if B % G or B % parts:
         raise UserError(f"--batch_size {B} must be a multiple of --lams_per_step {G} and of --accumulate {parts}")
     if B // parts % processes:

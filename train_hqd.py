@@ -42,7 +42,7 @@ from model import generate
 from objectives import sft_loss
 from runs.directory import models_left, open_run
 from runs.files import UserError, write_json, write_jsonl
-from runs.flags import AdapterFlags, BaseFlags, RewardFlags, RunFlags, flag, run_main
+from runs.flags import AdapterFlags, BaseFlags, RewardFlags, RunFlags, flag, preferences_of, run_main
 from runs.loop import Log, Run, adamw, add_adapter
 from runs.processes import pick_device
 from runs.randomness import epoch_batch, generator_for
@@ -188,18 +188,13 @@ def main(flags):
 
 def preferences(flags, dims):
     """The preferences of --lam or --parts: (G, m) float64. Raises UserError for what is none."""
-    m = len(dims)
     if flags.lam is None:
-        flags.parts = flags.parts or {2: 10, 3: 4}.get(m, 2)
-        return simplex_lattice(m, flags.parts)
-    if len(flags.lam) % m:
-        raise UserError(f"--lam takes {m} numbers per preference, for {' '.join(dims)}; got {len(flags.lam)}")
-    lams = torch.tensor(flags.lam, dtype=torch.float64).view(-1, m)
-    if not ((lams >= 0).all() and ((lams.sum(1) - 1).abs() < 1e-4).all()):
-        raise UserError(f"--lam {' '.join(map(str, flags.lam))}: a preference is not negative and sums to 1")
+        flags.parts = flags.parts or {2: 10, 3: 4}.get(len(dims), 2)
+        return simplex_lattice(len(dims), flags.parts)
+    lams = preferences_of(flags.lam, dims)
     if len(lams.unique(dim=0)) < len(lams):
         raise UserError(f"--lam {' '.join(map(str, flags.lam))}: the same preference twice")
-    return lams / lams.sum(1, keepdim=True)
+    return lams
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from objectives import gae, kl_penalized_rewards, noon, ppo_policy_loss, ppo_val
 from ops.heads import Critic
 from runs.directory import models_left, open_run, steps_each
 from runs.files import UserError
-from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, RewardFlags, RunFlags, flag, run_main
+from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, RewardFlags, RunFlags, check_lam, flag, run_main
 from runs.loop import Run, adamw, add_adapter
 from runs.processes import pick_device
 from runs.randomness import epoch_batch, generator_for
@@ -64,7 +64,6 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags, RewardFlags):
         "ls", "linear scalarisation, Eq. (12); Tchebycheff, Eq. (13); or, without any preference, PAMA or MGDA")
     pama_reading: Literal["V", "T", "S"] = flag(
         "V", "what PAMA minimises: the norm of the vector over tokens, each token alone, or the batch means")
-    lam: list[float] | None = flag(None, "dps: one model at this preference, instead of a lattice of them")
     prompts: list[str] | None = flag(None, "prompt files, JSONL or stories in .txt (default: the embedded world's)")
     max_new_tokens: int = flag(64, "a response that has not ended by then is cut off there, and counted", 1)
     # Table 1
@@ -350,19 +349,16 @@ def check(flags):
     check_rewards(flags, "prompts")
     if flags.aggregate in ("pama", "mgda") and flags.method != "panacea":
         raise UserError(f"--aggregate {flags.aggregate} trains one policy without a preference: leave --method away")
-    if flags.lam is not None and flags.method != "dps":
-        raise UserError("--lam is the one preference of --method dps; panacea learns all of them")
     if flags.aggregate != "tche" and flags.ideal is not None:
         raise UserError("--ideal belongs to --aggregate tche")
 
 
 def check_lengths(flags, dims):
     """Raises UserError for lists that do not have one entry per dimension."""
-    for name in ("reward_scale", "ideal", "lam"):
+    check_lam(flags, dims)
+    for name in ("reward_scale", "ideal"):
         if (value := getattr(flags, name)) is not None and len(value) != len(dims):
             raise UserError(f"--{name} takes {len(dims)} numbers, for {' '.join(dims)}; got {len(value)}")
-    if flags.lam is not None and (min(flags.lam) < 0 or abs(sum(flags.lam) - 1) > 1e-4):
-        raise UserError(f"--lam {' '.join(map(str, flags.lam))}: a preference is not negative and sums to 1")
 
 
 def defaults(flags, rewards):

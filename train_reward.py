@@ -61,6 +61,7 @@ class Flags(RunFlags, BaseFlags, AdapterFlags):
     responses: int = flag(12, "embedded world: responses in a row", 2)
     epochs: float = flag(1.0, "passes over --data, where --steps is not given", "positive")
     steps: int | None = flag(None, "optimizer steps (embedded world: 200)", 1)
+    lora_dim: int = flag(8, "k, the rank of the adapter", 1)
     max_new_tokens: int = flag(64, "tokens of a reference response; one that is cut has no EOS", 1)
 
 

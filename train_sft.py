@@ -34,7 +34,7 @@ from fronts.objective import sft_ideal
 from objectives import sft_loss
 from runs.directory import models_left, open_run, steps_each
 from runs.files import UserError
-from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, RunFlags, flag, run_main
+from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, RunFlags, check_lam, flag, run_main
 from runs.loop import Run, adamw, add_adapter
 from runs.processes import pick_device
 from runs.randomness import generator_for
@@ -101,6 +101,7 @@ def main(flags):
     matmul_ceiling(device, dtype)                                      # now, while nothing else runs
     base, tokenizer_name = find_base(flags.init, flags.size, flags.tokenizer, device)
     rows, kinds, dims = demonstrations(flags)
+    check_lam(flags, dims)
     m = len(dims)
     model, tokenizer = load_base(base, tokenizer_name, device, dtype, flags.quantize, flags.checkpoint)
     flags.lr = flags.lr or usual_rate(on_world, model.config)
@@ -110,7 +111,7 @@ def main(flags):
     scale = torch.ones(m) if on_world else 1 / mean_lengths(rows, kinds, m)
     ideal = flags.ideal or (sft_ideal(dims, "train") if on_world else None)
 
-    models = models_of(flags.method, dims, flags.dps_parts)
+    models = models_of(flags.method, dims, flags.dps_parts, flags.lam)
     steps = steps_each(flags, models)
     objective = {"name": "sft", "beta": None, "aggregate": flags.aggregate, "ideal": flags.ideal}
     out, resume = open_run(

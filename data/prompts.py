@@ -1,9 +1,11 @@
-"""prompts.py - prompts to sample from, and demonstrations for SFT.
+"""prompts.py - prompts to sample from, demonstrations for SFT, and a preference as a text in front of a prompt.
 
 Prompts are the first words of stories (.txt) or the prompts of JSONL rows; data.files says how both are read. They take
 the same form as the prompts of preference files, so that policy and reward model see the same text.
 """
 import hashlib
+
+import torch
 
 from data.files import Row, paths_of, read_file, read_rows
 from runs.files import UserError
@@ -52,3 +54,16 @@ def split(rows):
     So a prompt is never in both, and stays where it is whatever other rows there are."""
     fraction = lambda row: int(hashlib.sha256(row.prompt.encode("utf-8", "surrogatepass")).hexdigest(), 16) / 2 ** 256
     return [row for row in rows if fraction(row) >= HELD_OUT], [row for row in rows if fraction(row) < HELD_OUT]
+
+
+def written(lams, dims, tokenizer):
+    """Preferences as texts, "helpful 0.30, harmless 0.70" and a line break: lams (n, m) -> ids (n, tokens), int64.
+
+    Two decimals: rows of one length, of which the model sees λ rounded. Raises UserError where the tokenizer makes
+    texts of different lengths of them.
+    """
+    ids = [tokenizer.encode(", ".join(f"{dim} {x:.2f}" for dim, x in zip(dims, lam)) + "\n") for lam in lams.tolist()]
+    if len({len(x) for x in ids}) > 1:
+        raise UserError(f"tokenizer {tokenizer.name}: --method prompt needs one that writes every preference in as "
+                        f"many tokens")
+    return torch.tensor(ids)

@@ -115,6 +115,23 @@ def pack(rows, multiple=1):
                      tensor(better, len(better), -1 if better else 0), [len(nodes) for nodes, *_ in trees])
 
 
+def with_prefix(batch, ids):
+    """The TreeBatch whose prompts begin with other tokens: ids (B, n), n more in front of every row, or (n,), the same
+    for all. Equal to packing the longer prompts."""
+    (B, T), device = batch.tokens.shape, batch.tokens.device
+    ids = ids.to(device).expand(B, -1)
+    n = ids.shape[1]
+    real = torch.arange(T, device=device) < torch.tensor(batch.nodes, device=device)[:, None]      # (B, T) not padding
+    mask = torch.zeros(B, 1, n + T, n + T, dtype=torch.bool, device=device)
+    mask[:, :, :n, :n] = torch.ones(n, n, dtype=torch.bool, device=device).tril()
+    mask[:, 0, n:, :n] = real[:, :, None]                                             # every node descends from all n
+    mask[:, :, n:, n:] = batch.mask
+    row, node = batch.parents // T, batch.parents % T
+    positions = torch.cat([torch.arange(n, device=device).expand(B, n), batch.positions + n * real], dim=1)
+    return replace(batch, tokens=torch.cat([ids, batch.tokens], dim=1), positions=positions, mask=mask,
+                   parents=row * (n + T) + n + node, nodes=[n + nodes for nodes in batch.nodes])
+
+
 def _tree(prompt, responses):
     """One prompt and its responses as a tree, in numpy: no loop over tokens. The names are those of the drawing above.
 

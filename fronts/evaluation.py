@@ -35,14 +35,15 @@ from svd_lora import fingerprint
 
 SPLITS = ("seen", "new_verbs")         # of the embedded world; the last one is the headline's
 
+
 @torch.no_grad()
-def evaluate(run, device, known, parts=None, adapters=None, splits=SPLITS):
+def evaluate(run, device, known, parts=None, adapters=None, splits=SPLITS, **mixture):
     """Measures one run at every preference of exact.evaluation_preferences. Returns what front.json holds, and what
     samples.json holds, the rewards and texts: None where no responses were sampled.
 
     known: a dict that keeps exact fronts, for runs that share them. adapters: a snapshot instead of the run's final
     adapter (Panacea); then only what is exact is measured. splits: of the embedded world; all but "splits" is of the
-    last one. Raises UserError for another base model than the run's.
+    last one. mixture: mix, factor of policies(). Raises UserError for another base model than the run's.
     """
     config = run_config(run)
     o, flags, dims = config["objective"], config["flags"], config["dims"]
@@ -61,9 +62,11 @@ def evaluate(run, device, known, parts=None, adapters=None, splits=SPLITS):
     measure = lambda policy: {name: source.measure(policy, o["beta"]) for name, source in sources.items()}
     base, lams, results = measure(model), [], []                                      # no adapter yet: π = π_ref
     grid = evaluation_preferences(m, parts).float()
-    for lam, policy in tqdm(policies(run, config, model, grid, adapters), desc="front", disable=None):
+    for lam, policy in tqdm(policies(run, config, model, grid, adapters, **mixture), desc="front", disable=None):
         lams.append([round(x, 6) for x in lam.tolist()])
         results.append(measure(policy))
+    if len(lams) == 1 < len(grid):                                  # one compromise: its answer to every preference
+        lams, results = [[round(x, 6) for x in lam] for lam in grid.tolist()], results * len(grid)
     columns = {name: {key: [r[name][key] for r in results] for key in base[name]} for name in sources}
 
     # 2. of the embedded world's splits: regret; exact figures of the last one replace sampled ones

@@ -12,20 +12,23 @@ known kl and outside_mass, and, where no exact front gives J a scale, points (m,
 one per preference.
 """
 import math
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
+import torch.nn as nn
 
 from data import toy
 from data.preferences import read_preferences
-from data.prompts import read_demonstrations, read_prompts, split
+from data.prompts import read_demonstrations, read_prompts, split, written
 from data.rewards import world_scores
 from data.text_rewards import collapsed
-from data.tokenizers import TokenRow, spoken, tokenize
-from data.trees import batch_logprobs, pack
+from data.tokenizers import TokenRow, load_tokenizer, spoken, tokenize
+from data.trees import batch_logprobs, pack, with_prefix
 from fronts import optimum
 from model import Transformer, generate
 from objectives import losses_on_pairs
+from ops.generation import Mixture
+from ops.quantize import dense_state_dict
 from runs.files import UserError, read_json
 from runs.processes import pick_device
 from runs.randomness import generator_for
@@ -44,9 +47,10 @@ def world_batches(prompts, tokenizer, device, responses=32, rows=20):
 
 
 @torch.no_grad()
-def world_logprobs(model, batches):
-    """log π(y|x) of every prompt's every response: (X, S) float64."""
-    return torch.cat([batch_logprobs(model, batch) for batch in batches]).double().cpu().view(-1, toy.N_RESPONSES)
+def world_logprobs(policy, batches):
+    """log π(y|x) of every prompt's every response: (X, S) float64. policy: a model, or a function, TreeBatch -> (R,)"""
+    logprobs = partial(batch_logprobs, policy) if isinstance(policy, nn.Module) else policy
+    return torch.cat([logprobs(batch) for batch in batches]).double().cpu().view(-1, toy.N_RESPONSES)
 
 
 def held_out_batches(rows, config, tokenizer, model, device):
@@ -77,11 +81,13 @@ def base_of(config, device):
     return Transformer.from_pretrained(config["base"], dtype, device, flags.get("quantize"))
 
 
-def policies(run, config, model, lams, adapters=None):
+def policies(run, config, model, lams, adapters=None, mix="weights", factor=1.0):
     """Yields (λ, model ready to be used at that λ) for each preference, with `model` changed in place.
 
     Panacea sets λ in its one adapter (`adapters`: this file instead). Rewarded soups average the merged weights of m
-    models, W0 + Σ λ_i ΔW_i. Every other method has one adapter for each of its own preferences, and `lams` is ignored.
+    models, W0 + factor · Σ λ_i ΔW_i; with mix = "logprobs" it is their log-probs, and that is MOD (ops/generation.py:
+    Mixture). A prompted λ is a text in front of the prompt: that policy is a function, TreeBatch -> (R,) log-probs.
+    Every other method has one adapter for each of its own preferences, and `lams` is ignored.
     """
     method, dims = config["method"], config["dims"]
     if method == "panacea":
@@ -89,15 +95,21 @@ def policies(run, config, model, lams, adapters=None):
         for lam in lams:
             set_preference(model, lam)
             yield lam, model
+    elif method == "prompt":
+        load_adapter(model, run / "adapter.safetensors", dims)
+        for lam, text in zip(lams, written(lams, dims, load_tokenizer(config["tokenizer"]))):
+            yield lam, lambda batch, text=text: batch_logprobs(model, with_prefix(batch, text))
     elif method == "rs":
-        ends = []
-        for dim in dims:
-            load_adapter(model, run / f"adapter-{dim}.safetensors", dims)
-            ends.append(merged_state_dict(model))
-        soup = Transformer(model.config).to(model.embed.weight)
+        soup, ends = Transformer(model.config).to(model.embed.weight), [dense_state_dict(model)]
+        models = [shared_base(model) for _ in range(len(dims) + 1)]                   # π_ref, then the specialists
+        for dim, specialist in zip(dims, models[1:]):
+            load_adapter(specialist, run / f"adapter-{dim}.safetensors", dims)
+            ends.append(merged_state_dict(specialist))
         for lam in lams:
-            soup.load_state_dict({key: sum(w * end[key] for w, end in zip(lam.tolist(), ends)) for key in ends[0]})
-            yield lam, soup
+            weights = [1 - factor, *(factor * lam).tolist()]
+            if mix == "weights":
+                soup.load_state_dict({key: sum(w * end[key] for w, end in zip(weights, ends)) for key in ends[0]})
+            yield lam, soup if mix == "weights" else Mixture(models, weights)
     else:
         for file in sorted(run.glob("adapter-*.safetensors")):
             header = load_adapter(model, file, dims)

@@ -295,6 +295,34 @@ class Decoder:
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling.
 
+class Mixture(nn.Module):
+    """Several models as one policy, token by token: log π(y_t | …) = log_softmax_V(Σ_i w_i log π_i(y_t | …)). It takes
+    a Transformer's place in log-probs (data/trees.py) and in generate().
+
+    With w = (1 − A, A λ_1, …, A λ_m) of π_ref and m specialists it is MOD, multi-objective decoding (Shi et al.,
+    arXiv:2406.18853), with a factor A: log π = log_softmax(log π_ref + A Σ_i λ_i (log π_i − log π_ref)). Under linear
+    scalarisation, RLHF's specialists π_i ∝ π_ref exp(r_i / β) mixed so *as distributions over whole responses* are, for
+    A = 1, the optimum π_ref exp(Σ λ_i r_i / β) itself. Token by token they are not: log π_i of a token has a normaliser
+    that depends on the tokens before it, and these do not cancel.
+
+    The softmax ignores what is equal for all tokens of the vocabulary, so logits may stand for log-probs; these are
+    linear in the last hidden state, and the models share the head, because adapters stand inside the blocks alone. So
+    the mixture's hidden state is the weighted sum of theirs, and nothing of size V is mixed.
+    """
+
+    def __init__(self, models, weights):
+        """models: of one config and one head   weights: one number for each, Σ = 1; models of weight 0 are left out."""
+        super().__init__()
+        kept = [(model, w) for model, w in zip(models, weights, strict=True) if w]
+        self.models, self.weights = nn.ModuleList(model for model, _ in kept), [w for _, w in kept]
+        self.config, self.embed, self.head_weight = models[0].config, models[0].embed, models[0].head_weight
+
+    def forward(self, tokens, positions=None, mask=None, return_hidden=False):        # (B, T) -> (B, T, V) or (B, T, D)
+        parts = zip(self.models, self.weights)
+        hidden = sum(w * model(tokens, positions, mask, return_hidden=True) for model, w in parts)
+        return hidden if return_hidden else fused.linear(hidden, self.head_weight)
+
+
 def sample_token(logits, temperature, top_p, uniform=None):
     """One token per row from logits (B, V): the best for temperature 0, else from the nucleus of mass top_p. -> (B,)
 
@@ -320,6 +348,7 @@ def sample_token(logits, temperature, top_p, uniform=None):
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, generator=None, pack=None):
     """Continues every prompt until EOS or max_new_tokens. temperature 0 is greedy.
 
+    model: a Transformer, or a Mixture: every model of it keeps its own KV cache and reads the one token that is drawn.
     prompts: list of token lists, of any lengths >= 1; a row's logits do not depend on the others. eos_id: default the
     config's; -1 never stops. generator: on any device; the same seed gives the same tokens.
     pack: copy the weights into a faster layout for this call, which takes their memory once more, for a quantised base
@@ -341,8 +370,11 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
         generator = torch.Generator(device).manual_seed(seed)
     on_cpu, B = device.type == "cpu", len(prompts)
     pack = on_cpu and max_new_tokens >= PACK_STEPS if pack is None else pack
-    decoder = Decoder(model, prompts, max_new_tokens, device.type == "cuda", pack)
-    logits, rows = decoder.prefill(), torch.arange(B, device=device)                  # rows: those still in the batch
+    models, weights = (model.models, model.weights) if isinstance(model, Mixture) else ([model], [1.0])
+    decoders = [Decoder(each, prompts, max_new_tokens, device.type == "cuda", pack) for each in models]
+    mixed = lambda logits: sum(w * each for w, each in zip(weights, logits))          # (B, V): log-probs, but for a sum
+    logits = mixed(decoder.prefill() for decoder in decoders)
+    rows = torch.arange(B, device=device)                                             # those still in the batch
     out = torch.zeros(B, max_new_tokens, dtype=torch.int64, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
     for i in range(max_new_tokens):
@@ -359,7 +391,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
                 break
             if on_cpu and 2 * left <= len(done):             # at each halving: all copies cost about one cache
                 going = (~done).nonzero()[:, 0]
-                decoder.keep(going)
+                for decoder in decoders:
+                    decoder.keep(going)
                 token, rows, done = token[going], rows[going], done[going]
-        logits = decoder.step(token)
+        logits = mixed(decoder.step(token) for decoder in decoders)
     return [row[:row.index(eos_id) + 1] if eos_id in row else row for row in out.tolist()]

@@ -19,8 +19,8 @@ from svd_lora import fingerprint
 # flags that change nothing of what is trained, but for the last bits
 UNTRAINED = {"out", "device", "log_every", "save_every", "snapshots", "eval", "checkpoint", "parallel"}
 # methods as tables and pictures call them
-LABELS = {"panacea": "Panacea", "rs": "Rewarded soups", "dps": "Discrete policy solutions", "pama": "PAMA",
-          "mgda": "MGDA"}
+LABELS = {"panacea": "Panacea", "rs": "Rewarded soups", "dps": "Discrete policy solutions", "prompt": "Prompted λ",
+          "pama": "PAMA", "mgda": "MGDA"}
 
 
 def run_name(parts, flags, named):
@@ -67,7 +67,8 @@ def prepare_run(out, config):
             (out / "state.safetensors").unlink()
             state = None
     if state is None:
-        for old in [*out.glob("*.json*"), *out.glob("*.safetensors"), *out.glob("*.png"), *out.glob("snapshots/*")]:
+        for old in [f for name in ("*.json*", "*.safetensors", "*.png", "snapshots/*", "mod*/*", "weights-*/*")
+                    for f in out.glob(name)]:
             old.unlink()                                               # what an earlier run left: nothing is mixed
     else:
         at = state["member"], state["step"]

@@ -12,6 +12,7 @@ import typing
 from pathlib import Path
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 
 from runs.files import UserError
@@ -61,8 +62,8 @@ class BaseFlags:
 class AdapterFlags:
     """How the adapter learns (Panacea's Tables 1 and 2, where they name it)."""
 
-    lora_dim: int = flag(8, "k, the learned rank; the whole rank is k + m; of baselines k + 1, of reward models k", 1)
-    lora_scaling: float = flag(512.0, "the adapter's gain is lora_scaling / lora_dim", "positive")
+    lora_dim: int = flag(8, "k, the learned rank; the whole rank is k + m, of baselines k + 1; 0: λ alone", 0)
+    lora_scaling: float = flag(512.0, "the adapter's gain is lora_scaling / lora_dim (lora_dim 0: / 8)", "positive")
     lr: float | None = flag(None, "peak learning rate, then a cosine to 0 "
                                   "(default 2e-3 on the embedded world; else 2e-4, 1e-3 below width 512)", "positive")
     weight_decay: float = flag(0.05, "AdamW's, on U and V only", "not negative")
@@ -91,6 +92,8 @@ class PreferenceFlags:
     vertex_share: float = flag(0.25, "share of the preferences that are vertices of the simplex; the others are drawn "
                                      "evenly from it", "share")
     dps_parts: int = flag(10, "dps: the simplex is cut into so many parts; m = 2: parts + 1 models", 1)
+    lam: list[float] | None = flag(None, "dps: one model at this preference, not a lattice of them; evaluated as its "
+                                         "answer to every preference")
     snapshots: int = flag(8, "adapters kept along the way, for the front's evolution", 0)
 
 
@@ -122,6 +125,27 @@ def check_valid(flags):
                 raise UserError(f"--{f.name} {value}: must be between 0 and 1")
             if valid == "not negative" and not 0 <= value < float("inf"):
                 raise UserError(f"--{f.name} {value}: must not be negative")
+
+
+def preferences_of(numbers, dims):
+    """The numbers of --lam, one preference after the other: (n, m) float64. Raises UserError for what is none."""
+    m, given = len(dims), "--lam " + " ".join(map(str, numbers))
+    if len(numbers) % m:
+        raise UserError(f"--lam takes {m} numbers per preference, for {' '.join(dims)}; got {len(numbers)}")
+    lams = torch.tensor(numbers, dtype=torch.float64).view(-1, m)
+    if not ((lams >= 0).all() and ((lams.sum(1) - 1).abs() < 1e-4).all()):
+        raise UserError(f"{given}: a preference is not negative and sums to 1")
+    return lams / lams.sum(1, keepdim=True)
+
+
+def check_lam(flags, dims):
+    """Raises UserError where --lam is not one preference for --method dps."""
+    if flags.lam is None:
+        return
+    if flags.method != "dps":
+        raise UserError(f"--lam is the one preference of --method dps; {flags.method} serves all of them")
+    if len(preferences_of(flags.lam, dims)) != 1:
+        raise UserError(f"--lam takes {len(dims)} numbers, for {' '.join(dims)}; got {len(flags.lam)}")
 
 
 def cli(cls, doc, argv=None):

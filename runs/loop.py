@@ -33,12 +33,13 @@ def learning_rate(step, steps, peak, warmup_ratio):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def add_adapter(model, flags, m, member=0):
-    """A fresh adapter in place: rank lora_dim + m where the m preference weights are singular values, and for m = 0, a
-    baseline's, lora_dim + 1. Its gain is lora_scaling / lora_dim for every method."""
-    k = flags.lora_dim if m else flags.lora_dim + 1
-    inject_svd_lora(model, k, m, flags.lora_scaling / flags.lora_dim * k, getattr(flags, "pref_scaling", None),
-                    generator_for(flags.seed, "adapter", member))
+def add_adapter(model, flags, m, member=0, more=1):
+    """A fresh adapter in place: rank lora_dim + m where the m preference weights are singular values, and for m = 0
+    lora_dim + more, a baseline's. Its gain is lora_scaling / lora_dim for every method; for lora_dim 0 that of 8."""
+    k = flags.lora_dim if m else flags.lora_dim + more
+    inject_svd_lora(model, k, m, pref_scaling=getattr(flags, "pref_scaling", None),
+                    generator=generator_for(flags.seed, "adapter", member),
+                    gain=flags.lora_scaling / (flags.lora_dim or 8))
 
 
 def adamw(model, flags, betas=(0.9, 0.95), head=None):

@@ -335,7 +335,7 @@ def test_scalar_reward_by_hand():
 
 
 def test_models_of_a_method():
-    assert models_of("panacea", ["a", "b"], 2) == [("adapter", None)]
+    assert models_of("panacea", ["a", "b"], 2) == models_of("prompt", ["a", "b"], 2) == [("adapter", None)]
     soups = models_of("rs", ["a", "b"], 2)
     assert [(name, lam.tolist()) for name, lam in soups] == [("adapter-a", [1, 0]), ("adapter-b", [0, 1])]
     lattice = models_of("dps", ["a", "b"], 2)

@@ -313,6 +313,25 @@ def test_adapter_file_round_trip(tiny, tmp_path, inject_first):
         assert set(f.keys()) == set(saved)                               # the adapter alone, no base weight
 
 
+def test_the_preference_part_alone(tiny, tmp_path):
+    """k = 0: W(λ) = W0 + gain · s Σ λ_i u_i v_iᵀ, at every preference, and through a file."""
+    model, other = adapted(tiny(), k=0, gain=3.0), tiny()
+    layer = svd_lora_layers(model)["blocks.0.mlp.up"]
+    assert layer.U.shape[1] == 2 and layer.sigma.shape == (0,) and layer.gain == 3.0
+    lam = torch.tensor([0.25, 0.75])
+    expected = 3.0 * layer.s * sum(w * torch.outer(layer.U[:, i], layer.V[:, i]) for i, w in enumerate(lam))
+    assert torch.allclose(layer.delta(lam), expected, atol=1e-7) and expected.abs().max() > 1e-4
+    plain = Transformer(model.config)
+    plain.load_state_dict(merged_state_dict(model, lam))
+    assert torch.allclose(at(model, [0.25, 0.75]), plain(TOKENS), atol=1e-5)
+    assert not torch.allclose(at(model, [0.75, 0.25]), plain(TOKENS), atol=1e-3)        # wrong: λ reversed
+    with pytest.raises(ZeroDivisionError):
+        inject_svd_lora(tiny(), k=0)                                     # lora_scaling / k is no gain
+    save_adapter(model, tmp_path / "a.safetensors", ["a", "b"])
+    assert load_adapter(other, tmp_path / "a.safetensors")["gain"] == 3.0
+    assert torch.equal(at(other, [0.25, 0.75]), at(model, [0.25, 0.75]))
+
+
 def test_adapter_file_keeps_a_fixed_s(tiny, tmp_path):
     model, other = adapted(tiny(), pref_scaling=0.1), tiny()
     save_adapter(model, tmp_path / "a.safetensors", ["a", "b"])

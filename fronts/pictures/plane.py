@@ -29,7 +29,8 @@ def draw_plane(results, path):
                 ax.errorbar(*Y.T, error[:, 1], error[:, 0], color=look["color"], lw=0.8, alpha=0.4, ls="", zorder=1)
             ax.plot(*Y.T, color=look["color"], marker=look["marker"], ms=6, lw=1, alpha=look["alpha"],
                     label=legend_text(look), zorder=2 + len(results) - j)
-            for n in range(0, len(Y) if j == 0 and len(Y) > 1 else 0, -(-len(Y) // 11)):    # λ along the first run
+            moves = j == 0 and (Y != Y[0]).any()              # λ along the first run, unless it is one point
+            for n in range(0, len(Y) if moves else 0, -(-len(Y) // 11)):
                 ax.annotate(f"{lams[n, 0]:.2g}", Y[n], xytext=(7, 5), textcoords="offset points", fontsize=8,
                             color=look["color"], path_effects=OUTLINE, zorder=1.5)
         finish_plane(ax, dims, unit.format(goal), first["base"][key])

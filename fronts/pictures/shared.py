@@ -18,7 +18,7 @@ from matplotlib import pyplot as plt
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.25, "axes.titlesize": 11,
                      "figure.titlesize": 11, "legend.fontsize": 9})
 METHODS = {"panacea": ("#0072B2", "o"), "rs": ("#D55E00", "s"), "dps": ("#009E73", "^"), "hqd": ("#000000", "P"),
-           "pama": ("#E69F00", "D"), "mgda": ("#A6611A", "v")}                           # hue and marker
+           "pama": ("#E69F00", "D"), "mgda": ("#A6611A", "v"), "prompt": ("#F0E442", "h")}       # hue and marker
 OTHER = ("#56B4E9", "*")                                                                 # of any other method
 EXACT, BASE = "0.45", "#CC79A7"
 DIMENSION = ("#332288", "#DDAA33", "#44AA99", "#CC6677", "#117733", "#88CCEE", "#882255", "#999933", "#AA4499",

@@ -1,10 +1,14 @@
 """test_prompts.py - prompts cut from stories, those of JSONL rows, the split; and what else reads such files."""
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from data import toy
 from data.files import Row
-from data.prompts import read_demonstrations, read_prompts, split
+from data.prompts import read_demonstrations, read_prompts, split, written
+from data.tokenizers import load_tokenizer
 from runs.files import UserError
 
 
@@ -112,3 +116,27 @@ def test_demonstrations_are_one_file_per_dimension(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="empty.jsonl: the file is empty"):
         read_demonstrations([tmp_path / "empty.jsonl"])
+
+
+# ---- a preference as a text ----
+
+def test_preferences_are_written_with_two_decimals():
+    tokenizer = load_tokenizer("toy")
+    ids = written(torch.tensor([[0.3, 0.7], [1.0, 0.0], [0.996, 0.004]]), ["helpful", "harmless"], tokenizer)
+    assert [tokenizer.decode(x) for x in ids.tolist()] == [
+        "helpful 0.30, harmless 0.70\n", *["helpful 1.00, harmless 0.00\n"] * 2]
+    assert ids.dtype == torch.int64 and not torch.equal(ids[0], ids[1])
+
+
+@pytest.mark.parametrize("m", [2, 3, len(toy.DIMS)])
+def test_all_preferences_have_equally_many_tokens(m):
+    lams = torch.zeros(101, m)
+    lams[:, 0] = torch.arange(101) / 100
+    lams[:, -1] = 1 - lams[:, 0]
+    assert len(written(lams, list(toy.DIMS)[:m], load_tokenizer("toy")).unique(dim=0)) == 101
+
+
+def test_a_tokenizer_of_other_lengths_is_refused():
+    uneven = SimpleNamespace(name="uneven", encode=lambda text: list(range(text.count("0"))))
+    with pytest.raises(UserError, match="^tokenizer uneven: --method prompt needs"):
+        written(torch.tensor([[0.25, 0.75], [1.0, 0.0]]), ["a", "b"], uneven)

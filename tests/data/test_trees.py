@@ -4,7 +4,7 @@ import torch
 
 from data import toy, trees
 from data.tokenizers import TokenRow, load_tokenizer, tokenize
-from data.trees import batch_logprobs, pack, pack_ends, path_logprobs, predicting_states
+from data.trees import batch_logprobs, pack, pack_ends, path_logprobs, predicting_states, with_prefix
 from objectives import response_logprobs
 
 PROMPTS = [[5, 6, 7], [8], [5, 6, 7, 9, 10, 11, 12]]
@@ -141,6 +141,22 @@ def test_path_logprobs_equal_a_loop_over_sequences(tiny, close, rows):
     tree, plain = (torch.autograd.grad((weights * t).sum(), list(model.parameters())) for t in (tokens, padded))
     for (name, _), a, b in zip(model.named_parameters(), tree, plain):
         assert (a - b).norm() <= 1e-4 * max(b.norm(), 1e-1), name
+
+
+@pytest.mark.parametrize("rows", [ROWS, random_rows(0)])
+def test_a_prefix_equals_packing_longer_prompts(tiny, close, rows):
+    ids = torch.tensor([[50, 51, 52], [53, 54, 55], [56, 57, 58]])
+    longer = lambda ids: [TokenRow(x + row.prompt, row.responses, row.pairs, row.better)
+                          for x, row in zip(ids.tolist(), rows)]
+    for given, each in ((ids, ids), (ids[1], ids[1].expand(3, 3))):      # a prefix for every row; one for all
+        for name, value in vars(pack(longer(each))).items():
+            got = getattr(with_prefix(pack(rows), given), name)
+            assert torch.equal(got, value) if torch.is_tensor(value) else got == value, name
+    model = tiny()
+    logps = batch_logprobs(model, with_prefix(pack(rows, multiple=16), ids))              # with padding of its own
+    assert close(logps, plain_logprobs(model, longer(ids)), 1e-5)
+    assert not close(logps, plain_logprobs(model, longer(ids.flip(0))), 1e-3)             # wrong: another row's prefix
+    assert not close(logps, batch_logprobs(model, pack(rows)), 1e-3)                      # wrong: none is seen
 
 
 def test_equal_beginnings_have_equal_numbers(tiny):

@@ -146,6 +146,44 @@ def test_any_other_text_is_an_outcome():
     assert (narrow - J).min() > 0.9 * BETA * math.log(2)
 
 
+def mixed(logps, ref, lam, A=1.0):
+    """log_softmax(log π_ref + A Σ λ_i (log π_i − log π_ref)) over the last axis: MOD (ops/generation.py: Mixture)."""
+    return (ref + A * sum(w * (logp - ref) for w, logp in zip(lam, logps))).log_softmax(-1)
+
+
+def test_mixed_optimal_specialists_are_the_optimum_of_linear_scalarisation():
+    """As distributions over whole responses; with the factor A it is the optimum for β / A."""
+    ref, rewards, _ = problem()
+    lam = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    _, specialists = rlhf_closed_form(torch.eye(3), rewards, ref, BETA)
+    for A in (1.0, 1.6):
+        _, (best,) = rlhf_closed_form(lam[None], rewards, ref, BETA / A)
+        assert (mixed(specialists, ref, lam, A) - best).abs().max() < 1e-12
+    assert (mixed(specialists, ref, lam) - best).abs().max() > 0.1       # wrong: the factor forgotten
+    soup = (lam[:, None, None] * specialists.exp()).sum(0).log()         # wrong: probabilities mixed
+    _, (best,) = rlhf_closed_form(lam[None], rewards, ref, BETA)
+    assert (soup - best).abs().max() > 0.1
+
+
+def test_mixed_token_by_token_they_are_not_quite():
+    """Responses of two tokens out of three: the second token's normaliser differs from one first token to the next."""
+    ref, rewards, _ = problem(X=1, O=9, m=2)
+    lam = torch.tensor([0.4, 0.6], dtype=torch.float64)
+    _, both = rlhf_closed_form(torch.eye(2), rewards, ref, BETA)
+    _, (best,) = rlhf_closed_form(lam[None], rewards, ref, BETA)
+
+    def tokens(logps):                                                   # log π(y_1) (3,), log π(y_2 | y_1) (3, 3)
+        first = logps.view(3, 3).logsumexp(1)
+        return first, logps.view(3, 3) - first[:, None]
+
+    (r1, r2), (a1, a2), (b1, b2) = tokens(ref), tokens(both[0]), tokens(both[1])
+    by_token = mixed((a1, b1), r1, lam)[:, None] + mixed((a2, b2), r2, lam)
+    assert abs(by_token.exp().sum().item() - 1) < 1e-12                  # a policy, but another one
+    assert (by_token.flatten() - best[0]).abs().max() > 0.01
+    second = tokens(best[0])[1]
+    assert torch.allclose(mixed((a2, b2), r2, lam), second, atol=1e-12)  # the last token's law is the optimum's
+
+
 def test_the_kl_of_lumped_outcomes_is_a_lower_bound_and_exact_at_the_optimum():
     g = torch.Generator().manual_seed(6)
     ref = torch.randn(4, 20, generator=g, dtype=torch.float64).log_softmax(-1)

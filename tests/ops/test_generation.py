@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from model import SIZES, Transformer, generate
 from ops import generation
-from ops.generation import Decoder, FastLinear, sample_token
+from ops.generation import Decoder, FastLinear, Mixture, sample_token
 from svd_lora import SVDLoRALinear, adapters_off, inject_svd_lora, set_preference, svd_lora_layers
 
 HF = Path(__file__).parents[3] / "shared" / "oracles" / "data" / "hf"
@@ -96,6 +96,39 @@ def test_every_row_has_its_own_preference(family, pack, talker):
     with adapters_off(model):
         base = generate(model, PROMPTS, 12, temperature=0, pack=pack)
         assert base == [naive(model, prompt, 12) for prompt in PROMPTS] != alone
+
+
+@families
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+@torch.no_grad()
+def test_a_mixture_is_the_definition(family, pack, factor, talker, close):
+    """MOD by full forwards: log_softmax(log π_ref + A Σ λ_i (log π_i − log π_ref)). Wrong: another λ, no factor, a
+    specialist alone, probabilities mixed, one cache for all."""
+    models, lam = [talker(family), talker(family, adapter=True), talker(family, adapter=True)], (0.3, 0.7)
+    for model, end in zip(models[1:], torch.eye(2)):
+        set_preference(model, end)
+        for layer in svd_lora_layers(model).values():
+            layer.U.data *= 2
+
+    def definition(tokens, lam=lam, A=factor):
+        ref, *logps = (model(tokens).log_softmax(-1) for model in models)
+        return (ref + A * sum(w * (logp - ref) for w, logp in zip(lam, logps))).log_softmax(-1)
+
+    mixture = Mixture(models, [1 - factor, factor * lam[0], factor * lam[1]])
+    assert len(mixture.models) == (2 if factor == 1 else 3)              # the base has no weight then
+    tokens = torch.tensor([PROMPTS[1]])
+    logps, expected = mixture(tokens).log_softmax(-1), definition(tokens)
+    assert close(logps, expected, 1e-10)
+    probs = sum(w * model(tokens).softmax(-1) for w, model in zip(lam, models[1:])).log()
+    for wrong in (definition(tokens, lam[::-1]), definition(tokens, A=2.5 - factor), probs, models[1](tokens)):
+        assert not close(wrong.log_softmax(-1), expected, 1e-3)
+
+    greedy = [naive(definition, prompt, 12) for prompt in PROMPTS]
+    assert generate(mixture, PROMPTS, 12, temperature=0, pack=pack) == greedy
+    assert greedy not in [[naive(model, prompt, 12) for prompt in PROMPTS] for model in models]
+    for eos in set(sum(greedy, [])):                                     # rows leave all caches together
+        assert generate(mixture, PROMPTS, 12, temperature=0, pack=pack, eos_id=eos) == [cut(row, eos) for row in greedy]
 
 
 def test_a_preference_must_be_set(talker):

@@ -62,8 +62,10 @@ def test_a_killed_run_is_resumed(tmp_path, capsys):
                                           ({"fingerprint": "g"}, "other base weights")])
 def test_a_killed_run_with_other_flags_is_not(tmp_path, capsys, change, said):
     unfinished(tmp_path)
+    for folder in ("mod", "mod-1.5", "weights-1.5", "snapshots"):
+        write_json(tmp_path / folder / "front.json", {})
     assert prepare_run(tmp_path, CONFIG | change) is None and said in capsys.readouterr().out
-    assert [f.name for f in tmp_path.iterdir()] == ["config.json"]     # nothing of the two is mixed
+    assert [f.name for f in tmp_path.rglob("*") if f.is_file()] == ["config.json"]    # nothing of the two is mixed
 
 
 def test_a_directory_of_something_else(tmp_path):

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
+import torch
 
 import train_dpo
 from runs.files import UserError
-from runs.flags import RunFlags, cli, flag, run_main
+from runs.flags import RunFlags, check_lam, cli, flag, preferences_of, run_main
 
 
 @dataclass
@@ -48,6 +49,28 @@ def test_what_argparse_refuses(words, capsys):
     with pytest.raises(SystemExit) as end:
         cli(Flags, "", ["x", *words.split()])
     assert end.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+def test_preferences_of_numbers():
+    lams = preferences_of([0.3, 0.7, 0.5, 0.50004], ["a", "b"])
+    assert lams.shape == (2, 2) and lams.dtype == torch.float64 and lams[0].tolist() == pytest.approx([0.3, 0.7])
+    assert lams.sum(1).tolist() == pytest.approx([1, 1], abs=1e-12)
+    for numbers, text in (([0.3, 0.7, 0.5], "--lam takes 2 numbers per preference, for a b; got 3"),
+                          ([0.7, 0.7], "--lam 0.7 0.7: a preference is not negative and sums to 1"),
+                          ([1.5, -0.5], "not negative"), ([0.5, 0.5, 0.5, 0.6], "sums to 1")):
+        with pytest.raises(UserError, match=text):
+            preferences_of(numbers, ["a", "b"])
+
+
+def test_lam_is_one_preference_of_dps():
+    check_lam(train_dpo.Flags(), ["a", "b"])
+    check_lam(train_dpo.Flags(method="dps", lam=[0.5, 0.5]), ["a", "b"])
+    for flags, text in ((dict(lam=[0.5, 0.5]), "the one preference of --method dps; panacea serves"),
+                        (dict(method="dps", lam=[0.5, 0.5, 1.0, 0.0]), "--lam takes 2 numbers, for a b; got 4"),
+                        (dict(method="dps", lam=[0.5]), "--lam takes 2 numbers"),
+                        (dict(method="dps", lam=[0.7, 0.7]), "sums to 1")):
+        with pytest.raises(UserError, match=text):
+            check_lam(train_dpo.Flags(**flags), ["a", "b"])
 
 
 def test_help_tells_every_flag_and_its_default(capsys):

@@ -83,14 +83,18 @@ def test_every_step_has_its_rate(tmp_path):
     assert [r["lr"] for r in records(tmp_path)] == [rate for rate, in seen]
 
 
-@pytest.mark.parametrize("m, rank", [(2, 6), (0, 5)])
-def test_adapters_of_every_method_have_one_gain(tiny, m, rank):
-    flags = SimpleNamespace(lora_dim=4, lora_scaling=8.0, seed=0, weight_decay=0.1, lr=1e-3)
+@pytest.mark.parametrize("lora_dim, m, more, rank, gain", [
+    (4, 2, {}, 6, 2), (4, 0, {}, 5, 2),                                  # Panacea, a baseline
+    (4, 0, {"more": 2}, 6, 2),                                           # a prompted λ: Panacea's rank, all learned
+    (0, 2, {}, 2, 1), (0, 0, {}, 1, 1)])                                 # the preference part alone: the default's gain
+def test_adapters_of_every_method_have_one_gain(tiny, lora_dim, m, more, rank, gain):
+    flags = SimpleNamespace(lora_dim=lora_dim, lora_scaling=8.0, seed=0, weight_decay=0.1, lr=1e-3)
     model, other = tiny().requires_grad_(False), tiny().requires_grad_(False)
-    add_adapter(model, flags, m)
-    add_adapter(other, flags, m, member=1)
+    add_adapter(model, flags, m, **more)
+    add_adapter(other, flags, m, member=1, **more)
     layers = list(svd_lora_layers(model).values())
-    assert all(layer.U.shape[1] == rank and layer.gain == pytest.approx(2) for layer in layers)
+    assert all((layer.U.shape[1], len(layer.sigma), layer.m) == (rank, rank - m, m) for layer in layers)
+    assert all(layer.gain == pytest.approx(gain) for layer in layers)
     assert not torch.equal(layers[0].U, next(iter(svd_lora_layers(other).values())).U)
     head = torch.nn.Linear(32, 2, bias=False)
     groups = adamw(model, flags, head=head).param_groups

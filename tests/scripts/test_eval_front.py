@@ -103,9 +103,69 @@ def test_a_soup_at_a_vertex_is_its_member_and_averages_between(soups):
     name = "blocks.1.mlp.up.weight"
     assert (ends[0][name] - ends[1][name]).abs().max() > 1e-6
     model = Transformer.from_pretrained(BASE)
-    for lam, soup in measure.policies(soups, config, model, torch.tensor([[1.0, 0.0], [0.25, 0.75]])):
-        expected = lam[0] * ends[0][name] + lam[1] * ends[1][name]
-        assert torch.allclose(soup.state_dict()[name], expected, atol=1e-7)
+    W0 = model.state_dict()[name].clone()
+    for factor in (1.0, 1.5):
+        policies = measure.policies(soups, config, model, torch.tensor([[1.0, 0.0], [0.25, 0.75]]), factor=factor)
+        for lam, soup in policies:
+            expected = W0 + factor * (lam[0] * (ends[0][name] - W0) + lam[1] * (ends[1][name] - W0))
+            assert torch.allclose(soup.state_dict()[name], expected, atol=1e-7)
+            assert not torch.allclose(expected, W0 + (2.5 - factor) * (expected - W0) / factor, atol=1e-7)
+
+
+@torch.no_grad()
+def test_mod_is_the_token_by_token_mixture():
+    """Against the definition: full forwards of the base and of the merged specialists, every response by itself."""
+    with torch.enable_grad():
+        soups = go("train_dpo", "mod", method="rs", steps=12, lr=5e-2)
+    config, tokenizer, x = read(soups, "config.json"), load_tokenizer("toy"), toy.prompts("eval")[1]
+    models = [Transformer.from_pretrained(BASE) for _ in range(3)]
+    for dim, model in zip(config["dims"], models[1:]):
+        adapted = Transformer.from_pretrained(BASE)
+        load_adapter(adapted, soups / f"adapter-{dim}.safetensors")
+        model.load_state_dict(merged_state_dict(adapted))
+    prompt, lam = tokenizer.encode(x + "\n"), torch.tensor([[0.25, 0.75], [1.0, 0.0]])
+    batches = measure.world_batches([x], tokenizer, "cpu")
+    for factor in (1.0, 2.0):
+        base = Transformer.from_pretrained(BASE)
+        for w, policy in measure.policies(soups, config, base, lam, mix="logprobs", factor=factor):
+            got = measure.world_logprobs(policy, batches)[0]
+            expected, wrong = torch.zeros(8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)
+            for s, text in enumerate(toy.responses(x)):
+                y = tokenizer.encode(text) + [tokenizer.eos_id]
+                ref, a, b = (model(torch.tensor([prompt + y]))[0, len(prompt) - 1:-1].log_softmax(-1).double()
+                             for model in models)
+                shift = w[0] * (a - ref) + w[1] * (b - ref)
+                expected[s] = (ref + factor * shift).log_softmax(-1)[torch.arange(len(y)), y].sum()
+                wrong[s] = (ref + factor * shift)[torch.arange(len(y)), y].sum()      # without the tokens' normalisers
+            moved = (expected - measure.world_logprobs(models[0], batches)[0]).abs().max()
+            assert (got - expected).abs().max() < 1e-3 * moved and moved > 0.1
+            assert w[0] == factor == 1 or (wrong - expected).abs().max() > 0.01 * moved
+
+
+def test_mixtures_are_evaluated_beside_the_run(ppo_run, capsys):
+    """front.json of the soups stays; samples are drawn from the mixture itself; what is no soup is refused."""
+    run = go("train_ppo", "mixed", method="rs", steps=4, lr=8e-3)
+    (soup,) = evaluate(run, parts=2)
+    before, labels = (run / "front.json").read_bytes(), {}
+    for folder, flags in {"mod": dict(mix="logprobs"), "mod-1.5": dict(mix="logprobs", factor=1.5),
+                          "weights-1.5": dict(factor=1.5)}.items():
+        (r,) = evaluate(run, parts=2, **flags)
+        assert read(run, folder, "front.json") == json.loads(json.dumps(r))
+        assert str(run / folder / "front.png") in capsys.readouterr().out and (run / folder / "front.png").exists()
+        assert r["method"] == "rs" and r["lams"] == soup["lams"] and r["objective_share"] < 1
+        assert np.shape(read(run, folder, "samples.json")["raw"]) == (3, 16, 2)
+        labels[folder] = r["label"]
+        ends = np.allclose(np.array(r["J"])[[0, -1]], np.array(soup["J"])[[0, -1]], atol=1e-5)
+        assert ends == (folder == "mod")                               # there both are a specialist alone
+        assert not np.allclose(r["J"][1], soup["J"][1], atol=1e-7)
+    assert labels == {"mod": "MOD", "mod-1.5": "MOD, factor 1.5", "weights-1.5": "Rewarded soups, factor 1.5"}
+    assert (run / "front.json").read_bytes() == before
+    for other, flags in ((ppo_run[0], dict(mix="logprobs")), (ppo_run[0], dict(factor=2.0)),
+                         (run, dict(mix="logprobs", stationarity=True))):
+        with pytest.raises(UserError, match="are ways to evaluate a run of --method rs"):
+            evaluate(other, **flags)
+    with pytest.raises(UserError, match="--factor 0: must be positive"):
+        evaluate(run, factor=0)
 
 
 def test_sft_is_evaluated_by_the_exact_expectation(sft_run):

@@ -1,5 +1,6 @@
 """test_train_dpo.py - train_dpo.py run for real with tiny numbers: files, determinism, options, losses, bad input."""
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from running import (
     epoch_and_whole,
     go,
     gradients,
+    killed,
     metrics,
     one_label_in_twenty,
     own_rows,
@@ -26,11 +28,12 @@ import train_dpo
 from data import batches, toy
 from data.tokenizers import load_tokenizer, tokenize
 from data.trees import batch_logprobs, pack
+from fronts import measure
 from model import Config, Transformer
 from objectives import dpo_loss, losses_on_pairs
 from runs.files import UserError
 from runs.randomness import epoch_batch, generator_for
-from svd_lora import inject_svd_lora, load_adapter, set_preference
+from svd_lora import inject_svd_lora, load_adapter, read_adapter_header, set_preference
 
 
 def test_run_directory(panacea):
@@ -98,6 +101,78 @@ def test_rewarded_soups_and_discrete_policy_solutions(soups):
     assert [(r["member"], r["step"]) for r in metrics(run)] == [(i, s) for i in range(3) for s in (1, 2)]
     assert [r["lam"][0] for r in metrics(run)[::2]] == [[0, 1], [0.5, 0.5], [1, 0]]
     assert read(run, "config.json")["models"] == 3
+
+
+def test_a_prompted_preference(panacea):
+    """A plain adapter of Panacea's rank; λ stands in front of each row's prompt, and the reference never sees it."""
+    run = go("train_dpo", "prompted", method="prompt", lr=3e-2)
+    config, records, tokenizer = read(run, "config.json"), metrics(run), load_tokenizer("toy")
+    assert (config["method"], config["label"], config["models"]) == ("prompt", "Prompted λ", 1)
+    assert [r["lam"] for r in records] == [r["lam"] for r in metrics(panacea)]         # drawn as Panacea's
+    sigma = next(v for k, v in load_file(run / "adapter.safetensors").items() if k.endswith("sigma"))
+    assert sigma.shape == (10,) and read_adapter_header(run / "adapter.safetensors")["m"] == 0
+    # step 3, with the adapter after step 2: the texts, then every pair by itself
+    base, model = Transformer.from_pretrained(BASE), Transformer.from_pretrained(BASE)
+    load_adapter(model, run / "snapshots/adapter-000002.safetensors")
+    rows = toy.sample_pairs("train", ["helpful", "harmless"], 24, 4, generator_for(0, "pairs"))
+    chosen = [rows[j] for j in epoch_batch(24, 4, 0, 2).tolist()]
+
+    def losses(lams):
+        texts = [f"helpful {a:.2f}, harmless {b:.2f}\n" for a, b in lams]
+        (batch, longer) = (pack(tokenize([replace(row, prompt=text + row.prompt) for text, row in zip(t, chosen)],
+                                         tokenizer, 256)[0]) for t in ([""] * 4, texts))
+        with torch.no_grad():
+            L, *_ = losses_on_pairs(dpo_loss, batch_logprobs(model, longer), batch_logprobs(base, batch), batch.pairs,
+                                    batch.better, 1.0)
+        return L.view(4, 6, 2).mean(1)
+
+    L = losses(records[2]["lam"])
+    assert records[2]["losses"] == pytest.approx(L.mean(0).tolist(), rel=1e-4)
+    assert records[2]["loss"] == pytest.approx((torch.tensor(records[2]["lam"]) * L).sum(1).mean().item(), rel=1e-4)
+    assert not np.allclose(losses(records[2]["lam"][::-1]).mean(0), L.mean(0), rtol=1e-4)     # wrong: other rows' texts
+
+    # evaluated with the same text, at any λ
+    (r,) = eval_front.main(eval_front.Flags(runs=[str(run)], parts=4, device="cpu"))
+    assert np.shape(r["J"]) == (5, 2) and r["objective_share"] < 1 and r["label"] == "Prompted λ"
+    load_adapter(model, run / "adapter.safetensors")
+    x = toy.prompts("new_verbs")[2]
+    text = tokenize([toy.as_row("helpful 0.25, harmless 0.75\n" + x, toy.responses(x))], tokenizer, 256)[0]
+    with torch.no_grad():
+        expected = batch_logprobs(model, pack(text))
+    lams = torch.tensor([[0.75, 0.25], [0.25, 0.75]])
+    world = measure.world_batches(toy.prompts("new_verbs"), tokenizer, "cpu")
+    other, got = (measure.world_logprobs(policy, world)[2] for _, policy in measure.policies(run, config, base, lams))
+    assert torch.allclose(got.float(), expected, atol=1e-4) and not torch.allclose(other, got, atol=1e-3)
+
+
+def test_the_preference_part_alone(panacea):
+    """--lora_dim 0: two singular values, both λ's; the run goes on after a kill and is evaluated."""
+    run = go("train_dpo", "k0", lora_dim=0, steps=6, save_every=1, lr=3e-2)
+    state, header = load_file(run / "adapter.safetensors"), read_adapter_header(run / "adapter.safetensors")
+    assert all(v.shape == (0,) for k, v in state.items() if k.endswith("sigma"))
+    assert all(v.shape[1] == 2 for k, v in state.items() if k.endswith(".U")) and header["gain"] == 64
+    assert all(v != 0 for k, v in state.items() if k.endswith(".s"))
+    when = lambda record: record["step"] == 4
+    cut = killed("train_dpo", "k0-killed", when, lora_dim=0, steps=6, save_every=1, lr=3e-2)
+    assert timeless(go("train_dpo", cut.name, lora_dim=0, steps=6, save_every=1, lr=3e-2)) == timeless(run)
+    (r,) = eval_front.main(eval_front.Flags(runs=[str(run)], parts=2, device="cpu"))
+    assert r["J"][0] != r["J"][-1]
+    baseline = load_file(go("train_dpo", "k0-rs", lora_dim=0, method="rs") / "adapter-helpful.safetensors")
+    assert all(v.shape == (1,) for k, v in baseline.items() if k.endswith("sigma"))
+
+
+def test_one_compromise_answers_every_preference():
+    run = go("train_dpo", "compromise", method="dps", lam=[0.5, 0.5], lr=3e-2)
+    assert [f.name for f in run.glob("adapter*")] == ["adapter-000.safetensors"]
+    assert all(r["lam"] == [[0.5, 0.5]] for r in metrics(run)) and len(metrics(run)) == 4
+    (r,) = eval_front.main(eval_front.Flags(runs=[str(run)], parts=4, device="cpu"))
+    assert r["lams"] == [[i / 4, 1 - i / 4] for i in range(5)] and r["models"] == 1
+    assert r["J"] == r["J"][:1] * 5 and r["J"][0] != r["base"]["J"] and r["spearman"] == [0, 0]
+    gain = lambda lam, J: np.dot(lam, J) - np.dot(lam, r["base"]["J"])
+    best = [r["exact"]["J"][25 * i] for i in range(5)]
+    shares = [gain(lam, r["J"][0]) / gain(lam, J) for lam, J in zip(r["lams"], best)]
+    assert r["objective_share"] == pytest.approx(np.mean(shares), rel=1e-6)               # wrong: at its own λ alone
+    assert r["objective_share"] != pytest.approx(shares[2], rel=0.01)
 
 
 @pytest.mark.parametrize("aggregate, more", [("ls", {}), ("tche", {}), ("tche", dict(ideal=[0.6, 0.1]))])
@@ -262,6 +337,9 @@ BAD = {
                                 "nowhere.jsonl: cannot be read"),
     "no such device": (dict(device="tpu9"), "--device tpu9"),
     "no steps": (dict(steps=0), "--steps 0: must be at least 1"),
+    "prompt with files": (dict(method="prompt", data=["x.jsonl"], init=BASE), "prompt is for the embedded world"),
+    "lam without dps": (dict(lam=[0.5, 0.5]), "the one preference of --method dps"),
+    "lam off the simplex": (dict(method="dps", lam=[0.7, 0.7]), "sums to 1"),
     "too few steps": (dict(method="dps", steps=5), "shared by 11 models"),
     "beta not positive": (dict(beta=0), "--beta 0.0: must be positive"),
     "learning rate not a number": (dict(lr="nan"), "--lr nan: must be positive"),
