@@ -1,9 +1,14 @@
 """train_base.py - language modelling from scratch: makes the embedded world's base model, π_ref of all that follows.
 
-    python train_base.py --size tiny           # about a minute on 2 CPU cores; kept in out/base-tiny-seed0 and reused
+    python train_base.py --out data/base       # the model that ships with the code: about 8 minutes on a CPU core
+    python train_base.py --seed 1              # another one, in out/base-tiny-seed1: train_dpo.py --init uses it
+    python train_base.py --size 125m
 
-A GPT-2 of the named size is trained from scratch on prompts of data/toy.py and responses drawn as base_probs says, with
-the objective J_SFT = E log π(y|x) per token. The result is a Hugging Face directory that transformers reads too.
+A GPT-2 of the named size is trained from scratch on the split "base" of data/toy.py, with the objective
+J_SFT = E log π(y|x), y from base_probs. The world is closed, so the expectation is no average over samples: a step has
+all S responses to its prompts, each weighted by its probability. Without the noise of sampling the model soon knows
+where a text is certain, and next to nothing is left for other texts. The result is a Hugging Face directory that
+transformers reads too.
 """
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +18,7 @@ import torch
 from data import toy
 from data.tokenizers import load_tokenizer, tokenize
 from data.trees import batch_logprobs, pack
-from fronts.measure import world_batches, world_logprobs
+from fronts.measure import world_batches, world_logprobs, world_rows
 from fronts.tables import table
 from model import SIZES, Transformer
 from objectives import sft_loss
@@ -33,9 +38,8 @@ class Flags:
     out: str | None = flag(None, "directory to write (default out/base-<size>-seed<seed>)")
     seed: int = flag(0, "seed of weights and data")
     device: str = flag("auto", "cpu, cuda, or auto")
-    steps: int = flag(400, "optimizer steps", 1)
-    batch_size: int = flag(16, "prompts per step", 1)
-    responses: int = flag(8, "responses drawn for each prompt", 1)
+    steps: int = flag(700, "optimizer steps", 1)
+    batch_size: int = flag(4, "prompts per step, each with all of its responses", 1)
     lr: float | None = flag(None, "peak learning rate (default 3e-3 for tiny, 6e-4 otherwise)", "positive")
     weight_decay: float = flag(0.1, "AdamW's, on matrices", "not negative")
     warmup_ratio: float = flag(0.05, "share of the steps with a rising learning rate", "share")
@@ -43,9 +47,11 @@ class Flags:
     log_every: int = flag(20, "print a line every so many steps", 1)
 
 
-def train(model, out, rows, probs, flags, device):
-    """Language modelling on responses drawn from the world's own distribution. rows: TokenRows of the train prompts,
-    with all S responses   probs: (S,) for each"""
+def train(model, out, trees, probs, flags, device):
+    """Language modelling on all responses, weighted by their probabilities.
+
+    trees: for each prompt TokenRows of some of its responses each   probs: for each prompt (S,), in the same order
+    """
     decayed = [p for p in model.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": flags.weight_decay},
@@ -53,15 +59,14 @@ def train(model, out, rows, probs, flags, device):
     run = Run(model, optimizer, out, "base", flags, flags.steps, base=6)
 
     for step in run.steps():
-        # 1. batch: prompts in turn, responses drawn from the base distribution
-        g, batch = generator_for(flags.seed, "sft", step), []
-        for j in epoch_batch(len(rows), flags.batch_size, flags.seed, step).tolist():
-            drawn = torch.multinomial(probs[j], flags.responses, replacement=True, generator=g).tolist()
-            batch.append(replace(rows[j], responses=[rows[j].responses[s] for s in drawn]))
-        batch = pack(batch).to(device)
+        # 1. batch: prompts in turn, with all of their responses
+        chosen = epoch_batch(len(trees), flags.batch_size, flags.seed, step).tolist()
+        batch = pack([tree for j in chosen for tree in trees[j]]).to(device)
+        p = torch.cat([probs[j] for j in chosen]).to(device)                          # (R,), sums to the prompts
 
-        # 2. loss: nats per token of the responses
-        loss = sft_loss(batch_logprobs(model, batch)).sum() / batch.on_path.sum()
+        # 2. loss: nats per token, the expectation over the responses
+        tokens = p @ batch.on_path.sum(1)
+        loss = p @ sft_loss(batch_logprobs(model, batch)) / tokens
 
         # 3. backward, clip, step
         run.update(loss)
@@ -80,9 +85,9 @@ def main(flags):
     flags.lr = flags.lr or (3e-3 if flags.size == "tiny" else 6e-4)
     matmul_ceiling(device, dtype)                                      # now, while nothing else runs
     prompts = toy.prompts("base")
-    rows = tokenize([toy.as_row(x, toy.responses(x)) for x in prompts], tokenizer, config.context_length)[0]
+    trees = [tokenize(world_rows([x]), tokenizer, config.context_length)[0] for x in prompts]
     (out / "metrics.jsonl").unlink(missing_ok=True)
-    train(model, out, rows, [toy.base_probs(x) for x in prompts], flags, device)
+    train(model, out, trees, [toy.base_probs(x).float() for x in prompts], flags, device)
     seconds = report_speed(out, device, dtype)
 
     # How far the base is from what it was trained on, exactly, also on prompts that it has not seen

@@ -37,12 +37,16 @@ from svd_lora import adapters_off, load_adapter, merged_state_dict, set_preferen
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Log-probs of responses under a model.
 
-def world_batches(prompts, tokenizer, device, responses=32, rows=20):
-    """All responses to `prompts`, packed for world_logprobs: `responses` neighbours per tree (data/trees.py),
-    `rows` trees per batch."""
-    cut = [toy.as_row(x, texts[i:i + responses]) for x in prompts for texts in [toy.responses(x)]
-           for i in range(0, len(texts), responses)]
-    trees = tokenize(cut, tokenizer, max_length=10_000)[0]
+def world_rows(prompts, responses=32):
+    """All responses to `prompts` as data rows, `responses` neighbours in each: attention is quadratic in a tree's size,
+    so a few trees are cheaper than one."""
+    return [toy.as_row(x, texts[i:i + responses]) for x in prompts for texts in [toy.responses(x)]
+            for i in range(0, len(texts), responses)]
+
+
+def world_batches(prompts, tokenizer, device, rows=20):
+    """All responses to `prompts`, packed for world_logprobs: `rows` trees (data/trees.py) per batch."""
+    trees = tokenize(world_rows(prompts), tokenizer, max_length=10_000)[0]
     return [pack(trees[i:i + rows]).to(device) for i in range(0, len(trees), rows)]
 
 
