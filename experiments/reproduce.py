@@ -1,21 +1,24 @@
-"""reproduce.py - every figure and table of docs/results.md, each one command. Runs that are finished are used again.
+"""reproduce.py - every figure and table of docs/results.md, each one command. Finished runs are used again, and a run
+that was killed goes on.
 
-    python -m experiments.reproduce results      # Panacea (LS, Tche), rewarded soups: 3 seeds, mean ± deviation
-    python -m experiments.reproduce three        # m = 3: Panacea (LS, 3 seeds; Tche), rewarded soups
+    python -m experiments.reproduce results      # DPO: Panacea and its rivals, 3 bases x 3 seeds
+    python -m experiments.reproduce ablations    # DPO: what each part of the method gives
+    python -m experiments.reproduce keep         # DPO: remedies against mass outside the listed responses
+    python -m experiments.reproduce three        # m = 3: Panacea (LS, Tche), rewarded soups
     python -m experiments.reproduce dps          # discrete policy solutions: 5 models, at 1 and at 5 times the steps
-    python -m experiments.reproduce scaling      # Fig. 7: learned s against fixed ones (the paper tries 1 to 1e-5)
-    python -m experiments.reproduce beta         # what the paper's β = 0.1 does here
     python -m experiments.reproduce evolution    # Fig. 4: the front over the training steps
-    python -m experiments.reproduce rlhf         # PPO: Panacea (LS, Tche), rewarded soups: 3 seeds; evolution
-    python -m experiments.reproduce pama         # PPO: PAMA, MORLHF and MGDA, one policy each: 3 seeds
+    python -m experiments.reproduce rlhf         # PPO: Panacea (LS, Tche), rewarded soups: 3 bases; evolution
+    python -m experiments.reproduce pama         # PPO: PAMA, MORLHF and MGDA, one policy each: 3 bases
     python -m experiments.reproduce stories --stories_init DIR --stories_text FILE    # text rewards, a tiny Llama
-    python -m experiments.reproduce sft          # the SFT objective, m = 2: Panacea (LS, Tche), rewarded soups
+    python -m experiments.reproduce sft          # the SFT objective: Panacea (LS, Tche), rewarded soups: 3 bases
     python -m experiments.reproduce ten          # m = 10 by SFT and by DPO
     python -m experiments.reproduce hhc_dpo hhc_ppo     # helpful, harmless, concise: one, three and six models
-    python -m experiments.reproduce hqd          # ParetoHqD and its ablations: 3 seeds
+    python -m experiments.reproduce hqd          # ParetoHqD and its ablations: 3 bases
     python -m experiments.reproduce everything   # runs of all of the above with m = 2 in the one space of mean scores
     python -m experiments.reproduce labels       # Appendix A: pooled scalar labels
     python -m experiments.reproduce styles --stories_init DIR --styles_data DIR    # SFT on files: concise and verbose
+
+Base 0 ships with the code; train_base.py makes the others, by the same recipe with another seed.
 """
 import json
 import subprocess
@@ -26,6 +29,7 @@ from pathlib import Path
 import numpy as np
 
 import eval_front
+from data.base import is_world_base
 from data.preferences import read_preferences
 from experiments import labelers
 from fronts.comparison import compare
@@ -42,7 +46,8 @@ class Flags:
     """The script's flags, with defaults and --help texts."""
 
     what: list[str] = flag([], "one or several of the above", positional=True)
-    seeds: int = flag(3, "seeds 0 to seeds - 1, where several are run", 1)
+    bases: int = flag(3, "base models of seeds 0 to bases - 1, where several are run", 1)
+    seeds: int = flag(3, "seeds 0 to seeds - 1 for each base, where several are run", 1)
     out: str = flag("out", "where the runs go")
     stories_init: str | None = flag(None, "stories and styles: Hugging Face directory of the base model")
     stories_text: str | None = flag(None, "stories: a text file of stories")
@@ -50,76 +55,119 @@ class Flags:
 
 
 RS, TCHE, FIVE = ("--method", "rs"), ("--aggregate", "tche"), ("--method", "dps", "--dps_parts", 4)
-LS = ("m2-panacea-ls-seed0", "dpo")
+# the rivals' best, found on the validation prompts (docs/log.md)
+RS_RATE, PROMPT_RATE, SOUP_FACTOR, MOD_FACTOR = (), (), 1.2, 1.2
+NO_VERTICES = ("--vertex_share", 0)
+HALF = ("--method", "dps", "--lam", 0.5, 0.5)
+LS = ("m2-panacea-base0-seed0", "dpo")
 # ten dimensions want more steps; stories' settings were found by trial, too: docs/log.md
 TEN_SFT = ("--steps", 2000, "--lr", 5e-3, "--vertex_share", 0.1)
 STORIES = ("--rewards", "dialogue", "narrative", "--eos_id", 1, "--max_new_tokens", 96, "--max_length", 144,
            "--batch_size", 48, "--steps", 100, "--kl_coeff", 0.1, "--ptx_coeff", 0.1)
 STORY = 3                                     # which of the evaluation prompts is shown at five λ
 HHC = {"dpo": ("--pref_dim", 3), "ppo": ("--rewards", "helpful", "harmless", "concise:12", "--steps", 200)}
-# what -> {label: (the run's name, with {} where it is made for every seed; its script; its flags)}
+# what -> {label: (the run's name, its script, its flags)}. {b} and {s} in a name: one run for each base and each seed.
+# Behind @ stands how a run of specialists is evaluated: mod, mod-FACTOR or weights-FACTOR (eval_front.py --mix)
 TABLES = {
-    "results": {"panacea ls": ("m2-panacea-ls-seed{}", "dpo"), "panacea tche": ("m2-panacea-tche-seed{}", "dpo", *TCHE),
-                "rs": ("m2-rs-ls-seed{}", "dpo", *RS)},
-    "three": {"panacea ls, m = 3": ("m3-panacea-ls-seed{}", "dpo", "--pref_dim", 3),
-              "panacea tche, m = 3": ("m3-panacea-tche-seed0", "dpo", "--pref_dim", 3, *TCHE),
-              "rs, m = 3": ("m3-rs-ls-seed0", "dpo", "--pref_dim", 3, *RS)},
-    "dps": {"panacea": LS, "rs": ("m2-rs-ls-seed0", "dpo", *RS),
-            "dps, equal total steps": ("m2-dps-ls-seed0", "dpo", *FIVE, "--steps", 400),
-            "dps, 5 times the steps": ("m2-dps5-ls-seed0", "dpo", *FIVE, "--steps", 2000)},
-    "scaling": {"s learned": LS} | {f"s = {s:g} fixed": (f"m2-panacea-s{s:g}-seed0", "dpo", "--pref_scaling", s)
-                                    for s in (1.0, 0.1, 0.001)},
-    "beta": {"panacea β = 0.1": ("m2-panacea-beta0.1-seed0", "dpo", "--beta", 0.1), "panacea β = 1": LS},
-    "rlhf": {"panacea ppo ls": ("ppo-ls-seed{}", "ppo"), "panacea ppo tche": ("ppo-tche-seed{}", "ppo", *TCHE),
-             "rs ppo": ("ppo-rs-seed{}", "ppo", *RS)},
-    "sft": {"panacea sft ls": ("sft-ls-seed{}", "sft"), "panacea sft tche": ("sft-tche-seed0", "sft", *TCHE),
-            "rs sft": ("sft-rs-seed{}", "sft", *RS)},
-    "ten": {"m = 10, sft": ("m10-sft-ls-seed0", "sft", "--pref_dim", 10, *TEN_SFT),
-            "m = 10, dpo": ("m10-dpo-ls-seed0", "dpo", "--pref_dim", 10, "--steps", 800)},
+    "results": {"Panacea, LS": ("m2-panacea-base{b}-seed{s}", "dpo"),
+                "Panacea, Tche": ("m2-tche-base{b}-seed0", "dpo", *TCHE),
+                "soups, equal total steps": (f"m2-rs-base{{b}}-seed{{s}}@weights-{SOUP_FACTOR}", "dpo", *RS, *RS_RATE),
+                "soups, full steps a model": (f"m2-rs2-base{{b}}-seed0@weights-{SOUP_FACTOR}", "dpo", *RS, *RS_RATE,
+                                              "--steps", 800),
+                "MOD, equal total steps": (f"m2-rs-base{{b}}-seed{{s}}@mod-{MOD_FACTOR}", "dpo", *RS, *RS_RATE),
+                "MOD, full steps a model": (f"m2-rs2-base{{b}}-seed0@mod-{MOD_FACTOR}", "dpo", *RS, *RS_RATE, "--steps",
+                                            800),
+                "λ in the prompt": ("m2-prompt-base{b}-seed{s}", "dpo", "--method", "prompt", *PROMPT_RATE),
+                "one compromise, λ = (½, ½)": ("m2-half-base{b}-seed0", "dpo", *HALF)},
+    "ablations": {"Panacea": LS, "one compromise": ("m2-half-base0-seed0", "dpo", *HALF),
+                  "k = 0, the preference part alone": ("m2-k0-base0-seed0", "dpo", "--lora_dim", 0),
+                  "one λ a batch, no vertices": ("m2-paper-base0-seed0", "dpo", "--lams_per_step", 1, *NO_VERTICES),
+                  "no vertices": ("m2-v0-base0-seed0", "dpo", *NO_VERTICES),
+                  **{f"s = {x:g} fixed": (f"m2-s{x:g}-base0-seed0", "dpo", "--pref_scaling", x)
+                     for x in (1, 0.1, 0.001)},
+                  **{f"G = {G}": (f"m2-G{G}-base0-seed0", "dpo", "--lams_per_step", G) for G in (1, 2, 4)},
+                  **{f"G = {G}, 32 rows a step, a quarter of the steps":
+                     (f"m2-G{G}-base0-seed0", "dpo", "--lams_per_step", G, "--batch_size", 32, "--steps", 100)
+                     for G in (8, 16, 32)}},
+    "three": {"panacea ls, m = 3": ("m3-panacea-base0-seed0", "dpo", "--pref_dim", 3),
+              "panacea tche, m = 3": ("m3-tche-base0-seed0", "dpo", "--pref_dim", 3, *TCHE),
+              "rs, m = 3": (f"m3-rs-base0-seed0@weights-{SOUP_FACTOR}", "dpo", "--pref_dim", 3, *RS, *RS_RATE)},
+    "dps": {"panacea": LS, "dps, equal total steps": ("m2-dps-base0-seed0", "dpo", *FIVE),
+            "dps, 5 times the steps": ("m2-dps5-base0-seed0", "dpo", *FIVE, "--steps", 2000)},
+    "rlhf": {"panacea ppo ls": ("ppo-ls-base{b}-seed0", "ppo"),
+             "panacea ppo tche": ("ppo-tche-base{b}-seed0", "ppo", *TCHE),
+             "rs ppo": (f"ppo-rs-base{{b}}-seed0@weights-{SOUP_FACTOR}", "ppo", *RS),
+             "MOD ppo": ("ppo-rs-base{b}-seed0@mod", "ppo", *RS)},
+    "sft": {"panacea sft ls": ("sft-ls-base{b}-seed0", "sft"),
+            "panacea sft tche": ("sft-tche-base{b}-seed0", "sft", *TCHE),
+            "rs sft": (f"sft-rs-base{{b}}-seed0@weights-{SOUP_FACTOR}", "sft", *RS),
+            "MOD sft": ("sft-rs-base{b}-seed0@mod", "sft", *RS)},
+    "ten": {"m = 10, sft": ("m10-sft-base0-seed0", "sft", "--pref_dim", 10, *TEN_SFT),
+            "m = 10, dpo": ("m10-dpo-base0-seed0", "dpo", "--pref_dim", 10, "--steps", 800)},
     **{f"hhc_{by}": {f"panacea {by}": (f"hhc-{by}-panacea", by, *more), f"rs {by}": (f"hhc-{by}-rs", by, *more, *RS),
                      f"dps {by}": (f"hhc-{by}-dps", by, *more, "--method", "dps", "--dps_parts", 2)}
        for by, more in HHC.items()},
-    "hqd": {"ParetoHqD": ("hqd-seed{}", "hqd"), "stage 1 alone": ("hqd-stage1-seed{}", "hqd", "--no-stage2"),
-            "linear scalarisation": ("hqd-linear-seed{}", "hqd", "--select", "linear"),
-            "whole data set": ("hqd-all-seed0", "hqd", "--select", "all", "--no-stage2", "--parts", 2)},
+    "hqd": {"ParetoHqD": ("hqd-base{b}-seed0", "hqd"),
+            "stage 1 alone": ("hqd-stage1-base{b}-seed0", "hqd", "--no-stage2"),
+            "linear scalarisation": ("hqd-linear-base{b}-seed0", "hqd", "--select", "linear"),
+            "whole data set": ("hqd-all-base0-seed0", "hqd", "--select", "all", "--no-stage2", "--parts", 2)},
     # one policy from the same base at equal steps; 75, since no front has to be learned
-    "pama": {**{f"PAMA ({r})": (f"ppo-pama{r.lower()}-seed{{}}", "ppo", "--aggregate", "pama", "--pama_reading", r,
-                                "--steps", 75) for r in "VTS"},
-             "MORLHF (½, ½)": ("ppo-morlhf-seed{}", "ppo", "--method", "dps", "--lam", 0.5, 0.5, "--steps", 75),
-             "MGDA": ("ppo-mgda-seed{}", "ppo", "--aggregate", "mgda", "--steps", 75)},
+    "pama": {**{f"PAMA ({r})": (f"ppo-pama{r.lower()}-base{{b}}-seed0", "ppo", "--aggregate", "pama", "--pama_reading",
+                                r, "--steps", 75) for r in "VTS"},
+             "MORLHF (½, ½)": ("ppo-morlhf-base{b}-seed0", "ppo", *HALF, "--steps", 75),
+             "MGDA": ("ppo-mgda-base{b}-seed0", "ppo", "--aggregate", "mgda", "--steps", 75)},
 }
-# picture -> whose first seeds are in it: (what, label)
+# picture -> whose first runs are in it: (what, label)
 PICTURES = {
-    "results": [("results", "panacea ls"), ("results", "rs")], "three": [("three", "panacea ls, m = 3")],
-    "dps": [("dps", "panacea"), ("dps", "rs"), ("dps", "dps, 5 times the steps")],
-    "scaling": [("scaling", label) for label in TABLES["scaling"]],
+    "results": [("results", label) for label in ("Panacea, LS", "soups, equal total steps", "MOD, equal total steps",
+                                                 "λ in the prompt")],
+    "three": [("three", "panacea ls, m = 3")],
+    "dps": [("dps", "panacea"), ("dps", "dps, 5 times the steps")],
     "rlhf": [("rlhf", "panacea ppo ls"), ("rlhf", "rs ppo")], "sft": [("sft", "panacea sft ls"), ("sft", "rs sft")],
     "ten_sft": [("ten", "m = 10, sft")], "ten_dpo": [("ten", "m = 10, dpo")],
     **{what: [(what, label) for label in TABLES[what]] for what in ("hhc_dpo", "hhc_ppo")},
 }
 # runs of all kinds in one space: label -> (what, label of its table)
-EVERYTHING = {"Panacea, DPO": ("results", "panacea ls"), "Panacea, RLHF": ("rlhf", "panacea ppo ls"),
-              "Panacea, SFT": ("sft", "panacea sft ls"), "RS, DPO": ("results", "rs"), "RS, RLHF": ("rlhf", "rs ppo"),
-              "RS, SFT": ("sft", "rs sft"), "DPS, DPO": ("dps", "dps, equal total steps"),
+EVERYTHING = {"Panacea, DPO": ("results", "Panacea, LS"), "Panacea, RLHF": ("rlhf", "panacea ppo ls"),
+              "Panacea, SFT": ("sft", "panacea sft ls"), "RS, DPO": ("results", "soups, equal total steps"),
+              "RS, RLHF": ("rlhf", "rs ppo"), "RS, SFT": ("sft", "rs sft"),
+              "DPS, DPO": ("dps", "dps, equal total steps"),
               "PAMA (V)": ("pama", "PAMA (V)"), "PAMA (T)": ("pama", "PAMA (T)"), "MGDA": ("pama", "MGDA"),
               "ParetoHqD": ("hqd", "ParetoHqD")}
 
 
 def run(flags, name, by, *more):
-    """Runs train_<by>.py with these flags unless the run is finished. Returns its front.json."""
+    """Runs train_<by>.py with these flags unless the run is finished, and evaluates it as the name says behind @.
+    Returns its front.json."""
+    name, _, mixture = name.partition("@")
     path, script = Path(flags.out) / name, f"train_{by}.py"
     if not (path / "front.json").exists():
-        command = [sys.executable, str(ROOT / script), "--out", str(path), "--log_every", "100", *map(str, more)]
-        print("$ python " + " ".join(command[1:]), flush=True)
-        if (code := subprocess.run(command).returncode) != 0:
-            raise UserError(f"{name}: {script} ended with status {code}")
-    return read_json(path / "front.json")
+        call(f"{name}: {script}", script, "--out", path, "--log_every", 100, *more)
+    if mixture and not (path / mixture / "front.json").exists():
+        mix, _, factor = mixture.partition("-")
+        call(f"{name}: eval_front.py", "eval_front.py", path, "--mix", "logprobs" if mix == "mod" else mix, "--factor",
+             factor or 1)
+    return read_json(path / mixture / "front.json")
 
 
-def of_seeds(flags, name, by, *more):
-    """front.json of a run, or where its name has {} of one for each seed."""
-    return ([run(flags, name.format(s), by, *more, "--seed", s) for s in range(flags.seeds)] if "{}" in name else
-            [run(flags, name, by, *more)])
+def call(what, script, *more):
+    """Runs a script of the repository. Raises UserError where it fails."""
+    command = [sys.executable, str(ROOT / script), *map(str, more)]
+    print("$ python " + " ".join(command[1:]), flush=True)
+    if (code := subprocess.run(command).returncode) != 0:
+        raise UserError(f"{what} ended with status {code}")
+
+
+def of_each(flags, name, by, *more):
+    """front.json of a run, or of one for each base and seed, where its name has {b} and {s}."""
+    results = []
+    for b in range(flags.bases if "{b}" in name else 1):
+        if b and not is_world_base(f"out/base-tiny-seed{b}"):
+            call(f"base {b}: train_base.py", "train_base.py", "--seed", b)
+        base = ("--init", f"out/base-tiny-seed{b}") if b else ()
+        for s in range(flags.seeds if "{s}" in name else 1):
+            results.append(run(flags, name.format(b=b, s=s), by, *base, *more, "--seed", s))
+    return results
 
 
 def mean_of(x):
@@ -129,18 +177,20 @@ def mean_of(x):
     return f"{np.mean(x):.4f}" + (f" ± {np.std(x, ddof=1):.4f}" if len(x) > 1 else "")
 
 
-METRICS = {"HV share": "hypervolume_share", "J share": "objective_share", "IP": "inner_product", "sparsity": "sparsity",
-           "spacing": "spacing"}
-
-
 def summary(rows):
-    """Prints one line per method: mean ± standard deviation over its seeds. rows: {label: [front.json, …]}"""
-    columns = {"": list(rows)} | {head: [mean_of([f[key] for f in fronts]) for fronts in rows.values()]
-                                  for head, key in METRICS.items()}
+    """Prints one line per method: mean ± standard deviation over its bases and seeds. rows: {label: [front.json, …]}
+
+    Spearman: the least, outside: the largest of any run, dimension and preference."""
+    of = lambda get: [mean_of([get(f) for f in fronts]) for fronts in rows.values()]
+    columns = {"": list(rows), "regret, new verbs": of(lambda f: f["regret"]),
+               "at worst": of(lambda f: f["regret_worst"]),
+               "regret, seen verbs": of(lambda f: f["splits"]["seen"]["regret"])}
+    columns |= {head: of(lambda f: f[key]) for head, key in (("HV share", "hypervolume_share"), ("IP", "inner_product"),
+                                                             ("sparsity", "sparsity"), ("spacing", "spacing"))}
     columns["min Spearman"] = shown([min(min(f["spearman"]) for f in fronts) for fronts in rows.values()], ".3f")
-    columns["max outside"] = shown([max(max(f["outside_mass"]) for f in fronts) for fronts in rows.values()], ".3f")
+    columns["max outside"] = shown([max(max(f["outside_mass"]) for f in fronts) for fronts in rows.values()], ".4f")
     print("\n" + table(columns | {key: shown([fronts[0][key] for fronts in rows.values()], "d")
-                                  for key in ("models", "steps")}))
+                                  for key in ("models", "steps")} | {"runs": [str(len(f)) for f in rows.values()]}))
 
 
 def one_policy(rows):
@@ -206,7 +256,7 @@ def styles(flags):
 def main(flags):
     """Makes what was asked for, in order."""
     needs = {"stories": ("stories_init", "stories_text"), "styles": ("stories_init", "styles_data")}
-    out, rows_of = Path(flags.out), lambda what: {k: of_seeds(flags, *v) for k, v in TABLES[what].items()}
+    out, rows_of = Path(flags.out), lambda what: {k: of_each(flags, *v) for k, v in TABLES[what].items()}
     for what in flags.what:
         for name in needs.get(what, ()):
             if getattr(flags, name) is None:
@@ -218,12 +268,11 @@ def main(flags):
                 together(rows, out / "hqd")
         for picture, runs in PICTURES.items():
             if runs[0][0] == what:
-                draw_fronts([rows[label][0] | ({"label": label} if what == "scaling" else {}) for _, label in runs],
-                            out / f"{picture}.png")
+                draw_fronts([rows[label][0] for _, label in runs], out / f"{picture}.png")
         if what in ("evolution", "rlhf"):
-            evolution(flags, *(LS if what == "evolution" else ("ppo-ls-seed0", "ppo")))
+            evolution(flags, *(LS if what == "evolution" else ("ppo-ls-base0-seed0", "ppo")))
         elif what == "everything":
-            rows = {label: of_seeds(flags, *TABLES[a][b]) for label, (a, b) in EVERYTHING.items()}
+            rows = {label: of_each(flags, *TABLES[a][b])[:1] for label, (a, b) in EVERYTHING.items()}
             together(rows, out / "everything")
         elif what == "labels":
             labelers.main(labelers.Flags(panacea=run(flags, *LS)["run"], out=str(out / "appendix-a")))
