@@ -120,6 +120,35 @@ def gae(rewards, values, mask, gamma=1.0, decay=0.95):
     return advantages, (advantages + values) * mask
 
 
+def group_advantages(scores, samples, estimator, lam=None):
+    """Advantages without a critic: a response beside the K others to the same prompt, one number for all its tokens.
+
+        rloo   A_k = s_k − mean of the other K − 1 scores               leave-one-out, arXiv:2402.14740
+        grpo   A_k = (s_k − mean_k s) / std_k s                         arXiv:2402.03300, outcome supervision
+        gdpo   A_k = (Σ_i λ_i (s_ik − mean_k s_i) / std_k s_i) / std over the batch                 arXiv:2601.05242
+
+    scores: (R, n), the scores of response k to prompt x in row x·K + k, its whole KL penalty −β log π/π_ref(y|x) among
+    each   samples: K, at least 2   lam: (R, n), equal for the K responses to a prompt, or None   ->  (R, 1) with lam:
+    of Σ_i λ_i s_i, Eq. (12), summed before (rloo, grpo) or after (gdpo) the division; (R, n) without: of each alone.
+    s − β log π/π_ref is what J = E r − β KL, Eq. (1), is the mean of, and no response is in its own baseline: with rloo
+    E[A ∇ log π] is ∇J exactly. rloo is K/(K − 1) · (s_k − mean_k s), so "Dr. GRPO" (arXiv:2503.20783) but for the
+    factor. A division by std weighs prompts by 1/std, and for gdpo objectives too: another objective than J.
+    # inferred: std is the sample's (K − 1) and 1e-4 is added to it, as in the GDPO authors' code; the papers print
+    neither. gdpo's batch mean is not subtracted: it is 0, since each group's is. # differs: GRPO's paper adds its KL
+    to the loss, not to the score.
+    """
+    if lam is not None and estimator != "gdpo":
+        scores, lam = (lam * scores).sum(-1, keepdim=True), None
+    groups = scores.unflatten(0, (-1, samples))                                           # (X, K, n)
+    A = groups - groups.mean(1, keepdim=True)
+    A = A * (samples / (samples - 1)) if estimator == "rloo" else A / (groups.std(1, keepdim=True) + 1e-4)
+    A = A.flatten(0, 1)                                                                   # (R, n)
+    if lam is not None:
+        A = (lam * A).sum(-1, keepdim=True)
+        A = A / (A.std() + 1e-4)
+    return A
+
+
 def ppo_policy_loss(logp, old_logp, advantages, mask, clip_range_ratio=0.2):
     """PPO's clipped surrogate, −mean_t min(ρ_t A_t, clip(ρ_t, 1 ± ε) A_t) with ρ = π/π_old; the mean is over tokens.
 

@@ -4,6 +4,7 @@
     python train_ppo.py --pref_dim 2 --aggregate tche       # Tchebycheff instead of linear scalarisation
     python train_ppo.py --pref_dim 2 --method rs            # rewarded soups; dps: one model per preference (MORLHF)
     python train_ppo.py --pref_dim 2 --aggregate pama       # PAMA: one policy, no preference; mgda: by gradients
+    python train_ppo.py --pref_dim 2 --estimator rloo       # no critic: responses to one prompt compared; grpo, gdpo
     python train_ppo.py --rewards happy concise --init <Hugging Face directory> --prompts stories.txt
 
 m: dimensions   X: prompts per step, each with --samples responses   R: responses (--batch_size), R' of a minibatch
@@ -11,7 +12,8 @@ L: tokens of the longest   β: --kl_coeff   lam: (X, m), one λ per prompt, fixe
 r: (R, m) rewards, normalised by the mean and the standard deviation that they have under the reference policy
 A: (R', L, n) advantages. n = m for linear scalarisation, PAMA and MGDA: one critic head per dimension, and every head's
 token rewards have the full KL penalty. The weights λ_i sum to 1 and GAE is linear, so A_λ = Σ λ_i A_i is the advantage
-of Σ λ_i r_i − β KL, with the penalty once. Tchebycheff is not linear: n = 1, for its own reward.
+of Σ λ_i r_i − β KL, with the penalty once. Tchebycheff is not linear: n = 1, for its own reward. Without a critic
+(--estimator) the advantage is a response's, the same for all its tokens, and already summed by λ: n = 1.
 The reference is the same model with the adapter off. A killed run continues from its last checkpoint, bit for bit.
 """
 from dataclasses import dataclass, replace
@@ -39,7 +41,7 @@ from data.text_rewards import collapsed
 from data.tokenizers import TokenRow, spoken, tokenize
 from data.trees import TreeBatch, batch_logprobs, pack, path_logprobs, predicting_states
 from model import generate
-from objectives import gae, kl_penalized_rewards, noon, ppo_policy_loss, ppo_value_loss, sft_loss
+from objectives import gae, group_advantages, kl_penalized_rewards, noon, ppo_policy_loss, ppo_value_loss, sft_loss
 from ops.heads import Critic
 from runs.directory import models_left, open_run, steps_each
 from runs.files import UserError
@@ -62,6 +64,9 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags, RewardFlags):
                                                   "beside a reward model's own", "positive")
     aggregate: Literal["ls", "tche", "pama", "mgda"] = flag(
         "ls", "linear scalarisation, Eq. (12); Tchebycheff, Eq. (13); or, without any preference, PAMA or MGDA")
+    estimator: Literal["gae", "rloo", "grpo", "gdpo"] = flag(
+        "gae", "advantages: GAE with a critic; or, without one (its flags have no effect), a response beside "
+               "the others to its prompt (--samples, at least 2): leave-one-out, GRPO, GDPO")
     pama_reading: Literal["V", "T", "S"] = flag(
         "V", "what PAMA minimises: the norm of the vector over tokens, each token alone, or the batch means")
     prompts: list[str] | None = flag(None, "prompt files, JSONL or stories in .txt (default: the embedded world's)")
@@ -98,8 +103,7 @@ def train(model, out, name, fixed_lam, prompts, rows, weights, rewards, tokenize
     m, each, X = len(rewards.dims), flags.samples, flags.batch_size // flags.samples
     n, G = 1 if flags.aggregate == "tche" else m, (flags.lams_per_step or X) if fixed_lam is None else 1
     add_adapter(model, flags, m if fixed_lam is None else 0, member)
-    critic = Critic(model.config.d_model, m, n, generator_for(flags.seed, "critic", member)).to(device)
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=flags.critic_lr, weight_decay=0.0, fused=True)
+    critic, critic_optimizer = add_critic(model, m, n, flags, member, device)        # None, None with --estimator rloo
     run = Run(model, adamw(model, flags, (0.9, 0.99)), out, name, flags, steps, rewards.dims, member, resume,
               critic=critic, critic_optimizer=critic_optimizer)
     set_lam = (lambda lam: set_preference(model, lam)) if fixed_lam is None else lambda lam: None
@@ -129,12 +133,11 @@ def train(model, out, name, fixed_lam, prompts, rows, weights, rewards, tokenize
         for index in torch.arange(X).split(flags.minibatch // each):
             set_lam(lam[index])
             e = observe(model, batch_rows, responses, index, run, flags, device)      # log π and log π_ref: (R', L)
-            e.lam = lam[index].repeat_interleave(each, dim=0)                         # R' responses of this minibatch
-            token_rewards = kl_penalized_rewards(score[e.responses].to(device), e.old, e.ref, e.mask, flags.kl_coeff,
-                                                 flags.clip_range_score)              # (R', L, n)
-            e.values = critic(e.states, e.old, e.lam).detach()                        # (R', L, n)
-            e.advantages, e.returns = gae(token_rewards, e.values, e.mask, 1.0, flags.gae_lambda)
+            e.lam = lam_of[e.responses]                                               # R' responses of this minibatch
+            e.rewards = kl_penalized_rewards(score[e.responses].to(device), e.old, e.ref, e.mask, flags.kl_coeff,
+                                             flags.clip_range_score)                  # (R', L, n)
             parts.append(e)
+        estimate_advantages(parts, critic, flags)                                     # (R', L, n)
 
         # line 8: the policy climbs the clipped surrogate of the aggregated advantage; the critic learns the returns
         own, first_ratio, ptx = own_texts(batch_rows, chosen, weights, flags, draw), None, None
@@ -156,6 +159,14 @@ def train(model, out, name, fixed_lam, prompts, rows, weights, rewards, tokenize
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The parts of a step.
+
+def add_critic(model, m, n, flags, member, device):
+    """A fresh critic and its optimizer; None and None for an --estimator without one."""
+    if flags.estimator != "gae":
+        return None, None
+    critic = Critic(model.config.d_model, m, n, generator_for(flags.seed, "critic", member)).to(device)
+    return critic, torch.optim.AdamW(critic.parameters(), lr=flags.critic_lr, weight_decay=0.0, fused=True)
+
 
 def rollout(model, rows, tokenizer, flags, draw, run):
     """Samples --samples responses to each row's prompt from the model as it is: a list of R token lists."""
@@ -192,8 +203,9 @@ class Experience:
     old: torch.Tensor               # (R', L) log π_old
     ref: torch.Tensor               # (R', L) log π_ref
     lam: torch.Tensor = None        # (R', m)
+    rewards: torch.Tensor = None    # (R', L, n)
     values: torch.Tensor = None     # (R', L, n)
-    advantages: torch.Tensor = None     # (R', L, n)
+    advantages: torch.Tensor = None     # (R', L, n), or (R', L, 1) where they are summed by λ already
     returns: torch.Tensor = None    # (R', L, n)
 
 
@@ -217,6 +229,24 @@ def observe(model, rows, responses, index, run, flags, device):
     return Experience(batch, index, of, batch.on_path, batch.along(states), old, ref)
 
 
+def estimate_advantages(parts, critic, flags):
+    """Writes the advantages of every token into the parts of a rollout, a list of Experience.
+
+    With a critic by GAE, and the returns that it is to learn. Else relative to the group: a response's tokens all have
+    the advantage of its whole reward, Σ_t of their token rewards; linear scalarisation sums by λ here.
+    """
+    if critic is not None:
+        for e in parts:
+            e.values = critic(e.states, e.old, e.lam).detach()                        # (R', L, n)
+            e.advantages, e.returns = gae(e.rewards, e.values, e.mask, 1.0, flags.gae_lambda)
+        return
+    lam = torch.cat([e.lam for e in parts]) if flags.aggregate == "ls" else None      # (R, m)
+    scores = torch.cat([e.rewards.sum(1) for e in parts])                             # (R, n), with their KL
+    A = group_advantages(scores, flags.samples, flags.estimator, lam)                 # (R, 1) or (R, n)
+    for e in parts:
+        e.advantages = A[e.responses, None].expand(-1, e.mask.shape[1], -1)           # (R', L, 1) or (R', L, n)
+
+
 def policy_loss(e, logp, run, flags):
     """The clipped surrogate of a minibatch under its aggregated advantage, and figures for the log.
 
@@ -232,7 +262,7 @@ def policy_loss(e, logp, run, flags):
     elif flags.aggregate == "pama":
         positive = noon(e.advantages, (logp - e.old).detach().exp(), flags.clip_range_ratio)
         A, c = pama_advantages(positive, e.mask, flags.pama_reading)
-    elif flags.aggregate == "ls":
+    elif e.advantages.shape[-1] > 1:
         A = linear_scalarization(e.advantages, e.lam[:, None])                        # (R', L, n) -> (R', L)
     else:
         A = e.advantages[..., 0]
@@ -272,7 +302,9 @@ def ptx_loss(model, rows, run, device):
 
 
 def update_critic(critic, optimizer, parts, flags):
-    """One step on each of the parts, a list of Experience. Returns the last value loss."""
+    """One step on each of the parts, a list of Experience. Returns the last value loss; None without a critic."""
+    if critic is None:
+        return None
     for e in parts:
         V = critic(e.states, e.old, e.lam)                                            # (R', L, n)
         loss = ppo_value_loss(V, e.values, e.returns, e.mask, flags.clip_range_value)
@@ -284,7 +316,10 @@ def update_critic(critic, optimizer, parts, flags):
 
 
 def explained_variance(parts):
-    """1 − Var(returns − values) / Var(returns) over all tokens, the mean over the n heads; 0 for equal returns."""
+    """1 − Var(returns − values) / Var(returns) over all tokens, the mean over the n heads; 0 for equal returns, None
+    without a critic."""
+    if parts[0].returns is None:
+        return None
     tokens = lambda key: torch.cat([getattr(e, key)[e.mask.bool()] for e in parts])                # (tokens, n)
     returns, values = tokens("returns"), tokens("values")
     spread, missed = returns.var(0), (returns - values).var(0)                                     # (n,)
@@ -349,6 +384,8 @@ def check(flags):
     check_rewards(flags, "prompts")
     if flags.aggregate in ("pama", "mgda") and flags.method != "panacea":
         raise UserError(f"--aggregate {flags.aggregate} trains one policy without a preference: leave --method away")
+    if flags.estimator == "gdpo" and flags.aggregate != "ls":
+        raise UserError("--estimator gdpo divides each reward before Σ λ_i: it belongs to --aggregate ls; take grpo")
     if flags.aggregate != "tche" and flags.ideal is not None:
         raise UserError("--ideal belongs to --aggregate tche")
 
@@ -366,6 +403,8 @@ def defaults(flags, rewards):
     truth_known = flags.prompts is None and of_world(flags.rewards)    # rewards are the embedded world's own
     flags.kl_coeff = flags.kl_coeff or (0.5 if truth_known else 0.02)
     flags.samples = flags.samples or (16 if flags.prompts is None else 1)
+    if flags.estimator != "gae" and flags.samples < 2:
+        raise UserError(f"--estimator {flags.estimator} compares responses to one prompt: --samples must be at least 2")
     if flags.aggregate == "tche" and flags.ideal is None and truth_known:
         flags.ideal = world_ideal(rewards).tolist()
     X, rest = divmod(flags.batch_size, flags.samples)

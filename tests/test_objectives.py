@@ -1,5 +1,6 @@
 """test_objectives.py - log-probs, DPO and IPO, PPO's pieces against stored oracles and by hand: values, gradients, and
 the wrong forms that they rule out."""
+import itertools
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from objectives import (
     dpo_loss,
     gae,
+    group_advantages,
     implicit_accuracy,
     ipo_loss,
     kl_penalized_rewards,
@@ -268,6 +270,62 @@ def test_padding_has_no_part_in_advantages():
         assert torch.equal(a, b) and (a * (1 - MASK) == 0).all() and (a[MASK.bool()] != 0).all()
     cut = gae(rewards[1:2, :2], values[1:2, :2], MASK[1:2, :2])          # the row of two tokens by itself
     assert torch.equal(cut[0], clean[0][1:2, :2]) and torch.equal(cut[1], clean[1][1:2, :2])
+
+
+# ---- advantages without a critic ----
+
+SCORES = tensor([1, 6], [2, 0], [6, 0], [0, 0], [0, 4], [3, 8])          # K = 3 responses to each of 2 prompts, n = 2
+LAM = tensor(*[[0.5, 0.5]] * 3, *[[0.25, 0.75]] * 3)
+EACH = tensor([-2, 4], [-1, -2], [3, -2], [-1, -4], [-1, 0], [2, 4])     # less the prompt's mean: (3, 2) and (1, 4)
+STD = torch.cat([tensor([7, 12]).sqrt().expand(3, 2), tensor([3, 16]).sqrt().expand(3, 2)])      # ((4 + 1 + 9) / 2)½ …
+
+
+def test_group_advantages_by_hand(close):
+    assert close(group_advantages(SCORES, 3, "rloo"), 1.5 * EACH, 1e-12)               # 1 − (2 + 6) / 2 = −3
+    assert close(group_advantages(SCORES, 3, "rloo", LAM), 1.5 * (LAM * EACH).sum(1, keepdim=True), 1e-12)
+    assert close(group_advantages(SCORES, 3, "grpo"), EACH / STD, 1e-4)                # 1e-4 is added to a deviation
+    summed = tensor([1], [-1.5], [0.5], [-3.25], [-0.25], [3.5])                       # Σ λ_i s_i less the mean
+    std = torch.cat([tensor([1.75]).sqrt().expand(3, 1), tensor([11.4375]).sqrt().expand(3, 1)])
+    after = (LAM * EACH / STD).sum(1, keepdim=True)
+    grpo, gdpo = (group_advantages(SCORES, 3, name, LAM) for name in ("grpo", "gdpo"))
+    assert close(grpo, summed / std, 1e-4) and close(gdpo, after / after.std(), 3e-4)
+    # wrong: the deviation of the population; prompts and responses the other way round; the batch for the group
+    population, swapped, batch = STD * (2 / 3) ** 0.5, SCORES.view(2, 3, 2).transpose(0, 1).flatten(0, 1), SCORES
+    for wrong in (EACH / population, group_advantages(swapped, 3, "grpo"), group_advantages(batch, 6, "grpo")):
+        assert not close(wrong, EACH / STD, 0.01)
+    # wrong: GRPO with the sum after the division; GDPO with it before, or without the batch's deviation
+    assert not close(after, grpo, 0.01)
+    assert not close(grpo / grpo.std(), gdpo, 0.01) and not close(after, gdpo, 0.01)
+
+
+def test_group_advantages_of_equal_scores_are_0():
+    for name in ("rloo", "grpo", "gdpo"):
+        assert (group_advantages(torch.full((6, 2), -3.5), 3, name, LAM.float()) == 0).all()
+    assert group_advantages(tensor([5], [5]), 2, "grpo").tolist() == [[0], [0]]        # wrong: 0 / 0
+
+
+def test_leave_one_out_is_the_gradient_of_J(close):
+    """Two prompts, three responses, two rewards: the mean over all samples of two responses, by enumeration."""
+    theta, ref, r = normal(2, 3).requires_grad_(True), normal(2, 3, seed=1).log_softmax(1), normal(2, 3, 2, seed=2)
+    lam, beta, logp = tensor([0.3, 0.7], [0.8, 0.2]), 0.4, theta.log_softmax(1)
+    J = (logp.exp() * ((lam[:, None] * r).sum(-1) - beta * (logp - ref))).sum() / 2                # Eq. (12)
+    (exact,) = torch.autograd.grad(J, theta, retain_graph=True)
+    penalty = -beta * (logp - ref).detach()
+
+    def expected(estimator, factor=1.0, kl=1.0):
+        surrogate = 0.0
+        for y in itertools.product(range(3), repeat=4):                  # two responses to each of the two prompts
+            picked = (torch.tensor([0, 0, 1, 1]), torch.tensor(y))
+            scores = r[picked] + kl * penalty[picked][:, None]
+            A = group_advantages(scores, 2, estimator, lam[picked[0]])[:, 0]
+            surrogate = surrogate + logp[picked].sum().exp().detach() * (A * logp[picked]).sum() * factor / 4
+        return torch.autograd.grad(surrogate, theta, retain_graph=True)[0]
+
+    assert close(expected("rloo"), exact, 1e-12)
+    assert close(expected("rloo", 0.5), exact / 2, 1e-12)                # Dr. GRPO: (K − 1) / K of it
+    along = lambda g: g * ((g * exact).sum() / g.square().sum())         # the best multiple of it
+    for wrong in (expected("grpo"), expected("gdpo"), expected("rloo", kl=0.0)):
+        assert not close(along(wrong), exact, 0.05)
 
 
 # ---- the policy's loss ----

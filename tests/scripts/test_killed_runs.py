@@ -40,6 +40,7 @@ LONG = dict(steps=12, method="rs", save_every=2)
     ("train_dpo", LONG, (0, 4), 2), ("train_dpo", LONG, (1, 4), 2), ("train_sft", LONG, (1, 5), 4),
     ("train_dpo", LONG | dict(method="panacea", accumulate=2, aggregate="tche", lams_per_step=2), (0, 7), 6),
     ("train_ppo", dict(steps=6, save_every=2, method="rs"), (1, 2), 3),
+    ("train_ppo", dict(steps=6, save_every=2, estimator="rloo"), (0, 5), 4),
     ("train_reward", dict(save_every=4), (0, 10), 8)])
 def test_it_goes_on_bit_for_bit(capsys, script, flags, at, since):
     name = f"{script}-{flags.get('method', '')}-{flags.get('aggregate', '')}"

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from running import BASE, SHARED, go, metrics, read, refused, timeless, write_rows
+from running import BASE, SHARED, go, killed, metrics, read, refused, timeless, write_rows
 from safetensors.torch import load_file
 
 import eval_front
@@ -244,6 +244,48 @@ def test_without_a_preference(ppo_run, aggregate, reading):
     assert records[0]["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-6)
 
 
+ONE_BY_ONE = {
+    "rloo": lambda s, k: s[k] - np.delete(s, k).mean(), "grpo": lambda s, k: (s[k] - s.mean()) / s.std(ddof=1),
+    "gdpo": lambda s, k: (s[k] - s.mean()) / s.std(ddof=1)}
+
+
+@pytest.mark.parametrize("estimator, aggregate", [
+    ("rloo", "ls"), ("grpo", "ls"), ("gdpo", "ls"), ("grpo", "tche"), ("rloo", "pama"), ("grpo", "mgda")])
+def test_without_a_critic(ppo_run, estimator, aggregate):
+    """The first loss, where KL is 0, response by response; every token of a response counts with its advantage."""
+    run = go("train_ppo", f"{estimator}-{aggregate}", estimator=estimator, aggregate=aggregate, lr=8e-3)
+    records = metrics(run)
+    assert all(r["value_loss"] is None and r["explained_variance"] is None and r["first_ratio"] == 1 for r in records)
+    assert all(np.isfinite([r["loss"], r["kl"], r["grad_norm"]]).all() for r in records) and records[2]["kl"] != 0
+    r, lengths = first_step(ppo_run[1])[0].numpy(), np.array([len(y) for y in ppo_run[1][0][1]])   # the same sample
+    lam = np.repeat(records[0]["lam"], 4, axis=0)
+    each = lambda s: np.stack([np.concatenate([[ONE_BY_ONE[estimator](column[x:x + 4], k) for k in range(4)]
+                                               for x in (0, 4)]) for column in s.T], axis=1)       # (R, n)
+    if aggregate == "tche":
+        A = each(-(lam * (world_ideal(world_rewards(["helpful", "harmless"], None)).numpy() - r)).max(1)[:, None])
+    elif aggregate == "ls":
+        before, after = each((lam * r).sum(1, keepdims=True)), (lam * each(r)).sum(1, keepdims=True)
+        A = after / after.std(ddof=1) if estimator == "gdpo" else before
+        assert estimator == "rloo" or np.abs(before - after).max() > 0.05             # wrong: the sum at another place
+    else:
+        A = each(r)
+        if aggregate == "pama":
+            A = np.maximum(A, 0)
+        A = A @ np.array(records[0]["weights"])[:, None]
+    expected = -(A[:, 0] * lengths).sum() / lengths.sum()
+    assert records[0]["loss"] == pytest.approx(expected, rel=2e-3, abs=1e-5)          # 1e-4 is added to deviations
+
+
+def test_without_a_critic_its_flags_have_no_effect():
+    plain, other = (go("train_ppo", f"no-critic{i}", estimator="rloo", critic_lr=lr, critic_iters=n, gae_lambda=decay)
+                    for i, (lr, n, decay) in enumerate([(3e-3, 4, 0.95), (1.0, 1, 0.5)]))
+    assert timeless(plain) == timeless(other)
+    assert (plain / "adapter.safetensors").read_bytes() == (other / "adapter.safetensors").read_bytes()
+    left = killed("train_ppo", "no-critic-killed", lambda r: r["step"] == 3, estimator="rloo", save_every=2)
+    kept = load_file(left / "state.safetensors")
+    assert kept and not [key for key in kept if key.startswith(("param.critic", "optimizer.1."))]
+
+
 def test_ppo_learns_and_follows_the_preference():
     """Fourteen steps: each vertex has the higher reward of its own dimension, and more of it than the base has."""
     dims = ["formal", "encouraging"]
@@ -369,6 +411,8 @@ BAD = {
     "minibatch not divisible": (dict(minibatch=6), "--minibatch 6 must be a multiple of --samples 4"),
     "batch not divisible": (dict(batch_size=10), "--batch_size 10 must be a multiple"),
     "prompts not divisible": (dict(lams_per_step=3), "one of --lams_per_step 3"),
+    "one response to a prompt": (dict(estimator="rloo", samples=1), "--samples must be at least 2"),
+    "gdpo for one reward": (dict(estimator="gdpo", aggregate="tche"), "it belongs to --aggregate ls"),
     "pama with a method": (dict(aggregate="pama", method="rs"), "--aggregate pama trains one policy"),
     "mgda with a preference": (dict(aggregate="mgda", lam=[0.5, 0.5]), "--lam"),
     "ideal without tche": (dict(ideal=[1.0, 1.0]), "--ideal belongs to --aggregate tche"),
