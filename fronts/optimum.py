@@ -19,6 +19,8 @@ from aggregate import scalar_reward, tchebycheff
 
 NEWTON_STEPS = 50
 AT_ONCE = 2 ** 20                                             # numbers in one (F, X, S) tensor: bounds the memory
+CACHE = 2 ** 17                                               # … in one (Q, S, S) tensor: fits a core's cache
+NEAREST, WIDTH = 24, 0.3                                      # known optima in a guess, and how far each one counts
 
 # ---------------------------------------------------------------------------------------------------------------------
 # DPO. The unknowns of a prompt are  h_a = beta * log pi(a)/pi_ref(a)  for its S responses, up to a constant. With every
@@ -56,24 +58,46 @@ def dpo_losses(h, wins):
 
     h: (…, Q, S) β · log-ratios, up to a constant per prompt   wins: (Q, m, S), win_probs summed over b  ->  (…, Q, m)
     """
+    return _losses(h, wins, torch.nn.functional.softplus(h[..., None, :] - h[..., :, None]).sum((-2, -1)))
+
+
+def _losses(h, wins, softplus):
+    """dpo_losses where the sum of softplus(h_b − h_a) over all a and b is known: (…, Q)"""
     S = h.shape[-1]
-    nll = torch.nn.functional.softplus(h[..., None, :] - h[..., :, None]).sum((-2, -1)) - S * math.log(2)   # a != b
+    nll = softplus - S * math.log(2)                                                                        # a != b
     return (nll[..., None] / 2 - torch.einsum("...qs,qms->...qm", h, wins - (S - 1) / 2)) / (S * (S - 1) / 2)
 
 
-def _derivatives(h, wins):
-    """Gradients of losses and their Hessian (..., S, S), which the dimensions share: labels enter linearly.
+# The solvers meet thousands of h. With E_a = exp h_a, h centred, and R_ab = 1 / (E_a + E_b), which takes S exponentials
+# in place of S²,
+#
+#     sigmoid(h_a − h_b) = E_a R_ab,    its slope = E_a E_b R_ab²,    sum_{a,b} softplus(h_b − h_a) = −sum log R_ab.
+#
+# Gradients and Hessians below are those of the loss times the number of pairs, S (S-1)/2: they count wins.
 
-    h: (..., S)   wins: (..., S) of the labels, or (..., m, S), and the gradients have its shape.
-    """
-    S = h.shape[-1]
-    p = torch.sigmoid(h[..., :, None] - h[..., None, :])                              # its diagonal is 1/2
-    grad = p.sum(-1) - 0.5
-    grad = ((grad if wins.ndim == grad.ndim else grad[..., None, :]) - wins) / (S * (S - 1) / 2)
-    curve = p.mul_(1 - p).div_(S * (S - 1) / 2)
-    constant = curve.mean((-2, -1), keepdim=True)                                     # + ones: fixes the free constant
+def _exponentials(h):
+    """E (Q, S) and R (Q, S, S) of h (Q, S)."""
+    E = (h - h.mean(-1, keepdim=True)).exp()
+    return E, (E[:, :, None] + E[:, None, :]).reciprocal_()
+
+
+def _gradients(E, R, wins):
+    """The policy's wins less the labels', of every dimension. wins: (Q, m, S)  ->  (Q, m, S)"""
+    return (E * R.sum(-1) - 0.5)[:, None] - wins                                      # E_a R_aa = 1/2
+
+
+def _hessian(E, R):
+    """The Hessian (Q, S, S), which the dimensions share: labels enter linearly."""
+    curve = (R * E[:, None, :]).mul_(R).mul_(E[:, :, None])
     diagonal = curve.sum(-1)                                  # the curve's own diagonal cancels: it is no pair
-    return grad, torch.diag_embed(diagonal).sub_(curve).add_(constant)
+    hessian = diagonal.mean(-1)[:, None, None] / E.shape[-1] - curve                  # + ones: fixes the free constant
+    hessian.diagonal(dim1=1, dim2=2).add_(diagonal)
+    return hessian
+
+
+def _few(S, *tensors):
+    """Tensors (Q, …) a few problems at a time, so that (Q, S, S) tensors stay in a core's cache."""
+    return zip(*(t.split(max(1, CACHE // S ** 2)) for t in tensors))
 
 
 def newton(wins, h):
@@ -82,14 +106,40 @@ def newton(wins, h):
     At the minimum the policy wins as often as the labels do. Returns h. Raises RuntimeError if the gradient does not
     vanish (the problem is convex, so it must).
     """
-    for _ in range(NEWTON_STEPS):
-        grad, hessian = _derivatives(h, wins)
-        if grad.abs().max() < 1e-12:
-            return h
-        step = torch.cholesky_solve(grad[..., None], torch.linalg.cholesky(hessian))[..., 0]
-        # a step of at most 4 nats never overshoots far
-        h = h - step / (step.abs().amax(-1, keepdim=True) / 4).clamp(min=1)
-    raise RuntimeError(f"Newton's method left a gradient of {grad.abs().max():.1e}")
+    done, S = [], h.shape[-1]
+    for wins_few, h_few in _few(S, wins.reshape(-1, 1, S), h.reshape(-1, S)):
+        before = 0.0
+        for _ in range(NEWTON_STEPS):
+            E, R = _exponentials(h_few)
+            grad = _gradients(E, R, wins_few)
+            left = grad.abs().max().item() / (S * (S - 1) / 2)
+            if left < 1e-13:                                  # each J_i, of first order in h, is then exact to 1e-11
+                break
+            if not left < before / 100:                       # else the factor at hand is good for one more step
+                factor = torch.linalg.cholesky(_hessian(E, R))
+            before = left
+            step = torch.cholesky_solve(grad.mT, factor)[..., 0]
+            # a step of at most 4 nats never overshoots far
+            h_few = h_few - step / (step.abs().amax(-1, keepdim=True) / 4).clamp(min=1)
+        else:
+            raise RuntimeError(f"Newton's method left a gradient of {left:.1e}")
+        done.append(h_few)
+    return torch.cat(done).view_as(h)
+
+
+def _near(c, known, hs, scores):
+    """A guess of the optimum for weights c (m,), from K optima: known (K, m) their weights, hs K tensors (Q, S).
+
+    h(c) − c·r is zero at the vertices and smooth between them. It is guessed from its values at the nearest of the
+    known weights, by regression with a Gaussian kernel: Σ_k part_k (h_k − c_k·r). Far from all of them that is zero.
+    scores: (Q, S, m)  ->  (Q, S)
+    """
+    distance, near = (known - c).norm(dim=-1).topk(min(len(known), NEAREST), largest=False)
+    kernel = lambda d: torch.exp(-d.square() / (2 * WIDTH ** 2))
+    known, hs = known[near], [hs[k] for k in near]
+    trace = 1e-10 * torch.eye(len(near), dtype=torch.float64)                         # of noise: equal weights may meet
+    part = torch.linalg.solve(kernel(torch.cdist(known, known)) + trace, kernel(distance))
+    return sum((p * h for p, h in zip(part, hs)), scores @ (c - part @ known))
 
 
 def dpo_ls(lams, scores, w):
@@ -97,16 +147,18 @@ def dpo_ls(lams, scores, w):
 
     lams: (F, m)   scores: (Q, S, m)   w: (Q,)  ->  J (F, m), h (F, Q, S), and the largest gradient entry left over.
     """
-    wins, J, hs, worst = win_probs(scores).sum(-1), [], [], 0.0
     lams = lams.double() / lams.double().sum(-1, keepdim=True)                        # fp32 sums to 1 + 1e-7
-    for lam in lams.split(max(1, 16 // len(scores))):                                 # some problems at once
-        mixed = torch.einsum("fm,qms->fqs", lam, wins)
-        # from the weighted scores: exact at vertices, near elsewhere
-        h = newton(mixed, torch.einsum("fm,qsm->fqs", lam, scores))
-        worst = max(worst, _derivatives(h, mixed)[0].abs().max().item())
-        J.append(-torch.einsum("q,fqm->fm", w, dpo_losses(h, wins)))
-        hs.append(h)
-    return torch.cat(J), torch.cat(hs), worst
+    wins, (Q, S, _), worst, J = win_probs(scores).sum(-1), scores.shape, 0.0, []
+    hs = torch.empty(len(lams), Q, S, dtype=torch.float64)
+    for n, lam in enumerate(lams):
+        hs[n] = newton(lam @ wins, _near(lam, lams[:n], hs[:n], scores))
+        losses = []
+        for h, wins_few in _few(S, hs[n], wins):
+            E, R = _exponentials(h)
+            worst = max(worst, (lam @ _gradients(E, R, wins_few)).abs().max().item() / (S * (S - 1) / 2))
+            losses.append(_losses(h, wins_few, -R.log_().sum((-2, -1))))
+        J.append(-w @ torch.cat(losses))
+    return torch.stack(J), hs, worst
 
 
 def dpo_tche(lams, scores, w, z):
@@ -115,91 +167,84 @@ def dpo_tche(lams, scores, w, z):
     lams: (F, m)   scores: (Q, S, m)   w: (Q,)   z: (m,)  ->  J (F, m), h (F, Q, S), and the largest duality gap left.
     A dimension with λ_i = 0 takes no part.
     """
-    m, wins, z = lams.shape[1], win_probs(scores).sum(-1), torch.as_tensor(z, dtype=torch.float64)
-
-    def solve(c, near):
-        """The optimum for weights c from that for weights `near`, along the tangent dh/dc, but not far."""
-        move = near["dh"] @ (c - near["c"])                                           # (Q, S)
-        h = near["h"] + move / move.abs().amax(-1, keepdim=True).clamp(min=1)
-        h = newton(torch.einsum("m,qms->qs", c, wins), h)
-        grads, hessian = _derivatives(h, wins)                                        # (Q, m, S)
-        dh = -torch.cholesky_solve(grads.transpose(1, 2), torch.linalg.cholesky(hessian))            # (Q, S, m)
-        slopes = torch.einsum("q,qis,qsj->ij", w, grads, dh)
-        return dict(c=c, h=h, dh=dh), w @ dpo_losses(h, wins), slopes
+    (_, S, m), wins, z = scores.shape, win_probs(scores).sum(-1), torch.as_tensor(z, dtype=torch.float64)
 
     # what is solved so far, to start from: first linear scalarisation at the vertices and at the centre
-    c = torch.cat([torch.eye(m, dtype=torch.float64), torch.full((1, m), 1 / m, dtype=torch.float64)])
-    J, hs, _ = dpo_ls(c, scores, w)
-    known = [(-j, dict(c=c_, h=h, dh=torch.zeros(*h.shape, m, dtype=torch.float64))) for j, c_, h in zip(J, c, hs)]
+    cs = [*torch.eye(m, dtype=torch.float64), torch.full((m,), 1 / m, dtype=torch.float64)]
+    J, hs, _ = dpo_ls(torch.stack(cs), scores, w)
+    all_losses, hs = list(-J), list(hs)                                               # (m,), (Q, S)
 
-    def start(lam, found):
-        """The best so far in λ's eyes: its weights, and itself."""
-        losses, states = zip(*known, *found)
-        near = states[tchebycheff(torch.stack(losses), lam, z).argmin()]
-        return near["c"], near
+    def solve(c):
+        h, losses, slopes = newton(c @ wins, _near(c, torch.stack(cs), hs, scores)), 0, 0
+        for h_few, wins_few, w_few in _few(S, h, wins, w):
+            E, R = _exponentials(h_few)
+            grads = _gradients(E, R, wins_few)
+            dh = -torch.cholesky_solve(grads.mT, torch.linalg.cholesky(_hessian(E, R)))         # dh/dc, (Q, S, m)
+            slopes = slopes + torch.einsum("q,qis,qsj->ij", w_few, grads, dh) / (S * (S - 1) / 2)
+            losses = losses + w_few @ _losses(h_few, wins_few, -R.log_().sum((-2, -1)))
+        cs.append(c), hs.append(h), all_losses.append(losses)
+        return h, losses, slopes
 
-    J, states, worst = by_the_dual(lams, z, solve, start)
-    return J, torch.stack([state["h"] for state in states]), worst
+    def start(lam):
+        """The weights of the best so far in λ's eyes."""
+        return cs[tchebycheff(torch.stack(all_losses), lam, z).argmin()]
+
+    J, hs_best, worst = by_the_dual(lams, z, solve, start)
+    return J, torch.stack(hs_best), worst
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The dual of Tchebycheff.
 
-def by_the_dual(lams, z, solve, start=lambda lam, found: ((lam > 0).double(), None)):
+def by_the_dual(lams, z, solve, start=lambda lam: (lam > 0).double()):
     """The Tchebycheff optimum, Eq. (7), of every preference, for any objective with convex losses.
 
-    lams: (F, m)   z: (m,)   solve(c, state): for weights c, Σ c = 1, the policy that minimises Σ c_i L_i, as a state
-    that the next call may start from; its losses (m,); and dL_i/dc_j (m, m) along such policies, for which a common
-    factor of all c does not matter.   start(lam, found): the weights and the state to begin with, found being the
-    (losses, state) of the preferences before; by default equal weights of all dimensions with λ_i > 0.
-    Returns J (F, m), the states, and the largest duality gap left over.
+    lams: (F, m)   z: (m,)   solve(c): for weights c, Σ c = 1, the policy that minimises Σ c_i L_i, in any form; its
+    losses (m,); and dL_i/dc_j (m, m) along such policies, for which a common factor of all c does not matter.
+    start(lam): the weights to begin with; by default equal weights of all dimensions with λ_i > 0.
+    Returns J (F, m), the policies, and the largest duality gap left over.
     """
-    found, worst = [], 0.0
-    for lam in lams.double():
-        state, losses, gap = _dual_ascent(lam, z, *start(lam, found), solve)
-        worst = max(worst, gap)
-        found.append((losses, state))
-    losses, states = zip(*found)
-    return -torch.stack(losses), states, worst
+    policies, losses, gaps = zip(*(_dual_ascent(lam, z, start(lam), solve) for lam in lams.double()))
+    return -torch.stack(losses), policies, max(gaps)
 
 
-def _dual_ascent(lam, z, c, state, solve):
+def _dual_ascent(lam, z, c, solve):
     """max over μ in the simplex of D(μ) = min_π Σ_i μ_i λ_i (L_i(π) − z_i): Newton, kept inside the simplex.
 
-    lam, z: (m,)   c: (m,) weights μλ to start from   Returns the last state, its losses and the duality gap.
+    lam, z: (m,)   c: (m,) weights μλ to start from   Returns the last policy, its losses and the duality gap.
     """
     on = lam > 0
     lam, z, mu = lam[on], z[on], c[on] / lam[on]
     mu = mu / mu.sum() if mu.sum() > 0 else torch.full_like(mu, 1 / len(mu))
 
-    def dual(mu, state):
+    def dual(mu):
         """What solve returns, then the gradient and the Hessian of D."""
         c = torch.zeros(len(on), dtype=torch.float64)
         c[on] = mu * lam / (mu @ lam)
-        state, losses, slopes = solve(c, state)
+        policy, losses, slopes = solve(c)
         # equal dimensions leave D flat, but for rounding: a trace of curvature decides where a Newton step goes
         slopes = slopes[on][:, on] - 1e-12 * torch.eye(len(lam), dtype=torch.float64)
-        return state, losses, lam * (losses[on] - z), torch.outer(lam, lam) * slopes / (mu @ lam)
+        return policy, losses, lam * (losses[on] - z), torch.outer(lam, lam) * slopes / (mu @ lam)
 
     gap = lambda mu, g: (g.max() - mu @ g).item()             # primal value − dual value: zero at the optimum
-    state, losses, g, D2 = dual(mu, state)
+    policy, losses, g, D2 = dual(mu)
     for _ in range(100):
         if gap(mu, g) < 1e-9:
             break
         target = _quadratic_on_simplex(g - D2 @ mu, D2, mu)
         for t in (0.5 ** k for k in range(12)):
             mu_new = (1 - t) * mu + t * target
-            new = dual(mu_new, state)
+            new = dual(mu_new)
             # The first step that raises D, or halves the gap: a steep D is at its maximum, but for rounding, before its
             # slopes are. A loss is infinite where the policy gives 0 to a response that a dimension without weight
             # needs; then a shorter step is tried.
             g_new = new[2]
             if g_new.isfinite().all() and (mu_new @ g_new >= mu @ g - 1e-15 or gap(mu_new, g_new) < gap(mu, g) / 2):
-                mu, (state, losses, g, D2) = mu_new, new
+                mu, (policy, losses, g, D2) = mu_new, new
                 break
         else:
             break                                             # no step does: the caller checks the gap that is left
-    return state, losses, gap(mu, g)
+    return policy, losses, gap(mu, g)
 
 
 def _quadratic_on_simplex(b, A, y):
@@ -268,7 +313,7 @@ def sft_ls(lams, demos):
 def sft_tche(lams, demos, z):
     """The exact SFT optimum under Tchebycheff, Eq. (7), by the dual. z: (m,)   ->  J, log π* as sft_ls, and the largest
     duality gap left over. A dimension with λ_i = 0 takes no part in the maximum."""
-    def solve(c, _):
+    def solve(c):
         mixture = demos @ c                                                           # (X, S)
         ratios = torch.where(mixture[..., None] > 0, demos / mixture[..., None], 0.0).flatten(0, 1)
         logps = mixture.log()

@@ -62,7 +62,9 @@ def test_derivatives(close):
     _, _, wins = world()
     h = torch.randn(2, 7, generator=torch.Generator().manual_seed(4), dtype=torch.float64).requires_grad_(True)
     assert torch.autograd.gradcheck(lambda h: dpo_losses(h, wins), h)
-    grads, hessian = optimum._derivatives(h.detach(), wins)
+    E, R = optimum._exponentials(h.detach() + 3)                         # a constant does not matter
+    grads, hessian = optimum._gradients(E, R, wins) / 21, optimum._hessian(E, R) / 21           # 7 · 6 / 2 pairs
+    assert close(optimum._losses(h, wins, -R.log().sum((-2, -1))), dpo_losses(h, wins), 1e-12)
     for q in range(2):
         for i in range(3):
             loss = lambda x: dpo_losses(x[None], wins[q:q + 1])[0, i]
@@ -140,6 +142,59 @@ def test_a_slow_solver_finds_the_same_front(close):
         for mu in (3e-2, 3e-3):
             value, _ = slowly(lambda h: mu * (lam * (w @ dpo_losses(h, wins) - z) / mu).logsumexp(-1), 2, 7)
             assert best - 1e-10 <= value <= best + mu * math.log(4)
+
+
+def plain_newton(lams, wins):
+    """The optimum at every preference as a textbook has it: from zero, with sigmoids of all pairs and fresh Hessians,
+    one problem after the other. lams: (F, m)   wins: (Q, m, S)   ->  h (F, Q, S), its means zero"""
+    S, hs = wins.shape[-1], []
+    for labels in torch.einsum("fm,qms->fqs", lams, wins).flatten(0, 1):
+        h = torch.zeros(S, dtype=torch.float64)
+        for _ in range(40):
+            p = torch.sigmoid(h[:, None] - h)
+            curve = p * p.T
+            grad = p.sum(1) - 0.5 - labels
+            step = torch.linalg.solve(torch.diag(curve.sum(1)) - curve + 1 / S, grad)           # 1/S: fixes a constant
+            h = h - step / max(1, step.abs().max().item() / 4)
+        hs.append(h)
+    return torch.stack(hs).view(len(lams), len(wins), S)
+
+
+@pytest.mark.parametrize("kind, m, parts", [("embedded", 2, 10), ("embedded", 3, 4),
+                                            ("random", 2, 10), ("sharp", 3, 4)])
+def test_plain_newton_finds_the_same_front(monkeypatch, kind, m, parts):
+    scores, w, _ = problems(world_scores(["helpful", "harmless", "humorous"][:m]))
+    if kind != "embedded":                                               # no equal rows, no slots
+        scores, w, _ = world(Q=3, S=40, m=m)
+        scores = scores * (3 if kind == "sharp" else 1)
+    lams, wins = simplex_lattice(m, parts), win_probs(scores).sum(-1)
+    expected = -torch.einsum("q,fqm->fm", w, dpo_losses(plain_newton(lams, wins), wins))
+    J, h, residual = dpo_ls(lams, scores, w)
+    assert residual < 1e-12 and (J - expected).abs().max() < 1e-9
+    assert (J + torch.einsum("q,fqm->fm", w, dpo_losses(h, wins))).abs().max() < 1e-11         # J is that of h
+    backwards = dpo_ls(lams.flip(0), scores, w)[0].flip(0)               # the way there does not matter
+    assert (backwards - expected).abs().max() < 1e-9
+    monkeypatch.setattr(optimum, "newton", lambda wins, h: h)            # wrong: the guess alone, whose weights are r's
+    J, _, residual = dpo_ls(lams, scores, w)
+    assert residual > 1e-6 and (J - expected).abs().max() > 1e-3
+
+
+def test_neighbours_foretell_the_optimum(monkeypatch):
+    """On a lattice nearly every solution takes one Hessian. From the weighted scores alone they take several."""
+    scores, w, _ = problems(world_scores(["helpful", "harmless"]))
+    lams, hessian, seen = simplex_lattice(2, 100), optimum._hessian, []
+    monkeypatch.setattr(optimum, "_hessian", lambda E, R: seen.append(len(E)) or hessian(E, R))
+    J, h, _ = dpo_ls(lams, scores, w)
+    assert sum(seen) < 1.2 * len(lams) * len(w)
+    others, lam, own = torch.arange(101) != 50, lams[50], h[50]
+    off = lambda guess: (guess - own).abs().max()
+    assert off(optimum._near(lam, lams[others], h[others], scores)) < 1e-4 * off(scores @ lam)
+    assert optimum._near(lam, lams[:0], [], scores).equal(scores @ lam)                        # nothing is known yet
+    assert torch.allclose(optimum._near(lam, lams[50:51].expand(2, 2), h[[50, 50]], scores), own, atol=1e-8)
+    seen.clear()
+    monkeypatch.setattr(optimum, "_near", lambda c, known, hs, scores: scores @ c)             # wrong: nothing learned
+    again, *_ = dpo_ls(lams, scores, w)
+    assert sum(seen) > 2 * len(lams) * len(w) and (J - again).abs().max() < 1e-10
 
 
 def test_single_precision_preferences_do_not_stall_newton(close):
