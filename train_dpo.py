@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 import eval_front
 from aggregate import linear_scalarization, models_of, sample_preference, tchebycheff
@@ -30,16 +31,16 @@ from data.batches import Batches, pad_to, reference_logprobs
 from data.prompts import written
 from data.sources import check_preferences, preference_rows
 from data.tokenizers import tokenize
-from data.trees import batch_logprobs, with_prefix
-from objectives import dpo_loss, ipo_loss, losses_on_pairs
+from data.trees import batch_logprobs, predicting_states, with_prefix
+from objectives import dpo_loss, ipo_loss, losses_on_pairs, support_loss
 from runs.directory import models_left, open_run, steps_each
 from runs.files import UserError
 from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, RunFlags, check_lam, flag, run_main
 from runs.loop import Run, adamw, add_adapter
-from runs.processes import init_distributed, pick_device, shard
+from runs.processes import all_sum, init_distributed, pick_device, shard, with_value
 from runs.randomness import generator_for
 from runs.speed import matmul_ceiling
-from svd_lora import orthogonality_penalty, save_adapter, set_preference
+from svd_lora import adapters_off, orthogonality_penalty, save_adapter, set_preference
 
 LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss}
 
@@ -61,6 +62,8 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags):
     epochs: float = flag(1.0, "passes over --data, where --steps is not given", "positive")
     accumulate: int = flag(1, "micro-batches per step: less memory", 1)
     pref_scaling: float | None = flag(None, "ablation: s fixed at this value instead of learned (Fig. 7)")
+    keep: float | None = flag(None, "weight of a term that keeps probability on tokens that the reference allows "
+                                    "(default 1 on the embedded world, 0 otherwise)", "not negative")
     orth_coeff: float = flag(0.0, "coefficient of AdaLoRA's orthogonality penalty", "not negative")
     parallel: Literal["ddp", "fsdp"] = flag(
         "ddp", "under torchrun: a copy of the base in every process, or shares of it (--eval then reads it whole)")
@@ -75,6 +78,7 @@ def train(model, out, name, fixed_lam, rows, reference, dims, flags, steps, memb
         shard(model, device)
     known = [(torch.tensor(row.better) >= 0).float() for row in rows]
     batches = Batches(rows, known, flags, G, device, member * steps, flags.data is not None, flags.accumulate)
+    each = flags.batch_size * sum(len(row.responses) for row in rows) / len(rows)     # responses in a step
     run = Run(model, adamw(model, flags), out, name, flags, steps, dims, member, resume, flags.accumulate)
     aggregate = linear_scalarization if flags.aggregate == "ls" else lambda L, lam: tchebycheff(L, lam, flags.ideal)
 
@@ -86,13 +90,13 @@ def train(model, out, name, fixed_lam, rows, reference, dims, flags, steps, memb
         lam = (fixed_lam.expand(G, m) if fixed_lam is not None else
                sample_preference(G, m, vertex_share=flags.vertex_share,
                                  generator=generator_for(flags.seed, "lambda", step)))                # (G, m)
-        if text_of:
-            batch.tree = with_prefix(batch.tree, text_of(lam)[batch.group])
-        elif fixed_lam is None:
+        tree = with_prefix(batch.tree, text_of(lam)[batch.group]) if text_of else batch.tree
+        if fixed_lam is None and not text_of:
             set_preference(model, lam[batch.group])                                   # (B, m): d = cat(σ, s·λ), Eq. (9)
 
         # line 7: the losses of all dimensions, from the log-probs of the responses, …
-        pi = batch_logprobs(model, batch.tree)                                        # (R,) log π(y|x)
+        states = predicting_states(model, tree)                                       # (N, D)
+        pi = batch_logprobs(model, tree, states)                                      # (R,) log π(y|x)
         ref = torch.cat([reference[j] for j in batch.rows]).to(device)                # (R,) log π_ref(y|x)
         losses, correct, _ = losses_on_pairs(LOSSES[flags.loss], pi, ref, batch.tree.pairs, batch.tree.better,
                                              flags.beta)                              # (P, m), Eq. (2)
@@ -103,11 +107,23 @@ def train(model, out, name, fixed_lam, rows, reference, dims, flags, steps, memb
 
         # line 8: a step of gradient descent on U, V, σ and s
         penalty = flags.orth_coeff * orthogonality_penalty(model) if flags.orth_coeff else 0.0        # of Eq. (5)
+        if flags.keep:
+            objective = objective + flags.keep * astray(model, batch.tree, states, run) / each
         run.update(objective, penalty)
         run.log(*batch.tree.size, ("losses", "accuracy"), lam=lam.tolist(),
                 means={"losses": (losses, batch.known), "accuracy": (correct, batch.known)})
     save_adapter(model, out / f"{name}.safetensors", dims, method=flags.method, beta=flags.beta,
                  lam=None if fixed_lam is None else fixed_lam.tolist())
+
+
+def astray(model, tree, states, run):
+    """What keeps the policy to tokens that the reference allows (objectives.support_loss), summed over all tokens of
+    the responses. Its value is of all processes, its gradient of this one's rows."""
+    run.work(*tree.size, base=2)
+    with torch.no_grad(), adapters_off(model):
+        ref = predicting_states(model, tree)                                          # (N, D)
+    loss = support_loss(F.linear(states, model.head_weight), F.linear(ref, model.head_weight)).sum()
+    return with_value(loss, all_sum(loss.detach().clone()))
 
 
 def main(flags):
@@ -117,6 +133,7 @@ def main(flags):
     given, on_world = replace(flags), flags.data is None               # given: before defaults are filled in
     flags.lams_per_step = flags.lams_per_step or (math.gcd(8, flags.batch_size) if flags.aggregate == "ls" else 1)
     flags.beta = flags.beta or (1.0 if on_world else 0.1)
+    flags.keep = float(on_world) if flags.keep is None else flags.keep
     check(flags, processes)
     print(f"device: {device}, {processes} process(es), base in {dtype}, matrix products at up to "
           f"{matmul_ceiling(device, dtype) / 1e12:.3g} TFLOP/s".replace("torch.", ""))

@@ -204,7 +204,7 @@ def path_logprobs(model, batch, states=None):
     return batch.along(linear_logprob(states, model.head_weight, batch.targets))
 
 
-def batch_logprobs(model, batch):
-    """log π(y|x) of every response of a TreeBatch: (R,) fp32."""
-    return response_logprobs(linear_logprob(predicting_states(model, batch), model.head_weight, batch.targets),
-                             batch.paths)
+def batch_logprobs(model, batch, states=None):
+    """log π(y|x) of every response of a TreeBatch: (R,) fp32. states: as for path_logprobs."""
+    states = predicting_states(model, batch) if states is None else states
+    return response_logprobs(linear_logprob(states, model.head_weight, batch.targets), batch.paths)
