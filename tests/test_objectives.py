@@ -21,6 +21,7 @@ from objectives import (
     ppo_value_loss,
     response_logprobs,
     sft_loss,
+    support_loss,
 )
 from ops.fused import linear_logprob
 
@@ -450,3 +451,16 @@ def test_noon_is_what_the_clipped_objective_keeps(close):
     assert close(gradient, -noon(A, ratio) * ratio * MASK / 7, 1e-12) and (ratio[MASK.bool()] < 0.8).any()
     signed = torch.autograd.grad(ppo_policy_loss(logp, old, A, MASK)[0], logp)[0]
     assert not close(signed, gradient, 0.01)
+
+
+def test_support_loss_by_hand():
+    """−log of what is left for the tokens to which the reference gives at least 0.1; no choice among them costs."""
+    ref = torch.tensor([[0.6, 0.35, 0.05], [0.02, 0.9, 0.08]]).log()
+    pi = torch.tensor([[0.2, 0.3, 0.5], [0.3, 0.6, 0.1]]).log().requires_grad_()
+    loss = support_loss(pi + 7.0, ref - 3.0, least=0.1)                                   # logits: a constant is free
+    assert loss.tolist() == pytest.approx([-math.log(0.5), -math.log(0.6)], rel=1e-5)
+    assert loss.tolist() != pytest.approx([-math.log(0.5), -math.log(0.9)], rel=0.01)     # wrong: allowed by π
+    (grad,) = torch.autograd.grad(loss.sum(), pi)
+    # towards the allowed tokens, in the ratio that π has there
+    assert grad[0].tolist() == pytest.approx([0.2 - 0.4, 0.3 - 0.6, 0.5], rel=1e-4)
+    assert support_loss(torch.tensor([[0.0, 5.0, -100.0]]), ref[:1], 0.1).item() == pytest.approx(0, abs=1e-6)

@@ -27,7 +27,7 @@ import eval_front
 import train_dpo
 from data import batches, toy
 from data.tokenizers import load_tokenizer, tokenize
-from data.trees import batch_logprobs, pack
+from data.trees import batch_logprobs, pack, predicting_states
 from fronts import measure
 from model import Config, Transformer
 from objectives import dpo_loss, losses_on_pairs
@@ -415,3 +415,19 @@ def test_two_threads_repeat_bit_for_bit():
         torch.set_num_threads(threads)
     assert max(g.abs().max() for g in runs[0]) > 0
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
+
+
+def test_keep_adds_what_the_reference_rules_out():
+    """At the first step π is π_ref: beside the DPO loss stands its own mass on tokens below 1e-3, per response."""
+    plain, kept, halves = (metrics(go("train_dpo", f"keep{keep}{parts}", keep=keep, accumulate=parts, lams_per_step=4,
+                                      lr=8e-3)) for keep, parts in ((0.0, 1), (2.0, 1), (2.0, 2)))
+    rows = toy.sample_pairs("train", ["helpful", "harmless"], 24, 4, generator_for(0, "pairs"))
+    chosen = [rows[j] for j in epoch_batch(24, 4, 0, 0).tolist()]
+    batch, model = pack(tokenize(chosen, load_tokenizer("toy"), 256)[0]), Transformer.from_pretrained(BASE)
+    with torch.no_grad():
+        p = (predicting_states(model, batch) @ model.head_weight.T).softmax(-1)
+    astray = -(p * (p >= 1e-3)).sum(1).log().sum().item() / 16
+    assert astray > 1e-3 and kept[0]["loss"] - plain[0]["loss"] == pytest.approx(2 * astray, rel=1e-2)
+    assert kept[0]["losses"] == plain[0]["losses"] and kept[3]["losses"] != plain[3]["losses"]
+    for a, b in zip(kept, halves, strict=True):
+        assert np.isclose(a["loss"], b["loss"], rtol=1e-5) and np.isclose(a["grad_norm"], b["grad_norm"], rtol=1e-3)
