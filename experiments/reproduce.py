@@ -129,8 +129,8 @@ def mean_of(x):
     return f"{np.mean(x):.4f}" + (f" ± {np.std(x, ddof=1):.4f}" if len(x) > 1 else "")
 
 
-METRICS = {"HV share": "hypervolume_share", "J share": "objective_share", "IP": "inner_product", "sparsity": "sparsity",
-           "spacing": "spacing"}
+METRICS = {"regret": "regret", "worst": "regret_worst", "HV share": "hypervolume_share", "IP": "inner_product",
+           "sparsity": "sparsity", "spacing": "spacing"}
 
 
 def summary(rows):

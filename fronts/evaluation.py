@@ -35,6 +35,7 @@ from svd_lora import fingerprint
 
 SPLITS = ("seen", "new_verbs")         # of the embedded world; the last one is the headline's
 
+
 @torch.no_grad()
 def evaluate(run, device, known, parts=None, adapters=None, splits=SPLITS):
     """Measures one run at every preference of exact.evaluation_preferences. Returns what front.json holds, and what
@@ -130,7 +131,8 @@ def shares(r, exact, world):
     volume, share = hypervolume(at["points"], reference), dense(len(reference))
     at["hypervolume_share"] = volume / front["hypervolume"] if share else None
     return {"hypervolume_share": r["hypervolume"] / front["hypervolume"] if share else None,
-            "hypervolume_share_at_lams": r["hypervolume"] / volume, "exact": front | {"at_lams": at}}
+            "hypervolume_share_at_lams": r["hypervolume"] / volume if volume else None,
+            "exact": front | {"at_lams": at}}
 
 
 def regret(base, columns, exact, lams, world, row, o):
