@@ -133,7 +133,8 @@ def shares(r, exact, world):
     volume, share = hypervolume(at["points"], reference), dense(len(reference))
     at["hypervolume_share"] = volume / front["hypervolume"] if share else None
     return {"hypervolume_share": r["hypervolume"] / front["hypervolume"] if share else None,
-            "hypervolume_share_at_lams": r["hypervolume"] / volume, "exact": front | {"at_lams": at}}
+            "hypervolume_share_at_lams": r["hypervolume"] / volume if volume else None,
+            "exact": front | {"at_lams": at}}
 
 
 def regret(base, columns, exact, lams, world, row, o):

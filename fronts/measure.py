@@ -131,8 +131,8 @@ def writers(dims, split):
 class World:
     """The embedded world's evaluation prompts with all their responses, ready to measure policies exactly.
 
-    Scores and KL are of the policies renormalised to the listed responses; what they give to all other texts stands
-    beside them as outside_mass. problems, wins and writers are what single objectives need, computed when first used.
+    Scores, KL and J of RLHF are over all O outcomes: what a policy gives to other texts counts, and stands beside them
+    as outside_mass. problems, wins and writers are what single objectives need, computed when first used.
     """
 
     def __init__(self, dims, tokenizer, device, J=None, rewards=None, split="new_verbs"):

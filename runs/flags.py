@@ -46,7 +46,7 @@ class BaseFlags:
     """Which base model, and how it is kept. Without --init it is the embedded world's own."""
 
     init: str | None = flag(None, "Hugging Face directory of the base model (default: the embedded world's)")
-    size: str | None = flag(None, "size of the embedded world's base model (default tiny; 125m on a GPU)")
+    size: str | None = flag(None, "size of the embedded world's base model (default tiny, which ships)")
     tokenizer: str | None = flag(
         None, "toy, gpt2, a *.tiktoken file or a directory with tokenizer.json (default: --init's)")
     max_length: int = flag(512, "tokens of prompt and response together; longer ones are cut and counted", 2)

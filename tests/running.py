@@ -44,8 +44,8 @@ USUAL = {(module, name): getattr(module, name) for module, constants in CONSTANT
 
 @contextmanager
 def small_world():
-    """The embedded world with 20 train prompts, 4 of each evaluation split, and 8 responses to each, and a base model for
-    it (make_base). Within another: no change."""
+    """The embedded world with 20 train prompts, 4 of each evaluation split, and 8 responses to each; instead of the
+    base model that ships, the one of make_base. Within another: no change."""
     if toy.N_RESPONSES == 8:
         yield
         return

@@ -17,16 +17,16 @@ def test_demonstrators_tilt_the_base_by_their_dimension():
 
 
 def test_sampled_demonstrations_are_the_writers():
-    rows, kinds = toy.sample_demonstrations("train", ["concise", "humorous"], 320, 10, torch.Generator().manual_seed(0))
+    rows, kinds = toy.sample_demonstrations("train", ["concise", "formal"], 320, 10, torch.Generator().manual_seed(0))
     assert len(rows) == len(kinds) == 320 and kinds[0] == [0] * 10 + [1] * 10
     assert sorted(row.prompt for row in rows[:160]) == sorted(x + "\n" for x in toy.prompts("train"))
     found, wanted = [], []
     for row, kind in zip(rows, kinds):
         x = row.prompt[:-1]
-        r = toy.scores(x, row.responses)[:, [2, 4]]
+        r = toy.scores(x, row.responses)[:, [2, 3]]
         found.append([r[torch.tensor(kind) == i, i].mean() for i in (0, 1)])
-        wanted.append((toy.demonstrator_probs(x, ["concise", "humorous"])
-                       * toy.scores(x, toy.responses(x))[:, [2, 4]]).sum(0).tolist())
+        wanted.append((toy.demonstrator_probs(x, ["concise", "formal"])
+                       * toy.scores(x, toy.responses(x))[:, [2, 3]]).sum(0).tolist())
     found, wanted = np.array(found).mean(0), np.array(wanted).mean(0)
     assert np.abs(found - wanted).max() < 0.08                         # standard error: about 0.02
     assert np.abs(found[::-1] - wanted).max() > 0.5                    # wrong: the writers exchanged

@@ -1,4 +1,6 @@
 """test_measure.py - World measures policies exactly: against loops over responses, on a small world; stationarity."""
+import math
+
 import pytest
 import torch
 
@@ -69,44 +71,71 @@ def by_loops(policy, model, small):
         for i, (mean, std, scale) in enumerate(zip(rewards.mean, rewards.std, rewards.scale)):
             r = [scale * (s[i].item() - mean) / std for s in raw]
             J[i] = J[i] + (sum(p.exp() * v for p, v in zip(logps["pi"], r)) - BETA * cost) / len(prompts)
-            inside = sum(p.exp() * s[i].item() for p, s in zip(logps["pi"][:-1], raw))
-            scores[i] += (inside / sum(p.exp() for p in logps["pi"][:-1])).item() / len(prompts)
+            scores[i] += sum(p.exp() * s[i].item() for p, s in zip(logps["pi"], raw)).item() / len(prompts)
     return torch.stack(J), scores, kl, outside
 
 
 def test_the_base_has_no_kl_and_its_mean_reward(small):
     data, _ = world(small)
     got = data.measure(small[0], BETA)
-    assert got["kl"] == got["kl_all"] == 0 and 0.02 < got["outside_mass"] < 0.6
-    for J, ref, r in ((got["J"], data.ref, data.r_all[:, :-1]), (got["J_all"], data.ref_all, data.r_all)):
-        assert torch.allclose(ref.exp().sum(-1), torch.ones(4, dtype=torch.float64))
-        assert J == pytest.approx((ref.exp()[..., None] * r).sum(1).mean(0).tolist(), rel=1e-9)
-    assert (data.r_all[:, -1] < data.r_all[:, :-1].amin((0, 1))).all()         # "any other text" is the worst there is
+    assert got["kl"] == 0 and 0.02 < got["outside_mass"] < 0.6
+    assert data.ref.shape == (4, 9) and torch.allclose(data.ref.exp().sum(-1), torch.ones(4, dtype=torch.float64))
+    assert got["J"] == pytest.approx((data.ref.exp()[..., None] * data.r).sum(1).mean(0).tolist(), rel=1e-9)
+    assert (data.scores[:, -1] == toy.OUTSIDE).all()                     # "any other text" is the worst there is
+    assert (data.r[:, -1] < data.r[:, :-1].amin((0, 1))).all()
+
+
+def test_everything_said_counts_by_hand(monkeypatch):
+    """A policy that says 0.5, 0.2 and, of all other texts together, 0.3. Wrong: renormalised to what is listed."""
+    data = measure.World.__new__(measure.World)
+    data.J, data.batches = OBJECTIVES["rlhf"].J, None
+    data.scores = data.r = torch.tensor([[[1.0, 2.0], [3.0, 0.0], [-6.0, -6.0]]], dtype=torch.float64)
+    data.ref = torch.tensor([[0.6, 0.3, 0.1]], dtype=torch.float64).log()
+    listed = torch.tensor([[0.5, 0.2]], dtype=torch.float64).log()
+    monkeypatch.setattr(measure, "world_logprobs", lambda model, batches: listed)
+    got, kl = data.measure(None, BETA), 0.5 * math.log(5 / 6) + 0.2 * math.log(2 / 3) + 0.3 * math.log(3)
+    assert got["outside_mass"] == pytest.approx(0.3) and got["kl"] == pytest.approx(kl) and 0.157 < kl < 0.158
+    assert got["scores"] == pytest.approx([0.5 + 0.6 - 1.8, 1.0 - 1.8])
+    assert got["J"] == pytest.approx([-0.7 - BETA * kl, -0.8 - BETA * kl])
+    p, q = torch.tensor([5 / 7, 2 / 7]), torch.tensor([2 / 3, 1 / 3])
+    assert abs((p * (p / q).log()).sum() - kl) > 0.1 and abs(11 / 7 - got["scores"][0]) > 1
+
+
+def test_the_worlds_of_two_splits_differ_in_prompts_and_writers(small):
+    seen, new = (measure.World(["helpful", "harmless"], small[2], "cpu", split=split) for split in
+                 ("seen", "new_verbs"))
+    for data in (seen, new):
+        assert data.scores.shape == (4, 9, 2)
+        for x, r in zip(toy.prompts(data.split), data.scores):
+            assert torch.equal(r[:-1], toy.scores(x, toy.responses(x), data.dims))
+        assert torch.equal(data.writers[0], toy.demonstrator_probs(toy.prompts(data.split)[0], data.dims))
+        assert data.problems[0].shape[1:] == (8, 2)                      # pairs are of listed responses alone
+    assert not torch.equal(seen.scores, new.scores) and not torch.equal(seen.writers, new.writers)
 
 
 def test_measure_equals_a_loop_over_responses(small):
     data, policy = world(small)
     got = data.measure(policy, BETA)
     J, scores, kl, outside = by_loops(policy, small[0], small)
-    assert got["J_all"] == pytest.approx(J.tolist(), rel=1e-4)
-    assert got["scores"] == pytest.approx(scores, rel=1e-4)              # of the world's responses, in raw units
-    assert got["kl_all"] == pytest.approx(kl.item(), rel=1e-3) and kl > 0.02
+    assert got["J"] == pytest.approx(J.tolist(), rel=1e-4)
+    assert got["scores"] == pytest.approx(scores, rel=1e-4)              # in raw units
+    assert got["kl"] == pytest.approx(kl.item(), rel=1e-3) and kl > 0.02
     assert got["outside_mass"] == pytest.approx(outside.item(), rel=1e-3)
-    narrow = small[1].normalise(torch.tensor(got["scores"]))             # over the world's own responses alone
-    assert (torch.tensor(got["J"]) + BETA * got["kl"]).tolist() == pytest.approx(narrow.tolist(), rel=1e-5)
-    free = torch.tensor(got["J_all"]) + BETA * got["kl_all"]             # wrong: the one for the other
-    assert ((free - narrow).abs() > 0.05 * narrow.abs()).all()
+    rewards = small[1].normalise(torch.tensor(got["scores"], dtype=torch.float64))
+    assert (torch.tensor(got["J"]) + BETA * got["kl"]).tolist() == pytest.approx(rewards.tolist(), rel=1e-5)
+    p = got["logps"][:, :-1].softmax(-1)                                 # wrong: over the listed responses alone
+    narrow = (p[..., None] * data.scores[:, :-1]).sum(1).mean(0)
+    assert ((narrow - torch.tensor(scores)).abs() > 0.1).all()
 
 
 def test_no_policy_is_measured_above_the_exact_front(small):
     data, policy = world(small)
     lams = simplex_lattice(2, 10)
-    for key, r, ref in (("J", data.r_all[:, :-1], data.ref), ("J_all", data.r_all, data.ref_all)):
-        J, logps = rlhf_closed_form(lams, r, ref, BETA)
-        for net in (policy, small[0]):
-            reached = torch.tensor(data.measure(net, BETA)[key], dtype=torch.float64)
-            assert (lams @ reached < (lams * J).sum(1) - 0.01).all()
-        assert torch.allclose(rlhf_objectives(logps, ref, r, BETA)[0], J)
+    J, logps = rlhf_closed_form(lams, data.r, data.ref, BETA)
+    for net in (policy, small[0]):
+        reached = torch.tensor(data.measure(net, BETA)["J"], dtype=torch.float64)
+        assert (lams @ reached < (lams * J).sum(1) - 0.01).all()
+    assert torch.allclose(rlhf_objectives(logps, data.ref, data.r, BETA)[0], J)
 
 
 def gradients(policy, small):
@@ -133,7 +162,7 @@ def test_stationarity(small, rows, close):
         with torch.no_grad():
             for p, step in zip(matrices, direction.split([p.numel() for p in matrices])):
                 p += sign * eps * step.view(p.shape)
-        moved.append(torch.tensor(data.measure(policy, BETA)["J_all"]).double())
+        moved.append(torch.tensor(data.measure(policy, BETA)["J"]).double())
     assert close((moved[0] - moved[1]) / (2 * eps), G @ direction, 0.02)
     # c solves the problem: no other mixture of the gradients is shorter
     mixtures = (simplex_lattice(2, 1000) @ G).norm(dim=1)
@@ -151,7 +180,7 @@ def test_stationarity_falls_towards_the_front(small):
     for step in range(80):
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 80)
         logps = with_outside(batch_logprobs(policy, batch).double().view(4, 8))
-        loss = -rlhf_objectives(logps, data.ref_all, data.r_all, BETA)[0].mean()
+        loss = -rlhf_objectives(logps, data.ref, data.r, BETA)[0].mean()
         grads = torch.autograd.grad(loss, matrices)
         for p, g in zip(matrices, grads):
             p.grad = g

@@ -1,17 +1,20 @@
 """test_objective.py - the table of objectives: every exact front against its J; IPO in closed form; who meets whom."""
 import dataclasses
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from aggregate import linear_scalarization, simplex_lattice, tchebycheff
+from aggregate import simplex_lattice, tchebycheff
 from data.rewards import Rewards
 from fronts import measure, objective, optimum
-from fronts.exact import exact_front, normalise
+from fronts.evaluation import regret, shares, values
+from fronts.exact import best, evaluation_preferences, exact_front, front_preferences, normalise
 from fronts.measure import World, run_config
+from fronts.metrics import hypervolume
 from fronts.objective import OBJECTIVES, POINTS, ipo_losses, measured_on, same_objective
 from objectives import ipo_loss
 from runs.files import UserError
@@ -26,16 +29,15 @@ def world():
     g = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     w = World.__new__(World)
-    w.J, w.batches, w.dims, w.scores = OBJECTIVES["rlhf"].J, None, ["a", "b", "c"], 1.5 * draw(3, 6, 3)[[0, 1, 1, 2]]
-    w.ref_all = draw(4, 7).log_softmax(-1)
-    w.ref = w.ref_all[:, :-1].log_softmax(-1)
-    w.r_all = torch.cat([w.scores, torch.full((4, 1, 3), -4.0, dtype=torch.float64)], 1)
-    w.writers = (w.ref[..., None] + w.scores).softmax(1)
+    w.J, w.batches, w.dims, w.split = OBJECTIVES["rlhf"].J, None, ["a", "b", "c"], "new_verbs"
+    w.scores = torch.cat([1.5 * draw(3, 6, 3)[[0, 1, 1, 2]], torch.full((4, 1, 3), -4.0, dtype=torch.float64)], 1)
+    w.ref, w.r = draw(4, 7).log_softmax(-1), w.scores                                                   # (X, O)
+    w.writers = (w.ref[..., None] + w.scores)[:, :-1].softmax(1)
     return w
 
 
 def around(logps, size, n=30):
-    """n random neighbours of a policy (X, S)."""
+    """n random neighbours of a policy (X, O)."""
     g = torch.Generator().manual_seed(3)
     return (logps + size * torch.randn(n, *logps.shape, generator=g, dtype=torch.float64)).log_softmax(-1)
 
@@ -52,22 +54,25 @@ def test_no_policy_beats_the_exact_front(name, o, world, close):
     row, lams = OBJECTIVES[name], simplex_lattice(3, 3)
     J, policies, residual = row.optimum(lams, world, o | {"ideal": row.least and row.least(world)})
     assert residual < 1e-8 and close(J_of(row, world, policies), J, 1e-7)            # the policies reach what is said
-    front = exact_front(lams, row, world, o)
-    z = front["z"]
-    if name == "scores" or o is TCHE and not z:                          # no KL, no limit; no function of J
+    found = best(lams, row, world, o)
+    assert close(found["J"], J, 1e-9) and close(found["logps"], policies, 1e-9)
+    assert found["z"] == (row.least and row.least(world))
+    if name == "scores":                                                 # no KL, no limit
         return
-    value = (lambda J, lam: linear_scalarization(J, lam)) if o is LS else (lambda J, lam: -tchebycheff(-J, lam, z))
-    for lam, j, policy in zip(lams, J, policies):
+    value = lambda lam, J, logps: (row.value or values)(lam.expand(len(J), -1), J, logps, world, o | {"z": found["z"]})
+    for n, lam in enumerate(lams):
+        own = value(lam, J[n:n + 1], policies[n:n + 1])
         for size in (1e-2, 0.5):
-            assert (value(J_of(row, world, around(policy, size)), lam) <= value(j, lam) + 1e-9).all()
-        assert (value(J, lam) <= value(j, lam) + 1e-8).all()             # nor does another preference's optimum
+            near = around(policies[n], size)
+            assert (value(lam, J_of(row, world, near), near) <= own + 1e-9).all()
+        assert (value(lam, J, policies) <= own + 1e-8).all()             # nor does another preference's optimum
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_scale_is_that_of_linear_scalarisation(name, world):
     row, lams = OBJECTIVES[name], simplex_lattice(3, 3)
     ls, tche = (exact_front(lams, row, world, o) for o in (LS, TCHE))
-    assert ls["ideal"] == tche["ideal"] and ls["nadir"] == tche["nadir"]
+    assert ls == tche and np.allclose(ls["J"], row.optimum(lams, world, LS)[0])      # the limit of J for both
     assert np.allclose(normalise(ls["J"], ls), ls["points"])
     if name != "scores":                                                 # its scale is that of a limited KL
         assert torch.tensor(ls["points"]).amax(0).tolist() == pytest.approx([1] * 3)
@@ -86,16 +91,110 @@ def test_every_row_says_what_its_points_are():
 
 def test_other_texts_as_one_more_outcome(world, monkeypatch):
     row, lams = OBJECTIVES["rlhf"], simplex_lattice(3, 3)
-    few, all_ = exact_front(lams, row, world, LS), exact_front(lams, row, world, LS | {"everything": True})
-    assert few["J"] != all_["J"]
-    monkeypatch.setattr(measure, "world_logprobs", lambda model, batches: world.ref_all[:, :-1])
-    got = world.measure(None, LS["beta"])                                # the reference: no KL, in both ways
-    assert got["kl"] == pytest.approx(0) and got["kl_all"] == pytest.approx(0)
-    assert got["J"] == pytest.approx(torch.einsum("xs,xsm->m", world.ref.exp(), world.scores / 4).tolist())
-    assert got["J_all"] == pytest.approx(torch.einsum("xs,xsm->m", world.ref_all.exp(), world.r_all / 4).tolist())
+    J, policies, _ = row.optimum(lams, world, LS)
+    p = world.ref.exp()[..., None] * (world.r @ lams.T / LS["beta"]).exp()                              # (X, O, F)
+    outside = p[:, -1] / p.sum(1)                                        # its part of the optimum, by Bayes' rule
+    assert torch.allclose(policies[..., -1].exp(), outside.T) and outside.max() > 1e-4
+    monkeypatch.setattr(measure, "world_logprobs", lambda model, batches: world.ref[:, :-1])
+    got = world.measure(None, LS["beta"])                                # the reference: no KL
+    assert got["kl"] == pytest.approx(0)
+    assert got["J"] == pytest.approx(torch.einsum("xo,xom->m", world.ref.exp(), world.r / 4).tolist())
+    few = torch.einsum("xs,xsm->m", world.ref[:, :-1].softmax(-1), world.r[:, :-1] / 4)      # wrong: renormalised
+    assert (few - torch.tensor(got["J"])).abs().min() > 0.05
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "sft"])
+def test_what_compares_listed_texts_wants_none_but_them(name, world):
+    """The best policies give other texts nothing; J of DPO and IPO does not see the outside mass, SFT's does."""
+    row, lams = OBJECTIVES[name], simplex_lattice(3, 2)
+    for o in (LS, TCHE | {"ideal": row.least(world)}):
+        _, policies, _ = row.optimum(lams, world, o)
+        assert policies[..., -1].exp().max() < 1e-9
+        assert torch.allclose(policies.exp().sum(-1), torch.ones(6, 4, dtype=torch.float64))
+    said = policies[2]
+    spoken = optimum.with_outside(said[:, :-1] + math.log(0.7))          # 0.3 of it goes to other texts
+    lost = row.J(world, said, 0.5) - row.J(world, spoken, 0.5)
+    assert torch.allclose(lost, torch.full_like(lost, -math.log(0.7) if name == "sft" else 0.0), atol=1e-9)
+
+
+# ---- regret and shares of the optima themselves ----
+
+def measured(row, world, policies):
+    return {"J": J_of(row, world, policies).tolist(), "logps": list(policies)}
+
+
+@pytest.mark.parametrize("o", [LS, TCHE], ids=["ls", "tche"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_regret_is_0_at_the_optimum_and_1_at_the_base(name, o, world):
+    row, lams = OBJECTIVES[name], simplex_lattice(3, 4)
+    found, base = best(lams, row, world, o), measured(row, world, [world.ref])
+    base = {key: value[0] for key, value in base.items()}
+    of = lambda policies: regret(base, measured(row, world, policies), found, lams.tolist(), world, row, o)
+    assert of(found["logps"])["regret"] == pytest.approx(0, abs=1e-7)
+    assert of(found["logps"])["regret_worst"] == pytest.approx(0, abs=1e-6)
+    nothing = of([world.ref] * len(lams))
+    assert nothing["regret"] == pytest.approx(1) and nothing["regret_worst"] == pytest.approx(1)
+    between = of((found["logps"].exp() * 0.5 + world.ref.exp() * 0.5).log())         # J are concave, scores linear
+    assert (0.02 if name != "scores" else 0.49) < between["regret"] < 0.51
+    assert between["regret"] <= between["regret_worst"] and between["worst_lam"] in lams.tolist()
+
+
+def test_regret_of_rlhf_by_tchebycheff_is_of_the_expected_maximum(world):
+    """Its objective, Eq. (13), is E R_λ − β KL, by hand here. Wrong: Tchebycheff of J, which is another order of maximum
+    and expectation; linear scalarisation's optimum."""
+    row, lams = OBJECTIVES["rlhf"], simplex_lattice(3, 4)
+    o = TCHE | {"ideal": [3.0, 3.0, 3.0]}
+    found, ls = best(lams, row, world, o), best(lams, row, world, LS)["logps"]
+    base = {"J": J_of(row, world, [world.ref])[0].tolist(), "logps": world.ref}
+    got = regret(base, measured(row, world, ls), found, lams.tolist(), world, row, o)
+
+    def objective(lam, logp):
+        R = -(lam * (3.0 - world.r)).amax(-1)                                                          # (X, O)
+        return (logp.exp() * (R - 0.5 * (logp - world.ref))).sum(-1).mean().item()
+
+    before, reached, top = (np.array([objective(lam, logp) for lam, logp in zip(lams, policies)]) for policies in
+                            ([world.ref] * len(lams), ls, found["logps"]))
+    assert got["regret"] == pytest.approx(1 - (reached - before).sum() / (top - before).sum(), rel=1e-9)
+    assert got["regret"] > 0.05 and (top >= reached - 1e-12).all()
+    each = 1 - (reached - before) / (top - before)
+    assert got["regret_worst"] == pytest.approx(each.max()) and got["worst_lam"] == lams[each.argmax()].tolist()
+    J = lambda policies: J_of(row, world, policies)
+    of_J = lambda policies: -tchebycheff(-J(policies), lams, [-3.0] * 3)                               # wrong
+    wrong = 1 - (of_J(ls) - of_J([world.ref] * len(lams))).sum() / (of_J(found["logps"])
+                                                                    - of_J([world.ref] * len(lams))).sum()
+    assert abs(wrong.item() - got["regret"]) > 0.02
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_no_optimum_has_more_than_the_whole_front(name, world):
+    """Tchebycheff's optima too are measured against the dense front of linear scalarisation. Wrong: against the few
+    points at the run's own preferences, where other points have more."""
+    row, reference = OBJECTIVES[name], OBJECTIVES[name].exact_points.reference
+    front = exact_front(front_preferences(3), row, world, LS)
+    lams = evaluation_preferences(3, 5)
+    by = {}
+    for o in (LS, TCHE):
+        found = best(lams, row, world, o)
+        volume = hypervolume(normalise(found["J"], front), [reference] * 3)
+        r = shares({"exact": front, "reference_point": [reference] * 3, "hypervolume": volume}, found, world)
+        at = r["exact"]["at_lams"]
+        assert r["hypervolume_share"] == at["hypervolume_share"] == pytest.approx(volume / front["hypervolume"])
+        assert 0.3 < r["hypervolume_share"] <= 1 + 1e-9 and r["hypervolume_share_at_lams"] == pytest.approx(1)
+        assert np.allclose(at["J"], found["J"]) and np.allclose(at["points"], normalise(found["J"], front))
+        assert np.allclose(at["scores"], torch.stack([world.mean_scores(x) for x in found["logps"]]))
+        assert r["exact"]["lams"] == front["lams"] and at["z"] == found["z"]
+        by[o["aggregate"]] = r
+    dense = {"exact": front, "reference_point": [reference] * 3, "hypervolume": front["hypervolume"]}
+    few = shares(dense, best(lams, row, world, TCHE), world)
+    assert few["hypervolume_share"] == pytest.approx(1) and few["hypervolume_share_at_lams"] > 1.005
 
 
 # ---- IPO ----
+
+def lifted(world, h):
+    """The policy (X, O) with these log-ratios h (Q, S) of the listed responses, and other texts as the reference."""
+    return world.ref + torch.nn.functional.pad(h[world.problems[2]], (0, 1))
+
 
 def test_ipo_is_the_expectation_of_its_loss(world, close):
     scores, wins, beta = world.problems[0], world.wins, 0.3
@@ -108,7 +207,7 @@ def test_ipo_is_the_expectation_of_its_loss(world, close):
     assert close(ipo_losses(h, wins, beta), expected, 1e-12)
     assert close(ipo_losses(torch.stack([h + 3, h]), wins, beta)[0], expected, 1e-12)    # a constant does not matter
     assert not close(ipo_losses(h, wins, 2 * beta), expected, 0.1)       # wrong: another β
-    J = OBJECTIVES["ipo"].J(world, world.ref + h[world.problems[2]], beta).tolist()
+    J = OBJECTIVES["ipo"].J(world, lifted(world, h), beta).tolist()
     assert J == pytest.approx((-expected[world.problems[2]].mean(0)).tolist())
 
 
@@ -118,7 +217,7 @@ def test_ipo_in_closed_form_has_no_gradient_and_dpo_s_optimum_has(world):
     problem, wins = world.problems[2], world.wins
 
     def gradient(logps, lam):
-        h = (logps - world.ref).clone().requires_grad_(True)
+        h = (logps - world.ref)[:, :-1].clone().requires_grad_(True)
         (ipo_losses(h, wins[problem], LS["beta"]).mean(0) @ lam).backward()
         return h.grad.abs().max().item()
 
@@ -181,17 +280,18 @@ def test_what_a_run_is_measured_on(name, names, dims, files, exact, held_out, mo
     config = {"objective": {"name": name}, "dims": dims, "flags": {"data": files}, "prompts": files}
     if names:
         config["rewards"] = {"names": names, **{k: [3.0] * len(dims) for k in ("mean", "std", "scale")}}
-    world, other = measured_on(config, "model", "tokenizer", "cpu")
-    assert (world is not None, other is not None) == (exact, held_out)
+    worlds, other = measured_on(config, "model", "tokenizer", "cpu", ("seen", "new_verbs"))
+    assert (len(worlds), other is not None) == (2 * exact, held_out)
+    assert [world.args[5] for world in worlds] == ["seen", "new_verbs"][:len(worlds)]
     if names and other:
         assert other[4].mean[0] == 3.0 and other[4].raw == "judged"      # the statistics that the run was trained with
-    if names and world:                                                  # behind a trained judge stand the true scores
-        assert world.args[4].raw == ("own" if names == ["out/judge"] else "judged")
+    if names and worlds:                                                 # behind a trained judge stand the true scores
+        assert {world.args[4].raw for world in worlds} == {"own" if names == ["out/judge"] else "judged"}
 
 
 def test_the_least_sft_losses(world):
     for ideal in (None, [1.0, 2.0, 3.0]):
-        assert exact_front(torch.eye(3), OBJECTIVES["sft"], world, LS | {"ideal": ideal})["z"] == (
+        assert best(torch.eye(3), OBJECTIVES["sft"], world, LS | {"ideal": ideal})["z"] == (
             ideal or OBJECTIVES["sft"].least(world))
     least = OBJECTIVES["sft"].optimum(torch.eye(3), world, LS)[0].diagonal()             # each writer's own entropy
     assert torch.allclose(optimum.sft_entropies(world.writers), -least)

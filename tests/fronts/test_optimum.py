@@ -400,13 +400,13 @@ def test_best_at_kl(close):
 
 @pytest.mark.parametrize("dims", [["helpful", "harmless"], ["harmless", "concise", "warm"]])
 def test_problems(dims):
-    prompts = toy.prompts("new_verbs")
-    scores, w, index = problems(world_scores(dims))
+    prompts = toy.prompts("train")                                       # some tasks there want the same
+    scores, w, index = problems(torch.stack([toy.scores(x, toy.responses(x), dims) for x in prompts]))
     assert w.sum().item() == pytest.approx(1, abs=1e-12)
-    assert scores.shape == (len(w), 160, len(dims)) and len(w) < len(prompts)
+    assert scores.shape == (len(w), 160, len(dims)) and len(w) == 120 < len(prompts)
     for x, q in zip(prompts, index):
         assert torch.equal(toy.scores(x, toy.responses(x), dims), scores[q])
-    assert torch.equal(index.bincount(minlength=len(w)) / len(prompts), w.float())
+    assert torch.allclose(index.bincount(minlength=len(w)) / len(prompts), w.float())
     assert len({tuple(s.flatten().tolist()) for s in scores}) == len(w)  # no problem twice
 
 
