@@ -58,7 +58,8 @@ def dpo_losses(h, wins):
 
     h: (…, Q, S) β · log-ratios, up to a constant per prompt   wins: (Q, m, S), win_probs summed over b  ->  (…, Q, m)
     """
-    return _losses(h, wins, torch.nn.functional.softplus(h[..., None, :] - h[..., :, None]).sum((-2, -1)))
+    pairs = torch.nn.functional.softplus(h[..., None, :] - h[..., :, None], threshold=40)   # exact in float64 so far
+    return _losses(h, wins, pairs.sum((-2, -1)))
 
 
 def _losses(h, wins, softplus):
