@@ -1,14 +1,15 @@
 """train_base.py - language modelling from scratch: makes the embedded world's base model, π_ref of all that follows.
 
-    python train_base.py --out data/base       # the model that ships with the code: about 8 minutes on a CPU core
+    python train_base.py --out data/base       # the model that ships with the code: about 12 minutes on a CPU core
     python train_base.py --seed 1              # another one, in out/base-tiny-seed1: train_dpo.py --init uses it
     python train_base.py --size 125m
 
 A GPT-2 of the named size is trained from scratch on the split "base" of data/toy.py, with the objective
-J_SFT = E log π(y|x), y from base_probs. The world is closed, so the expectation is no average over samples: a step has
-all S responses to its prompts, each weighted by its probability. Beside it stands log Σ_y π(y|x), the mass on the
-listed responses: language modelling alone drives out the rest slowly, 0.2 % are left after 3000 steps. The result is a
-Hugging Face directory that transformers reads too.
+J_SFT = E log π(y|x), y from base_probs. First on samples: many prompts a step, a few responses to each, from which it
+learns what the words of a prompt mean. Then, for the world is closed, on the expectation itself: all S responses, each
+weighted by its probability, and beside it log Σ_y π(y|x), the mass on the listed responses. Samples alone leave 0.3 %
+to other texts; the second phase alone learns the prompts less well. The result is a Hugging Face directory that
+transformers reads too.
 """
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,9 +39,12 @@ class Flags:
     out: str | None = flag(None, "directory to write (default out/base-<size>-seed<seed>)")
     seed: int = flag(0, "seed of weights and data")
     device: str = flag("auto", "cpu, cuda, or auto")
-    steps: int = flag(2000, "optimizer steps", 1)
-    batch_size: int = flag(1, "prompts per step, each with all of its responses", 1)
-    listed: float = flag(10.0, "weight of log Σ_y π(y|x) over the listed responses", "not negative")
+    steps: int = flag(1500, "optimizer steps on samples", 1)
+    batch_size: int = flag(16, "prompts in such a step", 1)
+    responses: int = flag(8, "responses drawn for each prompt", 1)
+    whole_steps: int = flag(300, "steps on all responses to a prompt, at a third of the learning rate", 1)
+    whole_batch: int = flag(4, "prompts in such a step", 1)
+    listed: float = flag(10.0, "weight of log Σ_y π(y|x) over the listed responses in them", "not negative")
     lr: float | None = flag(None, "peak learning rate (default 3e-3 for tiny, 6e-4 otherwise)", "positive")
     weight_decay: float = flag(0.1, "AdamW's, on matrices", "not negative")
     warmup_ratio: float = flag(0.05, "share of the steps with a rising learning rate", "share")
@@ -49,29 +53,42 @@ class Flags:
 
 
 def train(model, out, trees, probs, flags, device):
-    """Language modelling on all responses, weighted by their probabilities.
+    """Language modelling: samples first, then all responses weighted by their probabilities.
 
     trees: for each prompt TokenRows of some of its responses each   probs: for each prompt (S,), in the same order
     """
     decayed = [p for p in model.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": flags.weight_decay},
-                                   {"params": rest, "weight_decay": 0.0}], lr=flags.lr, betas=(0.9, 0.95))
-    run = Run(model, optimizer, out, "base", flags, flags.steps, base=6)
+    adamw = lambda lr: torch.optim.AdamW([{"params": decayed, "weight_decay": flags.weight_decay},
+                                          {"params": rest, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95))
+    rows = [replace(each[0], responses=[y for tree in each for y in tree.responses]) for each in trees]
 
+    run = Run(model, adamw(flags.lr), out, "samples", flags, flags.steps, base=6)
     for step in run.steps():
-        # 1. batch: prompts in turn, with all of their responses
-        chosen = epoch_batch(len(trees), flags.batch_size, flags.seed, step).tolist()
-        batch = pack([tree for j in chosen for tree in trees[j]]).to(device)
-        p = torch.cat([probs[j] for j in chosen]).to(device)                          # (R,), sums to the prompts
+        # prompts in turn, responses drawn from the base distribution
+        g, batch = generator_for(flags.seed, "sft", step), []
+        for j in epoch_batch(len(rows), flags.batch_size, flags.seed, step).tolist():
+            drawn = torch.multinomial(probs[j], flags.responses, replacement=True, generator=g).tolist()
+            batch.append(replace(rows[j], responses=[rows[j].responses[s] for s in drawn]))
+        batch = pack(batch).to(device)
 
-        # 2. loss, by token: the expectation over the responses; and the mass on all that are listed
+        # nats per token of the responses
+        loss = sft_loss(batch_logprobs(model, batch)).sum() / batch.on_path.sum()
+        run.update(loss)
+        run.log(*batch.size)
+
+    again = replace(flags, lr=flags.lr / 3)
+    run = Run(model, adamw(again.lr), out, "all responses", again, flags.whole_steps, member=1, base=6)
+    for step in run.steps():
+        # prompts in turn, with all of their responses
+        chosen = epoch_batch(len(trees), flags.whole_batch, flags.seed, step).tolist()
+        batch = pack([tree for j in chosen for tree in trees[j]]).to(device)
+        p = torch.cat([probs[j] for j in chosen]).float().to(device)                  # (R,), sums to the prompts
+
+        # nats per token: the expectation over the responses, and the mass on all that are listed
         logps = batch_logprobs(model, batch)                                          # (R,)
         loss = p @ sft_loss(logps) - flags.listed * logps.view(len(chosen), -1).logsumexp(1).sum()
-        loss = loss / (p @ batch.on_path.sum(1))
-
-        # 3. backward, clip, step
-        run.update(loss)
+        run.update(loss / (p @ batch.on_path.sum(1)))
         run.log(*batch.size)
 
 
@@ -89,7 +106,7 @@ def main(flags):
     prompts = toy.prompts("base")
     trees = [tokenize(world_rows([x]), tokenizer, config.context_length)[0] for x in prompts]
     (out / "metrics.jsonl").unlink(missing_ok=True)
-    train(model, out, trees, [toy.base_probs(x).float() for x in prompts], flags, device)
+    train(model, out, trees, [toy.base_probs(x) for x in prompts], flags, device)
     seconds = report_speed(out, device, dtype)
 
     # How far the base is from what it was trained on, exactly, also on prompts that it has not seen

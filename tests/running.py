@@ -81,7 +81,7 @@ def make_base():
     small = replace(SIZES["tiny"], n_layer=2, d_model=64, n_head=2, n_kv_head=2, head_dim=32, d_ff=256)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_base, "SIZES", {"tiny": small})
-        return train_base.main(train_base.Flags(steps=100, batch_size=4, lr=6e-3, device="cpu"))
+        return train_base.main(train_base.Flags(steps=100, batch_size=4, whole_steps=10, lr=6e-3, device="cpu"))
 
 
 def words(flags):
