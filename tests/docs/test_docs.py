@@ -203,11 +203,17 @@ def keys_of(file, name, least=2):
 
 @pytest.mark.parametrize("file, name", [("runs/speed.py", "report_speed"), ("fronts/evaluation.py", "evaluate"),
                                         ("fronts/evaluation.py", "front_metrics"), ("fronts/evaluation.py", "shares"),
-                                        ("fronts/comparison.py", "compare")])
+                                        ("fronts/evaluation.py", "regret"), ("fronts/exact.py", "exact_front"),
+                                        ("fronts/comparison.py", "compare"), ("train_base.py", "main")])
 def test_keys_that_are_written_are_explained(file, name):
     explained = set(re.findall(r"`(\w+)`", read("docs/metrics.md")))
     keys = set(keys_of(file, name))
     assert keys and not keys - explained, f"{file}: {name}: {sorted(keys - explained)}"
+
+
+def test_keys_that_are_gone_are_explained_no_more():
+    explained = set(re.findall(r"`(\w+)`", read("docs/metrics.md")))
+    assert not explained & {"objective_share", "hypervolume_share_all", "J_all", "kl_all", "share_at_these_lams"}
 
 
 def logged_by(script):

@@ -9,6 +9,7 @@ from data import toy
 from data.tokenizers import load_tokenizer
 from experiments import labelers
 from fronts.measure import World, base_of
+from fronts.optimum import with_outside
 from runs.files import UserError
 
 
@@ -18,7 +19,7 @@ def place(in_small_world):
 
 
 def world_of(base):
-    """The world of two dimensions; base: (X, S) log-probs of the reference."""
+    """The world of two dimensions; base: (X, O) log-probs of the reference."""
     world = World(["helpful", "harmless"], load_tokenizer("toy"), "cpu")
     world.ref = base
     return world
@@ -26,18 +27,20 @@ def world_of(base):
 
 def test_exact_policies_of_pooled_labels():
     """RLHF gets the mean λ; DPO the policy whose win rates are the labelers' mean; both serve nobody fully."""
-    world = world_of(torch.stack([toy.base_probs(x).log() for x in toy.prompts("new_verbs")]))
+    base = torch.stack([0.9 * toy.base_probs(x) for x in toy.prompts("new_verbs")]).log()
+    world = world_of(with_outside(base))
     people = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     best = labelers.optimal(world, people)
     middle = (world.ref + world.scores.mean(-1)).log_softmax(-1)
-    assert torch.allclose(best["pooled RLHF, exact: λ^opt"][0].log_softmax(-1), middle)
-    h, r = (best["pooled DPO, exact"][0] - world.ref)[0], world.scores[0]
+    assert torch.allclose(best["pooled RLHF, exact: λ^opt"][0], middle) and middle[:, -1].exp().max() < 0.01
+    assert all(torch.allclose(logps.exp().sum(-1), torch.ones(2, 4).double()) for logps in best.values())
+    h, r = (best["pooled DPO, exact"][0] - world.ref)[0, :-1], world.scores[0, :-1]
     wins = sum(torch.sigmoid(r[:, None, i] - r[None, :, i]) for i in (0, 1)) / 2
     assert torch.allclose(torch.sigmoid(h[:, None] - h).sum(1), wins.sum(1), atol=1e-8)
-    assert not torch.allclose(torch.sigmoid(h[:, None] - h), torch.sigmoid(r.mean(1)[:, None] - r.mean(1)), atol=0.05)
+    assert not torch.allclose(torch.sigmoid(h[:, None] - h), torch.sigmoid(r.mean(1)[:, None] - r.mean(1)), atol=0.02)
     # at a vertex Panacea's DPO optimum is the labeler's own
-    assert torch.allclose(best["Panacea (DPO), exact"].log_softmax(-1), best["for this labeler alone"].log_softmax(-1),
-                          atol=1e-6)
+    listed = lambda logps: logps[..., :-1].log_softmax(-1)
+    assert torch.allclose(listed(best["Panacea (DPO), exact"]), listed(best["for this labeler alone"]), atol=1e-6)
 
 
 def test_the_script(work, panacea, capsys):

@@ -119,7 +119,7 @@ def test_measure_equals_a_loop_over_responses(small):
     J, scores, kl, outside = by_loops(policy, small[0], small)
     assert got["J"] == pytest.approx(J.tolist(), rel=1e-4)
     assert got["scores"] == pytest.approx(scores, rel=1e-4)              # in raw units
-    assert got["kl"] == pytest.approx(kl.item(), rel=1e-3) and kl > 0.02
+    assert got["kl"] == pytest.approx(kl.item(), rel=1e-3) and kl > 0.005
     assert got["outside_mass"] == pytest.approx(outside.item(), rel=1e-3)
     rewards = small[1].normalise(torch.tensor(got["scores"], dtype=torch.float64))
     assert (torch.tensor(got["J"]) + BETA * got["kl"]).tolist() == pytest.approx(rewards.tolist(), rel=1e-5)

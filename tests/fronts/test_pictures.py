@@ -19,21 +19,22 @@ def result(m, lams=None, exact_front=True, level=0.9, method="panacea", aggregat
            beta=1.0):
     """What front.json holds of a run that reaches `level` times the exact front."""
     lams = exact.evaluation_preferences(m) if lams is None else torch.tensor(lams, dtype=torch.float64)
-    points, fine, row = level * lams.sqrt(), exact.front_preferences(m, lams), OBJECTIVES[objective]
+    points, fine, row = level * lams.sqrt(), exact.front_preferences(m), OBJECTIVES[objective]
     keys = lambda points: {"points": points.tolist(), "scores": (3 * points).tolist(), "J": (points - 1).tolist()}
     return {"run": f"out/{method}-{seed}", "dims": DIMS[:m], "lams": lams.tolist(), **keys(points),
             "points_are": (row.exact_points if exact_front else row.points).name,
             "objective": {"name": objective, "beta": beta, "aggregate": aggregate}, "method": method,
             "label": LABELS.get(method, method), "seed": seed, "steps": 100, "models": 1, "hypervolume": 0.5,
-            "hypervolume_share": level if exact_front else None,
+            "hypervolume_share": level if exact_front else None, "regret": 0.75 - level / 2 if exact_front else None,
             "kl": [0.5] * len(lams), "scores_se": (0.1 + 0 * points).tolist(),
             "base": keys(torch.full((m,), 0.2)) | ({} if exact_front else {"points": None}),
-            "exact": {"lams": fine.tolist(), **keys(fine.sqrt()), "hypervolume": 1.0} if exact_front else None}
+            "exact": {"lams": fine.tolist(), **keys(fine.sqrt()), "hypervolume": 1.0,
+                      "at_lams": keys(0.95 * lams.sqrt())} if exact_front else None}
 
 
 def comparison(m, runs):
     """What fronts.comparison.compare returns of such runs."""
-    grid = exact.front_preferences(m, torch.empty(0, m))
+    grid = exact.front_preferences(m)
     limits = [{"kl": kl, "points": (level * grid.sqrt()).tolist()} for kl, level in ((0.5, 0.5), (None, 1.0))]
     runs = [r | {"label": f"{r['label']}, {r['objective']['name']}", "gain_share": 0.8} for r in runs]
     return {"dims": DIMS[:m], "points_are": "normalised mean score", "base": [0.2] * m, "limits": limits,
@@ -93,7 +94,7 @@ def test_seeds_share_a_colour_and_other_settings_do_not():
             (("panacea", "ls", 0), ("panacea", "ls", 1), ("panacea", "tche", 0), ("rs", "ls", 0), ("pama", "ls", 0))]
     first, seed, tche, rs, pama = shared.looks(runs)
     assert (first["color"] == seed["color"]).all() and (first["alpha"], seed["alpha"]) == (1, 0.3)
-    assert shared.legend_text(seed) is None and "(2 seeds)" in shared.legend_text(first)
+    assert shared.legend_text(seed) is None and "regret 0.300 (2 runs)" in shared.legend_text(first)
     assert "Tchebycheff" in tche["name"] and (tche["color"] != first["color"]).any()
     assert tche["marker"] != first["marker"] and (rs["name"], pama["name"]) == ("Rewarded soups", "PAMA")
     other = shared.looks([runs[0], runs[0] | {"run": "out/larger"}])                     # no seed: the same one
@@ -113,6 +114,15 @@ def test_two_dimensions_show_the_points_and_the_scores_along_the_preference():
         assert shows(ax, r["exact"][key]) and shows(ax, [r["base"][key]])
         assert {t.get_text() for t in ax.texts} == {"0.1", "0.5", "0.9"}                # of the first run alone
     assert len(fig.axes) == 2
+
+
+def test_tchebycheff_has_its_own_optima_beside_the_front():
+    """At the run's preferences, in both planes. Wrong: none, or those of linear scalarisation too."""
+    ls, tche = result(2), result(2, aggregate="tche", level=0.8)
+    fig = figure([ls, tche])
+    for ax, key in zip(fig.axes, ("points", "scores")):
+        crosses = [line.get_xydata() for line in ax.lines if line.get_marker() == "x"]
+        assert len(crosses) == 1 and np.allclose(crosses[0], tche["exact"]["at_lams"][key])
 
 
 @pytest.mark.parametrize("objective, exact_front, panels, words", [
@@ -213,7 +223,7 @@ def test_histograms_show_a_row_per_preference_and_a_column_per_dimension():
 def test_the_evolution_shows_every_step():
     results = [result(2, level=level) for level in (0.5, 0.8)]
     fig = pictures.draw_evolution([10, 20], results, "evolution.png")
-    assert all(shows(fig.axes[0], r["points"]) for r in results) and shows(fig.axes[1], [(10, 0.5), (20, 0.8)])
+    assert all(shows(fig.axes[0], r["points"]) for r in results) and shows(fig.axes[1], [(10, 0.5), (20, 0.35)])
 
 
 def test_labelers_show_what_each_gets_from_every_model():

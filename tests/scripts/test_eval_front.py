@@ -15,11 +15,11 @@ from data.tokenizers import TokenRow, load_tokenizer
 from data.trees import batch_logprobs, pack
 from fronts import measure
 from fronts.objective import OBJECTIVES, measured_on
-from fronts.optimum import sft_losses
+from fronts.optimum import sft_losses, with_outside
 from fronts.stationarity import min_norm
 from model import Transformer
 from runs.files import UserError
-from svd_lora import load_adapter, merged_state_dict
+from svd_lora import load_adapter, merged_state_dict, set_preference
 
 
 def evaluate(*runs, **flags):
@@ -33,15 +33,53 @@ def test_several_runs_of_dpo(work, panacea, soups, pictures, capsys):
     assert "HV share" in printed and "panacea" in printed and "soups" in printed
     for run in (panacea, soups):
         r = read(run, "front.json")
-        keys = ("dims lams J scores hypervolume hypervolume_share inner_product sparsity spacing reference_point "
-                "outside_mass exact").split()
+        keys = ("dims lams J scores regret regret_worst worst_lam splits split hypervolume hypervolume_share "
+                "hypervolume_share_at_lams inner_product sparsity spacing reference_point outside_mass exact").split()
         assert set(keys) <= set(r) and r["lams"] == [[0, 1], [0.5, 0.5], [1, 0]]
         assert np.shape(r["J"]) == np.shape(r["scores"]) == (3, 2) and len(r["outside_mass"]) == 3
-        assert 0 < r["hypervolume_share"] < r["exact"]["share_at_these_lams"] < 1                 # nearly untrained
+        at = r["exact"]["at_lams"]
+        assert 0 < r["hypervolume_share"] < at["hypervolume_share"] < 1 and 0.5 < r["regret"] < 1.1   # few steps
+        assert r["hypervolume_share_at_lams"] == pytest.approx(r["hypervolume_share"] / at["hypervolume_share"])
+        assert np.shape(at["J"]) == np.shape(at["points"]) == np.shape(at["scores"]) == (3, 2) and at["z"] == [0, 0]
+        gone = {"objective_share", "hypervolume_share_all", "J_all", "kl_all"}
+        assert not gone & set(r) and "logps" not in r["base"] and "logps" not in r["exact"]
         assert r["exact"]["residual"] < 1e-8 and len(r["exact"]["lams"]) == 101
         assert abs(r["base"]["J"][0] + math.log(2)) < 1e-9             # π = π_ref
         assert (run / "front.png").stat().st_size > 10_000
     assert len(read("out/both/front.json")) == 2 and (work / "out/both/front.png").exists()
+
+
+def test_every_split_is_measured_and_the_last_is_the_headline(work, panacea, monkeypatch, capsys):
+    (r,) = evaluate(panacea, parts=2)
+    printed = capsys.readouterr().out
+    assert "new_verbs" in printed and "seen" in printed and "worst" in printed
+    assert list(r["splits"]) == ["seen", "new_verbs"] and r["split"] == "new_verbs"
+    for split, part in r["splits"].items():
+        assert set(part) == {"regret", "regret_worst", "worst_lam", "J", "outside_mass"}
+        assert np.shape(part["J"]) == (3, 2) and part["worst_lam"] in r["lams"]
+        assert part["regret"] <= part["regret_worst"]
+    for key, value in r["splits"]["new_verbs"].items():
+        assert r[key] == value and r["splits"]["seen"][key] != value or key == "worst_lam"      # wrong: the other split
+    # the regret again, from what front.json holds
+    lams, base, J, best = (np.array(x) for x in (r["lams"], r["base"]["J"], r["J"], r["exact"]["at_lams"]["J"]))
+    gain, possible = ((x - base) * lams for x in (J, best))
+    assert r["regret"] == pytest.approx(1 - gain.sum() / possible.sum(), rel=1e-6)
+    # the run's J on a split, by a World of it
+    world = measure.World(r["dims"], load_tokenizer("toy"), "cpu", OBJECTIVES["dpo"].J, split="seen")
+    model = Transformer.from_pretrained(BASE)
+    world.reference(model)
+    load_adapter(model, panacea / "adapter.safetensors")
+    set_preference(model, torch.tensor([0.5, 0.5]))
+    assert r["splits"]["seen"]["J"][1] == pytest.approx(world.measure(model, r["objective"]["beta"])["J"], rel=1e-6)
+
+
+def test_validation_is_written_beside_the_results(panacea):
+    evaluate(panacea, parts=1)
+    before = (panacea / "front.json").read_bytes()
+    (r,) = evaluate(panacea, parts=1, validation=True)
+    assert r["split"] == "validation" and list(r["splits"]) == ["validation"]
+    assert read(panacea, "validation/front.json")["J"] == r["J"] != json.loads(before)["J"]
+    assert (panacea / "front.json").read_bytes() == before and (panacea / "validation/front.png").exists()
 
 
 def test_a_short_training_follows_the_preference():
@@ -49,11 +87,10 @@ def test_a_short_training_follows_the_preference():
     run = go("train_dpo", "follows", dims=["helpful", "harmless"], steps=60, rows=160, responses=8, batch_size=8,
              lams_per_step=8, lr=6e-3, snapshots=0)
     (r,) = evaluate(run)
-    J = np.array(r["J"])
+    J = np.array(r["splits"]["seen"]["J"])                                 # new verbs need more training
     assert min(r["spearman"]) > 0.95 and J[-1, 0] > J[0, 0] + 0.05 and J[0, 1] > J[-1, 1] + 0.05
-    assert (J.max(0) > np.array(r["base"]["J"]) + 0.05).all() and r["objective_share"] > 0.3
-    for lam, point in zip(r["lams"], r["J"]):                          # no policy is above the exact front for its λ
-        best = r["exact"]["J"][[[round(x, 6) for x in l] for l in r["exact"]["lams"]].index(lam)]
+    assert (J.max(0) > -math.log(2) + 0.02).all() and r["splits"]["seen"]["regret"] < 0.5
+    for lam, point, best in zip(r["lams"], r["J"], r["exact"]["at_lams"]["J"]):     # none is above the optimum
         assert np.dot(lam, point) < np.dot(lam, best)
 
 
@@ -61,7 +98,7 @@ def test_ipo_is_evaluated_against_its_own_front(panacea):
     run = go("train_dpo", "ipo-eval", loss="ipo", steps=4)
     (r,) = evaluate(run, parts=2)
     assert r["objective"]["name"] == "ipo" and r["base"]["J"] == pytest.approx([-0.25] * 2, abs=1e-6)
-    assert 0 < r["hypervolume_share"] < 1 and r["objective_share"] < 1
+    assert 0 < r["hypervolume_share"] < 1 and 0 < r["regret"] < 1.1
     assert max(max(point) for point in r["exact"]["J"]) > -0.25
     evaluate(run, panacea, parts=2, out="out/ipo-dpo")                 # another objective: another space
     assert not read("out/ipo-dpo/compare.json")["runs"][0]["label"] == "Panacea, DPO"
@@ -74,7 +111,7 @@ def test_preference_objectives_against_plain_loops(loss):
     world = measure.World(dims, load_tokenizer("toy"), "cpu", OBJECTIVES[loss].J)
     g = torch.Generator().manual_seed(7)
     logps = torch.randn(X, S, generator=g, dtype=torch.float64).log_softmax(-1) - 0.1             # 9.5 % outside
-    world.ref = torch.randn(X, S, generator=g, dtype=torch.float64).log_softmax(-1)
+    world.ref = with_outside(torch.randn(X, S, generator=g, dtype=torch.float64).log_softmax(-1) - 0.05)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "world_logprobs", lambda model, batches: logps)
         got = world.measure(None, beta)
@@ -87,11 +124,12 @@ def test_preference_objectives_against_plain_loops(loss):
                 lost = lambda h: math.log1p(math.exp(-beta * h)) if loss == "dpo" else (h - 1 / (2 * beta)) ** 2
                 p = torch.sigmoid(r[a] - r[b]).numpy()
                 J -= (p * lost(gap) + (1 - p) * lost(-gap)) / (X * S * (S - 1) / 2)
-        scores += ((logps[x].exp()[:, None] * r).sum(0) / logps[x].exp().sum()).numpy() / X
+        scores += ((logps[x].exp()[:, None] * r).sum(0) - 6 * (1 - math.exp(-0.1))).numpy() / X
     assert np.allclose(got["J"], J, rtol=1e-9) and np.allclose(got["scores"], scores, rtol=1e-9)
     assert abs(got["outside_mass"] - (1 - math.exp(-0.1))) < 1e-9
-    p = logps.exp() / logps.exp().sum(1, keepdim=True)
-    assert abs(got["kl"] - (p * (p / world.ref.exp()).log()).sum(1).mean().item()) < 1e-9
+    inside = (logps.exp() * (logps - world.ref[:, :-1])).sum(1).mean().item()
+    outside, of_base = 1 - math.exp(-0.1), 1 - math.exp(-0.05)
+    assert abs(got["kl"] - (inside + outside * math.log(outside / of_base))) < 1e-9
 
 
 def test_a_soup_at_a_vertex_is_its_member_and_averages_between(soups):
@@ -179,7 +217,7 @@ def test_sft_is_evaluated_by_the_exact_expectation(sft_run):
             logps = batch_logprobs(model, pack([TokenRow(tokenizer.encode(x + "\n"), ids)])).double()
         J += (toy.demonstrator_probs(x, r["dims"]) * logps[:, None]).sum(0).numpy() / len(toy.prompts("new_verbs"))
     assert np.allclose(r["base"]["J"], J, rtol=1e-5)
-    assert r["objective_share"] < 1 and r["hypervolume_share"] < 1     # a few steps
+    assert 0 < r["regret"] < 1.1 and r["hypervolume_share"] < 1        # a few steps
     # the optimum is the mixture of the writers
     E = r["exact"]
     demos = torch.stack([toy.demonstrator_probs(x, r["dims"]) for x in toy.prompts("new_verbs")])
@@ -202,15 +240,14 @@ def test_rlhf_on_the_world(work, ppo_run, pictures):
         assert r["base"]["kl"] == 0 and 0 < r["base"]["outside_mass"] < 0.3 and "texts" not in r["base"]
         assert min(r["outside_mass"]) > 0 and max(r["outside_mass"]) < 1
         assert len(r["exact"]["lams"]) == 101 and "logps" not in r["exact"] and "samples" not in r
-        for lam, J in zip(r["lams"], r["J"]):                          # no policy is above the exact front for its λ
-            best = r["exact"]["J"][[[round(x, 6) for x in l] for l in r["exact"]["lams"]].index(lam)]
+        for lam, J, best in zip(r["lams"], r["J"], r["exact"]["at_lams"]["J"]):       # none is above the optimum
             assert np.dot(lam, J) < np.dot(lam, best)
         samples = read(run, "samples.json")
         assert np.shape(samples["raw"]) == (count, 16, 2) and np.shape(samples["texts"])[0] == count
         assert np.shape(samples["base"]["raw"]) == (16, 2)
         for picture in ("front.png", "histograms.png"):
             assert (run / picture).stat().st_size > 10_000
-    assert [r["method"] for r in results] == ["panacea", "rs", "pama"] and results[2]["objective_share"] is None
+    assert [r["method"] for r in results] == ["panacea", "rs", "pama"] and 0 < results[2]["regret"]
     assert len(read("out/all/front.json")) == 3 and (work / "out/all/front.png").exists()
 
 
@@ -226,8 +263,7 @@ def test_stationarity_of_runs(ppo_run):
     soups = go("train_ppo", "ppo-soups", method="rs", steps=2)
     results = evaluate(ppo_run[0], soups, stationarity=True)
     model, config = Transformer.from_pretrained(BASE), read(ppo_run[0], "config.json")
-    world, _ = measured_on(config, model, load_tokenizer("toy"), torch.device("cpu"))
-    world.reference(model)
+    (world,), _ = measured_on(config, model, load_tokenizer("toy"), torch.device("cpu"))
     norm, c, single = min_norm(world, model, 0.2)
     for run, result in zip((ppo_run[0], soups), results):
         assert read(run, "stationarity.json") == json.loads(json.dumps(result))
@@ -240,15 +276,16 @@ def test_stationarity_of_runs(ppo_run):
 def test_more_dimensions(panacea):
     """Four by SFT, at the whole grid; all of them by DPO and by PPO, at their vertices."""
     (r,) = evaluate(go("train_sft", "four", pref_dim=4, steps=2))
-    assert len(r["lams"]) == 117 and len(r["exact"]["lams"]) == 117 and r["objective_share"] < 1
-    assert r["exact"]["share_at_these_lams"] == pytest.approx(1) and len(r["spearman"]) == 4
+    assert len(r["lams"]) == 117 and len(r["exact"]["lams"]) == 117 and 0 < r["regret"] < 1.1
+    assert r["hypervolume_share"] is r["exact"]["at_lams"]["hypervolume_share"] is None and len(r["spearman"]) == 4
+    assert 0 < r["hypervolume_share_at_lams"] < 1
     m = len(toy.DIMS)
     for script in ("train_dpo", "train_ppo"):
         run = go(script, f"{script}-all", pref_dim=m, steps=2)
         assert np.shape(metrics(run)[0]["lam"])[1] == m
         (r,) = evaluate(run, parts=1)
         assert np.shape(r["J"]) == (m, m) and len(r["exact"]["lams"]) == 101 + 4 * m and r["dims"] == list(toy.DIMS)
-        assert (r["objective_share"] is None or r["objective_share"] < 1) and (run / "front.png").exists()
+        assert r["hypervolume_share"] is None and r["regret"] < 1.2 and (run / "front.png").exists()
 
 
 # ---- runs of every kind in one space ----
@@ -302,9 +339,9 @@ def test_ideal_scores_come_from_the_rewards_of_the_run(ppo_run):
     """An evaluation takes the statistics in config.json, whatever it would measure itself."""
     config = read(ppo_run[0], "config.json")
     config["rewards"] |= {"mean": [1.0, 2.0], "std": [2.0, 4.0], "scale": [1.0, 5.0]}
-    world, _ = measured_on(config, Transformer.from_pretrained(BASE), load_tokenizer("toy"), torch.device("cpu"))
+    (world,), _ = measured_on(config, Transformer.from_pretrained(BASE), load_tokenizer("toy"), torch.device("cpu"))
     raw = world_rewards(config["dims"], None).raw
     x = toy.prompts("new_verbs")[1]
     r = raw([x + "\n"] * 8, toy.responses(x), [True] * 8)
     expected = torch.tensor([1.0, 5.0]) * (r - torch.tensor([1.0, 2.0])) / torch.tensor([2.0, 4.0])
-    assert torch.allclose(world.r_all[1, :8], expected)
+    assert torch.allclose(world.r[1, :8], expected)

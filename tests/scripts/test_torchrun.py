@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from running import ROOT, go, metrics, timeless, words
+from running import BASE, ROOT, go, metrics, timeless, words
 from safetensors.torch import load_file
 
 import train_dpo
@@ -16,7 +16,7 @@ from svd_lora import read_adapter_header
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SMALL = dict(steps=4, rows=24, responses=4, batch_size=4, lams_per_step=4, snapshots=2, eval=False, log_every=1,
-             device="cpu")
+             device="cpu", init=BASE)
 TCHE = dict(SMALL, aggregate="tche", lams_per_step=2, orth_coeff=0.1,      # both processes have rows of each preference
             ideal=[0.6, 0.1], accumulate=2)
 LONG = dict(SMALL, steps=30, save_every=4, snapshots=0)

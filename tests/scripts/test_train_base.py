@@ -7,16 +7,45 @@ import torch
 from running import BASE, metrics, read, refused
 
 import train_base
-from data import base
+from data import base, toy
+from data.tokenizers import TokenRow, load_tokenizer
+from data.trees import batch_logprobs, pack
+from model import Transformer
 from runs.files import UserError
 
 
 def test_it_learns_and_writes_a_model_directory(work):
     losses, report = [record["loss"] for record in metrics(work / BASE)], read(work, BASE, "base.json")
-    assert abs(losses[0] - math.log(835)) < 0.3 and losses[-1] < 1     # ln V at random weights, then far less
+    assert abs(losses[0] - math.log(888)) < 0.3 and losses[-1] < 1     # ln V at random weights, then far less
     assert {f.name for f in (work / BASE).iterdir()} == {"config.json", "model.safetensors", "base.json",
                                                         "metrics.jsonl", "timing.json"}
-    assert report["outside_mass"] < 0.2 and 0 < report["kl_data_to_base"] < 0.5 and report["tokenizer"] == "toy"
+    assert report["tokenizer"] == "toy" and set(report["splits"]) == set(toy.SPLITS)
+    model, tokenizer = Transformer.from_pretrained(BASE), load_tokenizer("toy")
+    for split, measured in report["splits"].items():                   # by a loop over prompts and responses
+        kl, outside = [], []
+        for x in toy.prompts(split):
+            row = TokenRow(tokenizer.encode(x + "\n"),
+                           [tokenizer.encode(y) + [tokenizer.eos_id] for y in toy.responses(x)])
+            with torch.no_grad():
+                logps = batch_logprobs(model, pack([row])).double()
+            kl.append((toy.base_probs(x) * (toy.base_probs(x).log() - logps)).sum().item())
+            outside.append(1 - logps.exp().sum().item())
+        assert measured == {"kl_data_to_base": pytest.approx(sum(kl) / len(kl), rel=1e-4),
+                            "outside_mass": pytest.approx(sum(outside) / len(outside), rel=1e-4),
+                            "outside_mass_worst": pytest.approx(max(outside), rel=1e-4)}
+        assert 0 < measured["kl_data_to_base"] < 0.5 and measured["outside_mass"] < measured["outside_mass_worst"] < 0.2
+
+
+def test_it_is_trained_on_the_base_split(work, monkeypatch):
+    """Wrong: train prompts alone, without the new verbs."""
+    given = []
+    monkeypatch.setattr(train_base, "train", lambda model, out, rows, probs, *more: given.append((rows, probs)))
+    monkeypatch.setattr(train_base, "report_speed", lambda *args: 1.0)
+    monkeypatch.setattr(train_base, "SIZES", {"tiny": Transformer.from_pretrained(BASE).config})
+    train_base.main(train_base.Flags(device="cpu", out="out/base-split"))
+    (rows, probs), tokenizer = given[0], load_tokenizer("toy")
+    assert [tokenizer.decode(row.prompt) for row in rows] == [x + "\n" for x in toy.prompts("base")]
+    assert all(torch.equal(p, toy.base_probs(x)) for p, x in zip(probs, toy.prompts("base"), strict=True))
 
 
 def test_same_seed_same_weights(work, monkeypatch, capsys):
@@ -36,25 +65,38 @@ def test_bad_input(monkeypatch, capsys, flags, text):
     refused("train_base", flags, text, monkeypatch, capsys)
 
 
+LARGE = "out/base-125m-seed0"
+
+
 def test_a_missing_base_is_made_once_by_its_script(work, tmp_path, monkeypatch, capsys):
     calls = []
 
     def run(command, env):
         calls.append(command[1:])
-        (tmp_path / BASE).mkdir(parents=True)
-        (tmp_path / BASE / "base.json").write_text("{}")
+        (tmp_path / LARGE).mkdir(parents=True)
+        (tmp_path / LARGE / "base.json").write_text("{}")
         assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(env)     # it is one process
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setattr(base.subprocess, "run", run)
-    find = lambda: base.find_base(None, None, None, torch.device("cpu"))
-    assert find() == find() == (BASE, "toy") and len(calls) == 1
-    assert calls[0][0].endswith("train_base.py") and calls[0][1:] == ["--size", "tiny", "--device", "cpu"]
+    find = lambda: base.find_base(None, "125m", None, torch.device("cpu"))
+    assert find() == find() == (LARGE, "toy") and len(calls) == 1
+    assert calls[0][0].endswith("train_base.py") and calls[0][1:] == ["--size", "125m", "--device", "cpu"]
     assert "it (once)" in capsys.readouterr().out
-    assert base.find_base("elsewhere", None, None, torch.device("cpu")) == ("elsewhere", "elsewhere")
-    assert base.find_base(BASE, None, "gpt2", torch.device("cpu")) == (BASE, "gpt2")
     monkeypatch.setattr(base.subprocess, "run", lambda command, env: subprocess.CompletedProcess(command, 3))
     with pytest.raises(UserError, match="train_base.py ended with status 3"):
-        base.find_base(None, "125m", None, torch.device("cpu"))
+        base.find_base(None, "350m", None, torch.device("cpu"))
+
+
+def test_which_base_a_training_starts_from(monkeypatch, capsys):
+    """The one that ships, on every device, unless a size or a directory is named. Wrong: 125m on a GPU."""
+    monkeypatch.setattr(base, "_world_base", lambda *args: pytest.fail("nothing is trained"))
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert base.find_base(None, None, None, cpu) == base.find_base(None, "tiny", None, cuda) == (BASE, "toy")
+    assert base.find_base("elsewhere", None, None, cuda) == ("elsewhere", "elsewhere")
+    assert base.find_base(BASE, None, "gpt2", cpu) == (BASE, "gpt2")
+    assert capsys.readouterr().out == ""
+    assert base.find_base(None, None, None, cuda) == (BASE, "toy")
+    assert capsys.readouterr().out.count("\n") == 1

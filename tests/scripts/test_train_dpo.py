@@ -387,7 +387,7 @@ def test_a_step_counts_its_own_tokens():
     rows = toy.sample_pairs("train", ["helpful", "harmless"], 16, 4, generator_for(0, "pairs"))
     rows = tokenize(rows, load_tokenizer("toy"), 256)[0]
     adapter = 2 * 10 * (4 * (64 + 64) + 2 * (64 + 256))                # U and V of rank 8 + 2, in two blocks
-    blocks, V = 2 * 12 * 64 ** 2, 835
+    blocks, V = 2 * 12 * 64 ** 2, load_tokenizer("toy").vocab_size
     for step, record in enumerate(metrics(run)):
         batch = pack([rows[j] for j in epoch_batch(16, 8, 0, step).tolist()])
         assert record["tokens"] == batch.size[0] < batch.tokens.numel()      # wrong: padding among them
@@ -399,7 +399,7 @@ def test_two_threads_repeat_bit_for_bit():
     """At full batch size and with two threads: a gradient accumulated in a free order would differ in the last bits."""
     rows = toy.sample_pairs("train", ["helpful", "harmless"], 8, 8, torch.Generator().manual_seed(3))
     batch = pack(tokenize(rows, load_tokenizer("toy"), 256)[0])
-    model = Transformer(Config(835, 256, n_layer=2, n_head=4, d_model=128))
+    model = Transformer(Config(load_tokenizer("toy").vocab_size, 256, n_layer=2, n_head=4, d_model=128))
     model.init_weights(torch.Generator().manual_seed(0))
     inject_svd_lora(model, 8, 2, generator=torch.Generator().manual_seed(4))
     set_preference(model, torch.tensor([[0.3, 0.7]] * 8))
