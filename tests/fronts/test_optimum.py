@@ -398,12 +398,12 @@ def test_best_at_kl(close):
 
 # ---- problems and lattices ----
 
-@pytest.mark.parametrize("dims", [["helpful", "harmless"], ["harmless", "concise", "warm"]])
-def test_problems(dims):
+@pytest.mark.parametrize("dims, distinct", [(["helpful", "harmless"], 120), (["harmless", "concise", "warm"], 104)])
+def test_problems(dims, distinct):
     prompts = toy.prompts("train")                                       # some tasks there want the same
     scores, w, index = problems(torch.stack([toy.scores(x, toy.responses(x), dims) for x in prompts]))
     assert w.sum().item() == pytest.approx(1, abs=1e-12)
-    assert scores.shape == (len(w), 160, len(dims)) and len(w) == 120 < len(prompts)
+    assert scores.shape == (len(w), 160, len(dims)) and len(w) == distinct < len(prompts) == 160
     for x, q in zip(prompts, index):
         assert torch.equal(toy.scores(x, toy.responses(x), dims), scores[q])
     assert torch.allclose(index.bincount(minlength=len(w)) / len(prompts), w.float())
