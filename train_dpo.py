@@ -150,7 +150,7 @@ def main(flags):
     print("data: {prompts} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut".format(**cut))
 
     models = models_of(flags.method, dims, flags.dps_parts, flags.lam)
-    text_of = (lambda lams: written(lams, dims, tokenizer)) if flags.method == "prompt" else None
+    text_of = (lambda lams: written(lams, tokenizer)) if flags.method == "prompt" else None
     steps = steps_each(flags, models)
     objective = {"name": flags.loss, "beta": flags.beta, "aggregate": flags.aggregate, "ideal": flags.ideal}
     files = [Path(f).stem for f in flags.data or []]

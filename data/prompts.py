@@ -56,13 +56,14 @@ def split(rows):
     return [row for row in rows if fraction(row) >= HELD_OUT], [row for row in rows if fraction(row) < HELD_OUT]
 
 
-def written(lams, dims, tokenizer):
-    """Preferences as texts, "helpful 0.30, harmless 0.70" and a line break: lams (n, m) -> ids (n, tokens), int64.
+def written(lams, tokenizer):
+    """Preferences as texts, "0.30 0.70" and a line break: lams (n, m) -> ids (n, tokens), int64.
 
-    Two decimals: rows of one length, of which the model sees λ rounded. Raises UserError where the tokenizer makes
-    texts of different lengths of them.
+    Two decimals: rows of one length, of which the model sees λ rounded. The numbers alone, in the order of the
+    dimensions, so that prompts begin near the positions where the base model knows them. Raises UserError where the
+    tokenizer makes texts of different lengths of them.
     """
-    ids = [tokenizer.encode(", ".join(f"{dim} {x:.2f}" for dim, x in zip(dims, lam)) + "\n") for lam in lams.tolist()]
+    ids = [tokenizer.encode(" ".join(f"{x:.2f}" for x in lam) + "\n") for lam in lams.tolist()]
     if len({len(x) for x in ids}) > 1:
         raise UserError(f"tokenizer {tokenizer.name}: --method prompt needs one that writes every preference in as "
                         f"many tokens")

@@ -101,7 +101,7 @@ def policies(run, config, model, lams, adapters=None, mix="weights", factor=1.0)
             yield lam, model
     elif method == "prompt":
         load_adapter(model, run / "adapter.safetensors", dims)
-        for lam, text in zip(lams, written(lams, dims, load_tokenizer(config["tokenizer"]))):
+        for lam, text in zip(lams, written(lams, load_tokenizer(config["tokenizer"]))):
             yield lam, lambda batch, text=text: batch_logprobs(model, with_prefix(batch, text))
     elif method == "rs":
         soup, ends = Transformer(model.config).to(model.embed.weight), [dense_state_dict(model)]

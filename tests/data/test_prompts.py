@@ -122,9 +122,9 @@ def test_demonstrations_are_one_file_per_dimension(tmp_path):
 
 def test_preferences_are_written_with_two_decimals():
     tokenizer = load_tokenizer("toy")
-    ids = written(torch.tensor([[0.3, 0.7], [1.0, 0.0], [0.996, 0.004]]), ["helpful", "harmless"], tokenizer)
+    ids = written(torch.tensor([[0.3, 0.7], [1.0, 0.0], [0.996, 0.004]]), tokenizer)
     assert [tokenizer.decode(x) for x in ids.tolist()] == [
-        "helpful 0.30, harmless 0.70\n", *["helpful 1.00, harmless 0.00\n"] * 2]
+        "0.30 0.70\n", *["1.00 0.00\n"] * 2]
     assert ids.dtype == torch.int64 and not torch.equal(ids[0], ids[1])
 
 
@@ -133,10 +133,10 @@ def test_all_preferences_have_equally_many_tokens(m):
     lams = torch.zeros(101, m)
     lams[:, 0] = torch.arange(101) / 100
     lams[:, -1] = 1 - lams[:, 0]
-    assert len(written(lams, list(toy.DIMS)[:m], load_tokenizer("toy")).unique(dim=0)) == 101
+    assert len(written(lams, load_tokenizer("toy")).unique(dim=0)) == 101
 
 
 def test_a_tokenizer_of_other_lengths_is_refused():
     uneven = SimpleNamespace(name="uneven", encode=lambda text: list(range(text.count("0"))))
     with pytest.raises(UserError, match="^tokenizer uneven: --method prompt needs"):
-        written(torch.tensor([[0.25, 0.75], [1.0, 0.0]]), ["a", "b"], uneven)
+        written(torch.tensor([[0.25, 0.75], [1.0, 0.0]]), uneven)

@@ -118,7 +118,7 @@ def test_a_prompted_preference(panacea):
     chosen = [rows[j] for j in epoch_batch(24, 4, 0, 2).tolist()]
 
     def losses(lams):
-        texts = [f"helpful {a:.2f}, harmless {b:.2f}\n" for a, b in lams]
+        texts = [f"{a:.2f} {b:.2f}\n" for a, b in lams]
         (batch, longer) = (pack(tokenize([replace(row, prompt=text + row.prompt) for text, row in zip(t, chosen)],
                                          tokenizer, 256)[0]) for t in ([""] * 4, texts))
         with torch.no_grad():
@@ -136,7 +136,7 @@ def test_a_prompted_preference(panacea):
     assert np.shape(r["J"]) == (5, 2) and r["objective_share"] < 1 and r["label"] == "Prompted λ"
     load_adapter(model, run / "adapter.safetensors")
     x = toy.prompts("new_verbs")[2]
-    text = tokenize([toy.as_row("helpful 0.25, harmless 0.75\n" + x, toy.responses(x))], tokenizer, 256)[0]
+    text = tokenize([toy.as_row("0.25 0.75\n" + x, toy.responses(x))], tokenizer, 256)[0]
     with torch.no_grad():
         expected = batch_logprobs(model, pack(text))
     lams = torch.tensor([[0.75, 0.25], [0.25, 0.75]])
