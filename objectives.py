@@ -148,9 +148,8 @@ def group_advantages(scores, samples, estimator, lam=None):
     s − β log π/π_ref is what J = E r − β KL, Eq. (1), is the mean of, and no response is in its own baseline: with rloo
     E[A ∇ log π] is ∇J exactly. rloo is K/(K − 1) · (s_k − mean_k s), so "Dr. GRPO" (arXiv:2503.20783) but for the
     factor. A division by std weighs prompts by 1/std, and for gdpo objectives too: another objective than J.
-    # inferred: std is the sample's (K − 1) and 1e-4 is added to it, as in the GDPO authors' code; the papers print
-    neither. gdpo's batch mean is not subtracted: it is 0, since each group's is. # differs: GRPO's paper adds its KL
-    to the loss, not to the score.
+    # inferred: std is the sample's (K − 1) and 1e-4 is added to it, as in the GDPO authors' code. gdpo's batch mean is
+    not subtracted: it is 0, since each group's is. # differs: GRPO's paper adds its KL to the loss, not to the score.
     """
     if lam is not None and estimator != "gdpo":
         scores, lam = (lam * scores).sum(-1, keepdim=True), None
