@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not is_world_base(SHIPPED), reason="data/base is
 
 
 def test_it_is_small_and_says_where_it_comes_from():
-    assert sum(f.stat().st_size for f in SHIPPED.iterdir()) <= 4 * 2 ** 20
+    assert sum(f.stat().st_size for f in SHIPPED.iterdir()) <= 4_000_000
     report = json.loads((SHIPPED / "base.json").read_text())
     assert report["tokenizer"] == "toy" and report["flags"]["size"] == "tiny" and "seed" in report["flags"]
     assert set(report["splits"]) == set(toy.SPLITS)
