@@ -145,7 +145,7 @@ def main(flags):
                              flags.quantize, flags.checkpoint)
     model, tokenizer = load()
     flags.lr = flags.lr or usual_rate(on_world, model.config)
-    flags.steps = flags.steps or (400 if on_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
+    flags.steps = flags.steps or (600 if on_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
     rows, cut = tokenize(rows, tokenizer, min(flags.max_length, model.config.context_length))
     print("data: {prompts} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut".format(**cut))
 

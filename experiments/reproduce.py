@@ -56,7 +56,7 @@ class Flags:
 
 RS, TCHE, FIVE = ("--method", "rs"), ("--aggregate", "tche"), ("--method", "dps", "--dps_parts", 4)
 # the rivals' best, found on the validation prompts (docs/log.md)
-RS_RATE, PROMPT_RATE, SOUP_FACTOR, MOD_FACTOR = (), (), 1.2, 1.2
+RS_RATE, PROMPT_RATE, SOUP_FACTOR, MOD_FACTOR = (), (), 0.8, 0.8
 NO_VERTICES = ("--vertex_share", 0)
 HALF = ("--method", "dps", "--lam", 0.5, 0.5)
 LS = ("m2-panacea-base0-seed0", "dpo")
@@ -73,10 +73,10 @@ TABLES = {
                 "Panacea, Tche": ("m2-tche-base{b}-seed0", "dpo", *TCHE),
                 "soups, equal total steps": (f"m2-rs-base{{b}}-seed{{s}}@weights-{SOUP_FACTOR}", "dpo", *RS, *RS_RATE),
                 "soups, full steps a model": (f"m2-rs2-base{{b}}-seed0@weights-{SOUP_FACTOR}", "dpo", *RS, *RS_RATE,
-                                              "--steps", 800),
+                                              "--steps", 1200),
                 "MOD, equal total steps": (f"m2-rs-base{{b}}-seed{{s}}@mod-{MOD_FACTOR}", "dpo", *RS, *RS_RATE),
                 "MOD, full steps a model": (f"m2-rs2-base{{b}}-seed0@mod-{MOD_FACTOR}", "dpo", *RS, *RS_RATE, "--steps",
-                                            800),
+                                            1200),
                 "λ in the prompt": ("m2-prompt-base{b}-seed{s}", "dpo", "--method", "prompt", *PROMPT_RATE),
                 "one compromise, λ = (½, ½)": ("m2-half-base{b}-seed0", "dpo", *HALF)},
     "ablations": {"Panacea": LS, "one compromise": ("m2-half-base0-seed0", "dpo", *HALF),
@@ -87,13 +87,13 @@ TABLES = {
                      for x in (1, 0.1, 0.001)},
                   **{f"G = {G}": (f"m2-G{G}-base0-seed0", "dpo", "--lams_per_step", G) for G in (1, 2, 4)},
                   **{f"G = {G}, 32 rows a step, a quarter of the steps":
-                     (f"m2-G{G}-base0-seed0", "dpo", "--lams_per_step", G, "--batch_size", 32, "--steps", 100)
+                     (f"m2-G{G}-base0-seed0", "dpo", "--lams_per_step", G, "--batch_size", 32, "--steps", 150)
                      for G in (8, 16, 32)}},
     "three": {"panacea ls, m = 3": ("m3-panacea-base0-seed0", "dpo", "--pref_dim", 3),
               "panacea tche, m = 3": ("m3-tche-base0-seed0", "dpo", "--pref_dim", 3, *TCHE),
               "rs, m = 3": (f"m3-rs-base0-seed0@weights-{SOUP_FACTOR}", "dpo", "--pref_dim", 3, *RS, *RS_RATE)},
     "dps": {"panacea": LS, "dps, equal total steps": ("m2-dps-base0-seed0", "dpo", *FIVE),
-            "dps, 5 times the steps": ("m2-dps5-base0-seed0", "dpo", *FIVE, "--steps", 2000)},
+            "dps, 5 times the steps": ("m2-dps5-base0-seed0", "dpo", *FIVE, "--steps", 3000)},
     "rlhf": {"panacea ppo ls": ("ppo-ls-base{b}-seed0", "ppo"),
              "panacea ppo tche": ("ppo-tche-base{b}-seed0", "ppo", *TCHE),
              "rs ppo": (f"ppo-rs-base{{b}}-seed0@weights-{SOUP_FACTOR}", "ppo", *RS),

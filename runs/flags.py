@@ -70,7 +70,7 @@ class AdapterFlags:
     warmup_ratio: float = flag(0.03, "share of the steps with a rising learning rate", "share")
     max_grad_norm: float = flag(1.0, "gradient clipping", "positive")
     batch_size: int = flag(8, "B: data rows per step", 1)
-    steps: int | None = flag(None, "optimizer steps in all (embedded world: 400)", 1)
+    steps: int | None = flag(None, "optimizer steps in all (embedded world: 600 by DPO, 400 by SFT)", 1)
     seed: int = flag(0, "seed of adapter, data order, preferences and samples")
 
 
