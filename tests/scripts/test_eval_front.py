@@ -155,7 +155,7 @@ def test_mod_is_the_token_by_token_mixture():
     """Against the definition: full forwards of the base and of the merged specialists, every response by itself."""
     with torch.enable_grad():
         soups = go("train_dpo", "mod", method="rs", steps=12, lr=5e-2)
-    config, tokenizer, x = read(soups, "config.json"), load_tokenizer("toy"), toy.prompts("eval")[1]
+    config, tokenizer, x = read(soups, "config.json"), load_tokenizer("toy"), toy.prompts("new_verbs")[1]
     models = [Transformer.from_pretrained(BASE) for _ in range(3)]
     for dim, model in zip(config["dims"], models[1:]):
         adapted = Transformer.from_pretrained(BASE)
@@ -190,7 +190,7 @@ def test_mixtures_are_evaluated_beside_the_run(ppo_run, capsys):
         (r,) = evaluate(run, parts=2, **flags)
         assert read(run, folder, "front.json") == json.loads(json.dumps(r))
         assert str(run / folder / "front.png") in capsys.readouterr().out and (run / folder / "front.png").exists()
-        assert r["method"] == "rs" and r["lams"] == soup["lams"] and r["objective_share"] < 1
+        assert r["method"] == "rs" and r["lams"] == soup["lams"] and 0 < r["regret"] < 1.5
         assert np.shape(read(run, folder, "samples.json")["raw"]) == (3, 16, 2)
         labels[folder] = r["label"]
         ends = np.allclose(np.array(r["J"])[[0, -1]], np.array(soup["J"])[[0, -1]], atol=1e-5)
@@ -229,25 +229,26 @@ def test_rlhf_on_the_world(work, ppo_run, pictures):
     runs = [ppo_run[0], go("train_ppo", "eval-rs", method="rs", steps=4),
             go("train_ppo", "eval-pama", aggregate="pama")]
     results = evaluate(*runs, parts=2, out="out/all")
-    for run, result, count in zip(runs, results, (3, 3, 1)):
+    for run, result in zip(runs, results):
         r = read(run, "front.json")
-        assert r["J"] == result["J"] and np.shape(r["J"]) == np.shape(r["scores_se"]) == (count, 2)
-        assert r["lams"] == ([[0, 1], [0.5, 0.5], [1, 0]] if count == 3 else [[0.5, 0.5]])
+        assert r["J"] == result["J"] and np.shape(r["J"]) == np.shape(r["scores_se"]) == (3, 2)
+        assert r["lams"] == [[0, 1], [0.5, 0.5], [1, 0]]                # PAMA has one answer to all of them
         assert 0 <= r["hypervolume_share"] <= 1 and r["points_are"] == "normalised J"
         assert r["objective"]["name"] == "rlhf" and r["objective"]["beta"] == 0.2 and r["eval_labels"] is None
         for key in ("kl", "outside_mass", "length", "ended", "collapsed"):
-            assert len(r[key]) == count and np.isfinite(r[key]).all()
+            assert len(r[key]) == 3 and np.isfinite(r[key]).all()
         assert r["base"]["kl"] == 0 and 0 < r["base"]["outside_mass"] < 0.3 and "texts" not in r["base"]
         assert min(r["outside_mass"]) > 0 and max(r["outside_mass"]) < 1
         assert len(r["exact"]["lams"]) == 101 and "logps" not in r["exact"] and "samples" not in r
         for lam, J, best in zip(r["lams"], r["J"], r["exact"]["at_lams"]["J"]):       # none is above the optimum
             assert np.dot(lam, J) < np.dot(lam, best)
         samples = read(run, "samples.json")
-        assert np.shape(samples["raw"]) == (count, 16, 2) and np.shape(samples["texts"])[0] == count
+        assert np.shape(samples["raw"]) == (3, 16, 2) and np.shape(samples["texts"])[0] == 3
         assert np.shape(samples["base"]["raw"]) == (16, 2)
         for picture in ("front.png", "histograms.png"):
             assert (run / picture).stat().st_size > 10_000
     assert [r["method"] for r in results] == ["panacea", "rs", "pama"] and 0 < results[2]["regret"]
+    assert results[2]["J"] == results[2]["J"][:1] * 3 and results[0]["J"][0] != results[0]["J"][2]
     assert len(read("out/all/front.json")) == 3 and (work / "out/all/front.png").exists()
 
 

@@ -133,7 +133,7 @@ def test_a_prompted_preference(panacea):
 
     # evaluated with the same text, at any λ
     (r,) = eval_front.main(eval_front.Flags(runs=[str(run)], parts=4, device="cpu"))
-    assert np.shape(r["J"]) == (5, 2) and r["objective_share"] < 1 and r["label"] == "Prompted λ"
+    assert np.shape(r["J"]) == (5, 2) and r["regret"] > 0 and r["label"] == "Prompted λ"
     load_adapter(model, run / "adapter.safetensors")
     x = toy.prompts("new_verbs")[2]
     text = tokenize([toy.as_row("0.25 0.75\n" + x, toy.responses(x))], tokenizer, 256)[0]
@@ -169,10 +169,9 @@ def test_one_compromise_answers_every_preference():
     assert r["lams"] == [[i / 4, 1 - i / 4] for i in range(5)] and r["models"] == 1
     assert r["J"] == r["J"][:1] * 5 and r["J"][0] != r["base"]["J"] and r["spearman"] == [0, 0]
     gain = lambda lam, J: np.dot(lam, J) - np.dot(lam, r["base"]["J"])
-    best = [r["exact"]["J"][25 * i] for i in range(5)]
-    shares = [gain(lam, r["J"][0]) / gain(lam, J) for lam, J in zip(r["lams"], best)]
-    assert r["objective_share"] == pytest.approx(np.mean(shares), rel=1e-6)               # wrong: at its own λ alone
-    assert r["objective_share"] != pytest.approx(shares[2], rel=0.01)
+    gains, best = ([gain(lam, J) for lam, J in zip(r["lams"], many)] for many in (r["J"], r["exact"]["at_lams"]["J"]))
+    assert r["regret"] == pytest.approx(1 - sum(gains) / sum(best), rel=1e-6)
+    assert r["regret"] != pytest.approx(1 - gains[2] / best[2], rel=0.01)                 # wrong: at its own λ alone
 
 
 @pytest.mark.parametrize("aggregate, more", [("ls", {}), ("tche", {}), ("tche", dict(ideal=[0.6, 0.1]))])
