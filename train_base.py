@@ -1,6 +1,6 @@
 """train_base.py - language modelling from scratch: makes the embedded world's base model, π_ref of all that follows.
 
-    python train_base.py --out data/base       # the model that ships with the code: about 12 minutes on a CPU core
+    python train_base.py --out data/base       # the model that ships with the code: a quarter of an hour on a CPU core
     python train_base.py --seed 1              # another one, in out/base-tiny-seed1: train_dpo.py --init uses it
     python train_base.py --size 125m
 

@@ -141,7 +141,8 @@ def test_who_meets_in_one_picture(second, together, monkeypatch, tmp_path, capsy
     missing = dict.fromkeys(("exact", "outside_mass", "collapsed", "regret", "regret_worst", "hypervolume_share",
                              "hypervolume_share_at_lams"))
     result = lambda run, *_, **__: {
-        "run": str(run), "dims": ["a", "b"], "lams": [[1, 0]], "points_are": "normalised J", "models": 1, "steps": 3,
+        "run": str(run), "label": "x", "dims": ["a", "b"], "lams": [[1, 0]], "points_are": "normalised J", "models": 1,
+        "steps": 3,
         "objective": next(objectives), "reference_point": [0, 0], "spearman": [1, 1], **numbers, **missing}
     monkeypatch.setattr(eval_front, "evaluate", lambda *args, **more: (result(*args), None))
     monkeypatch.setattr(eval_front, "draw_fronts", lambda results, path: drawn.fronts.append(len(results)))

@@ -149,7 +149,7 @@ def test_regret_of_rlhf_by_tchebycheff_is_of_the_expected_maximum(world):
     got = regret(base, measured(row, world, ls), found, lams.tolist(), world, row, o)
 
     def objective(lam, logp):
-        R = -(lam * (3.0 - world.r)).amax(-1)                                                          # (X, O)
+        R = -(lam * (3.0 - world.r))[..., lam > 0].amax(-1)                                            # (X, O)
         return (logp.exp() * (R - 0.5 * (logp - world.ref))).sum(-1).mean().item()
 
     before, reached, top = (np.array([objective(lam, logp) for lam, logp in zip(lams, policies)]) for policies in

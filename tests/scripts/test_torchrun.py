@@ -16,12 +16,12 @@ from svd_lora import read_adapter_header
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SMALL = dict(steps=4, rows=24, responses=4, batch_size=4, lams_per_step=4, snapshots=2, eval=False, log_every=1,
-             device="cpu", init=BASE)
+             device="cpu", init=BASE, keep=0.0)
 TCHE = dict(SMALL, aggregate="tche", lams_per_step=2, orth_coeff=0.1,      # both processes have rows of each preference
             ideal=[0.6, 0.1], accumulate=2)
 LONG = dict(SMALL, steps=30, save_every=4, snapshots=0)
 RUNS = {"ls": SMALL, "ls-fsdp": SMALL | dict(parallel="fsdp"), "tche": TCHE, "tche-fsdp": TCHE | dict(parallel="fsdp"),
-        "micro": SMALL | dict(batch_size=8, accumulate=2), "rs-fsdp": SMALL | dict(method="rs", parallel="fsdp")}
+        "micro": SMALL | dict(batch_size=8, accumulate=2, keep=1.0), "rs-fsdp": SMALL | dict(method="rs", parallel="fsdp")}
 # several runs under one torchrun, since starting it is what takes the time
 DRIVER = f"""
 import json, sys

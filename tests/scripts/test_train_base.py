@@ -39,12 +39,15 @@ def test_it_learns_and_writes_a_model_directory(work):
 def test_it_is_trained_on_the_base_split(work, monkeypatch):
     """Wrong: train prompts alone, without the new verbs."""
     given = []
-    monkeypatch.setattr(train_base, "train", lambda model, out, rows, probs, *more: given.append((rows, probs)))
+    monkeypatch.setattr(train_base, "train", lambda model, out, trees, probs, *more: given.append((trees, probs)))
     monkeypatch.setattr(train_base, "report_speed", lambda *args: 1.0)
     monkeypatch.setattr(train_base, "SIZES", {"tiny": Transformer.from_pretrained(BASE).config})
     train_base.main(train_base.Flags(device="cpu", out="out/base-split"))
-    (rows, probs), tokenizer = given[0], load_tokenizer("toy")
-    assert [tokenizer.decode(row.prompt) for row in rows] == [x + "\n" for x in toy.prompts("base")]
+    (trees, probs), tokenizer = given[0], load_tokenizer("toy")
+    asked = [{tokenizer.decode(row.prompt) for row in rows} for rows in trees]
+    assert asked == [{x + "\n"} for x in toy.prompts("base")]
+    texts = [[tokenizer.decode(y[:-1]) for row in rows for y in row.responses] for rows in trees]
+    assert texts == [toy.responses(x) for x in toy.prompts("base")]    # in the order of their probabilities
     assert all(torch.equal(p, toy.base_probs(x)) for p, x in zip(probs, toy.prompts("base"), strict=True))
 
 

@@ -221,8 +221,8 @@ def test_an_epoch_weighs_every_label_alike(close):
     """21 labels in 20 rows, two of them of one row. Rules out: division by the batch's own number. A batch without a
     label of a dimension logs null for it."""
     few, whole, records = epoch_and_whole("train_reward", 1, data=[one_label_in_twenty("rare.jsonl")],
-                                          reward_scale=None, lr=1e-7)  # rewards that are all equal are refused
-    assert whole.norm() > 0 and close(few, whole, 1e-5)
+                                          reward_scale=None, lr=1e-6)  # rewards that are all equal are refused
+    assert whole.norm() > 0 and close(few, whole, 1e-4)
     assert sorted(r["labels"][1] for r in records) == [0, 0, 0, 0, 1]
     assert all((r[key][1] is None) == (r["labels"][1] == 0) for r in records for key in ("losses", "accuracy"))
 
