@@ -21,7 +21,8 @@ TCHE = dict(SMALL, aggregate="tche", lams_per_step=2, orth_coeff=0.1,      # bot
             ideal=[0.6, 0.1], accumulate=2)
 LONG = dict(SMALL, steps=30, save_every=4, snapshots=0)
 RUNS = {"ls": SMALL, "ls-fsdp": SMALL | dict(parallel="fsdp"), "tche": TCHE, "tche-fsdp": TCHE | dict(parallel="fsdp"),
-        "micro": SMALL | dict(batch_size=8, accumulate=2, keep=1.0), "rs-fsdp": SMALL | dict(method="rs", parallel="fsdp")}
+        "micro": SMALL | dict(batch_size=8, accumulate=2, keep=1.0),
+        "rs-fsdp": SMALL | dict(method="rs", parallel="fsdp")}
 # several runs under one torchrun, since starting it is what takes the time
 DRIVER = f"""
 import json, sys
