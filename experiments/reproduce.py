@@ -49,6 +49,7 @@ class Flags:
     bases: int = flag(3, "base models of seeds 0 to bases - 1, where several are run", 1)
     seeds: int = flag(3, "seeds 0 to seeds - 1 for each base, where several are run", 1)
     out: str = flag("out", "where the runs go")
+    made: bool = flag(False, "make nothing: tables and pictures of the runs that are finished")
     stories_init: str | None = flag(None, "stories and styles: Hugging Face directory of the base model")
     stories_text: str | None = flag(None, "stories: a text file of stories")
     styles_data: str | None = flag(None, "styles: directory with helpsteer2_{train,eval}.jsonl")
@@ -138,9 +139,11 @@ EVERYTHING = {"Panacea, DPO": ("results", "Panacea, LS"), "Panacea, RLHF": ("rlh
 
 def run(flags, name, by, *more):
     """Runs train_<by>.py with these flags unless the run is finished, and evaluates it as the name says behind @.
-    Returns its front.json."""
+    Returns its front.json; None with --made for what is not there."""
     name, _, mixture = name.partition("@")
     path, script = Path(flags.out) / name, f"train_{by}.py"
+    if flags.made and not (path / mixture / "front.json").exists():
+        return None
     if not (path / "front.json").exists():
         call(f"{name}: {script}", script, "--out", path, "--log_every", 100, *more)
     if mixture and not (path / mixture / "front.json").exists():
@@ -162,12 +165,12 @@ def of_each(flags, name, by, *more):
     """front.json of a run, or of one for each base and seed, where its name has {b} and {s}."""
     results = []
     for b in range(flags.bases if "{b}" in name else 1):
-        if b and not is_world_base(f"out/base-tiny-seed{b}"):
+        if b and not flags.made and not is_world_base(f"out/base-tiny-seed{b}"):
             call(f"base {b}: train_base.py", "train_base.py", "--seed", b)
         base = ("--init", f"out/base-tiny-seed{b}") if b else ()
         for s in range(flags.seeds if "{s}" in name else 1):
             results.append(run(flags, name.format(b=b, s=s), by, *base, *more, "--seed", s))
-    return results
+    return [r for r in results if r]
 
 
 def mean_of(x):
@@ -256,24 +259,25 @@ def styles(flags):
 def main(flags):
     """Makes what was asked for, in order."""
     needs = {"stories": ("stories_init", "stories_text"), "styles": ("stories_init", "styles_data")}
-    out, rows_of = Path(flags.out), lambda what: {k: of_each(flags, *v) for k, v in TABLES[what].items()}
+    out = Path(flags.out)
+    rows_of = lambda table: {label: made for label, row in table.items() if (made := of_each(flags, *row))}
     for what in flags.what:
         for name in needs.get(what, ()):
             if getattr(flags, name) is None:
                 raise UserError(f"{what} needs --{name}")
         if what in TABLES:
-            rows = rows_of(what)
+            rows = rows_of(TABLES[what])
             (one_policy if what == "pama" else summary)(rows)
             if what == "hqd":
                 together(rows, out / "hqd")
         for picture, runs in PICTURES.items():
-            if runs[0][0] == what:
-                draw_fronts([rows[label][0] for _, label in runs], out / f"{picture}.png")
+            if runs[0][0] == what and (there := [rows[label][0] for _, label in runs if label in rows]):
+                draw_fronts(there, out / f"{picture}.png")
         if what in ("evolution", "rlhf"):
             evolution(flags, *(LS if what == "evolution" else ("ppo-ls-base0-seed0", "ppo")))
         elif what == "everything":
-            rows = {label: of_each(flags, *TABLES[a][b])[:1] for label, (a, b) in EVERYTHING.items()}
-            together(rows, out / "everything")
+            rows = rows_of({label: TABLES[a][b] for label, (a, b) in EVERYTHING.items()})
+            together({label: made[:1] for label, made in rows.items()}, out / "everything")
         elif what == "labels":
             labelers.main(labelers.Flags(panacea=run(flags, *LS)["run"], out=str(out / "appendix-a")))
         elif what in needs:
