@@ -1,6 +1,6 @@
 """train_dpo.py - Panacea with DPO (arXiv:2402.02030v1, Algorithm 1): one model, one preference vector, the whole front.
 
-    python train_dpo.py --pref_dim 2                        # the embedded world; makes its base model first
+    python train_dpo.py --pref_dim 2                        # the embedded world
     python train_dpo.py --pref_dim 2 --aggregate tche       # Tchebycheff instead of linear scalarisation
     python train_dpo.py --pref_dim 2 --method rs            # baselines: rewarded soups; dps: one model per preference
     python train_dpo.py --pref_dim 2 --method prompt        # baseline: λ as a text in front of the prompt

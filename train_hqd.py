@@ -1,6 +1,6 @@
 """train_hqd.py - ParetoHqD (Gu et al., arXiv:2504.16628): plain SFT on the pairs of an offline set that suit λ best.
 
-    python train_hqd.py --pref_dim 2                        # the embedded world; makes its base model first
+    python train_hqd.py --pref_dim 2                        # the embedded world
     python train_hqd.py --pref_dim 2 --select linear        # ablations: the best by Σ λ_i r_i; all: the whole set
     python train_hqd.py --pref_dim 2 --no-stage2            # ablation: without answers of its own
     python train_hqd.py --init <Hugging Face directory> --data pairs.jsonl --rewards happy concise

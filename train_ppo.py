@@ -1,6 +1,6 @@
 """train_ppo.py - RLHF for the whole front: PPO with Panacea (arXiv:2402.02030v1, Eq. (12), (13)), its baselines, PAMA.
 
-    python train_ppo.py --pref_dim 2                        # the embedded world; makes its base model first
+    python train_ppo.py --pref_dim 2                        # the embedded world
     python train_ppo.py --pref_dim 2 --aggregate tche       # Tchebycheff instead of linear scalarisation
     python train_ppo.py --pref_dim 2 --method rs            # rewarded soups; dps: one model per preference (MORLHF)
     python train_ppo.py --pref_dim 2 --aggregate pama       # PAMA: one policy, no preference; mgda: by gradients

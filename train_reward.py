@@ -1,6 +1,6 @@
 """train_reward.py - reward models, one scalar per preference dimension (Panacea, arXiv:2402.02030v1, Sec. 3.1).
 
-    python train_reward.py --pref_dim 2                      # the embedded world; makes its base model first
+    python train_reward.py --pref_dim 2                      # the embedded world
     python train_reward.py --pref_dim 2 --reward_scale 1 5   # the paper's factor 5 on the harmless reward
     python train_reward.py --dims harmless --init <Hugging Face directory> --data a.jsonl b.jsonl --eval_data c.jsonl
     python train_ppo.py --rewards out/reward-helpful-harmless-seed0       # uses it (data/rewards.py: load_reward_model)

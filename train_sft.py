@@ -1,6 +1,6 @@
 """train_sft.py - Panacea with the SFT objective (of its second version): demonstrations instead of comparisons.
 
-    python train_sft.py --pref_dim 2                        # the embedded world; makes its base model first
+    python train_sft.py --pref_dim 2                        # the embedded world
     python train_sft.py --pref_dim 2 --aggregate tche       # Tchebycheff instead of linear scalarisation
     python train_sft.py --pref_dim 2 --method rs            # baselines: rewarded soups; dps: one model per preference
     python train_sft.py --init <Hugging Face directory> --data helpful.jsonl humorous.jsonl --eval_data …
