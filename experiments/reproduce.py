@@ -58,6 +58,7 @@ class Flags:
 RS, TCHE, FIVE = ("--method", "rs"), ("--aggregate", "tche"), ("--method", "dps", "--dps_parts", 4)
 # the rivals' best, found on the validation prompts (docs/log.md)
 RS_RATE, PROMPT_RATE, SOUP_FACTOR, MOD_FACTOR = (), (), 0.8, 0.8
+PPO = ("--estimator", "rloo", "--steps", 400)
 NO_VERTICES = ("--vertex_share", 0)
 HALF = ("--method", "dps", "--lam", 0.5, 0.5)
 LS = ("m2-panacea-base0-seed0", "dpo")
@@ -95,10 +96,10 @@ TABLES = {
               "rs, m = 3": (f"m3-rs-base0-seed0@weights-{SOUP_FACTOR}", "dpo", "--pref_dim", 3, *RS, *RS_RATE)},
     "dps": {"panacea": LS, "dps, equal total steps": ("m2-dps-base0-seed0", "dpo", *FIVE),
             "dps, 5 times the steps": ("m2-dps5-base0-seed0", "dpo", *FIVE, "--steps", 3000)},
-    "rlhf": {"panacea ppo ls": ("ppo-ls-base{b}-seed0", "ppo"),
-             "panacea ppo tche": ("ppo-tche-base{b}-seed0", "ppo", *TCHE),
-             "rs ppo": (f"ppo-rs-base{{b}}-seed0@weights-{SOUP_FACTOR}", "ppo", *RS),
-             "MOD ppo": ("ppo-rs-base{b}-seed0@mod", "ppo", *RS)},
+    "rlhf": {"panacea ppo ls": ("ppo-ls-base{b}-seed0", "ppo", *PPO), "GAE": ("ppo-gae-base{b}-seed0", "ppo"),
+             "panacea ppo tche": ("ppo-tche-base{b}-seed0", "ppo", *PPO, *TCHE),
+             "rs ppo": (f"ppo-rs-base{{b}}-seed0@weights-{SOUP_FACTOR}", "ppo", *PPO, *RS),
+             "MOD ppo": ("ppo-rs-base{b}-seed0@mod", "ppo", *PPO, *RS)},
     "sft": {"panacea sft ls": ("sft-ls-base{b}-seed0", "sft"),
             "panacea sft tche": ("sft-tche-base{b}-seed0", "sft", *TCHE),
             "rs sft": (f"sft-rs-base{{b}}-seed0@weights-{SOUP_FACTOR}", "sft", *RS),
@@ -225,9 +226,9 @@ def together(rows, out):
     print("\n" + table(columns | {"train s": [f"{np.mean([r['train_seconds'] for r in runs]):.0f}" for runs in of]}))
 
 
-def evolution(flags, name, by):
+def evolution(flags, name, by, *more):
     """The front of one run at its snapshots."""
-    run(flags, name, by)
+    run(flags, name, by, *more)
     eval_front.main(eval_front.Flags(runs=[str(Path(flags.out) / name)], evolution=True))
 
 
@@ -274,7 +275,7 @@ def main(flags):
             if runs[0][0] == what and (there := [rows[label][0] for _, label in runs if label in rows]):
                 draw_fronts(there, out / f"{picture}.png")
         if what in ("evolution", "rlhf"):
-            evolution(flags, *(LS if what == "evolution" else ("ppo-ls-base0-seed0", "ppo")))
+            evolution(flags, *(LS if what == "evolution" else ("ppo-ls-base0-seed0", "ppo", *PPO)))
         elif what == "everything":
             rows = rows_of({label: TABLES[a][b] for label, (a, b) in EVERYTHING.items()})
             together({label: made[:1] for label, made in rows.items()}, out / "everything")
