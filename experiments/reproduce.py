@@ -3,7 +3,6 @@ that was killed goes on.
 
     python -m experiments.reproduce results      # DPO: Panacea and its rivals, 3 bases x 3 seeds
     python -m experiments.reproduce ablations    # DPO: what each part of the method gives
-    python -m experiments.reproduce keep         # DPO: remedies against mass outside the listed responses
     python -m experiments.reproduce three        # m = 3: Panacea (LS, Tche), rewarded soups
     python -m experiments.reproduce dps          # discrete policy solutions: 5 models, at 1 and at 5 times the steps
     python -m experiments.reproduce evolution    # Fig. 4: the front over the training steps
