@@ -97,7 +97,8 @@ def main(flags):
     if exact and exact["at_lams"]["hypervolume_share"]:
         print(f"HV share: hypervolume divided by the exact front's {exact['hypervolume']:.4f} on {len(exact['lams'])} "
               f"preferences; the optimal policies themselves have, at these {len(first['lams'])}: "
-              f"{exact['at_lams']['hypervolume_share']:.4f}")
+              f"{exact['at_lams']['hypervolume_share']:.4f}; the base model: "
+              f"{hypervolume([first['base']['points']], first['reference_point']) / exact['hypervolume']:.4f}")
     print(f"reference point {first['reference_point']} in {first['points_are']}; pictures: "
           + ", ".join(str(run / folder(flags) / "front.png") for run in runs))
 

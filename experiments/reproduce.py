@@ -12,7 +12,7 @@ that was killed goes on.
     python -m experiments.reproduce sft          # the SFT objective: Panacea (LS, Tche), rewarded soups: 3 bases
     python -m experiments.reproduce ten          # m = 10 by SFT and by DPO
     python -m experiments.reproduce hhc_dpo hhc_ppo     # helpful, harmless, concise: one, three and six models
-    python -m experiments.reproduce hqd          # ParetoHqD and its ablations: 3 bases
+    python -m experiments.reproduce hqd          # ParetoHqD and its ablations: 3 seeds
     python -m experiments.reproduce everything   # runs of all of the above with m = 2 in the one space of mean scores
     python -m experiments.reproduce labels       # Appendix A: pooled scalar labels
     python -m experiments.reproduce styles --stories_init DIR --styles_data DIR    # SFT on files: concise and verbose
@@ -56,7 +56,7 @@ class Flags:
 
 RS, TCHE, FIVE = ("--method", "rs"), ("--aggregate", "tche"), ("--method", "dps", "--dps_parts", 4)
 # the rivals' best, found on the validation prompts (docs/log.md)
-RS_RATE, PROMPT_RATE, SOUP_FACTOR, MOD_FACTOR = (), (), 0.8, 0.8
+SOUP_FACTOR, MOD_FACTOR = 0.8, 0.8
 PPO = ("--estimator", "rloo", "--steps", 400)
 NO_VERTICES = ("--vertex_share", 0)
 HALF = ("--method", "dps", "--lam", 0.5, 0.5)
@@ -72,13 +72,13 @@ HHC = {"dpo": ("--pref_dim", 3), "ppo": ("--rewards", "helpful", "harmless", "co
 TABLES = {
     "results": {"Panacea, LS": ("m2-panacea-base{b}-seed{s}", "dpo"),
                 "Panacea, Tche": ("m2-tche-base{b}-seed0", "dpo", *TCHE),
-                "soups, equal total steps": (f"m2-rs-base{{b}}-seed{{s}}@weights-{SOUP_FACTOR}", "dpo", *RS, *RS_RATE),
-                "soups, full steps a model": (f"m2-rs2-base{{b}}-seed0@weights-{SOUP_FACTOR}", "dpo", *RS, *RS_RATE,
-                                              "--steps", 1200),
-                "MOD, equal total steps": (f"m2-rs-base{{b}}-seed{{s}}@mod-{MOD_FACTOR}", "dpo", *RS, *RS_RATE),
-                "MOD, full steps a model": (f"m2-rs2-base{{b}}-seed0@mod-{MOD_FACTOR}", "dpo", *RS, *RS_RATE, "--steps",
-                                            1200),
-                "λ in the prompt": ("m2-prompt-base{b}-seed{s}", "dpo", "--method", "prompt", *PROMPT_RATE),
+                "soups, equal total steps": (f"m2-rs-base{{b}}-seed{{s}}@weights-{SOUP_FACTOR}", "dpo", *RS),
+                "soups as published": ("m2-rs-base{b}-seed{s}", "dpo", *RS),
+                "soups, full steps a model": (f"m2-rs2-base{{b}}-seed0@weights-{SOUP_FACTOR}", "dpo", *RS, "--steps",
+                                              1200),
+                "MOD, equal total steps": (f"m2-rs-base{{b}}-seed{{s}}@mod-{MOD_FACTOR}", "dpo", *RS),
+                "MOD, full steps a model": (f"m2-rs2-base{{b}}-seed0@mod-{MOD_FACTOR}", "dpo", *RS, "--steps", 1200),
+                "λ in the prompt": ("m2-prompt-base{b}-seed{s}", "dpo", "--method", "prompt"),
                 "one compromise, λ = (½, ½)": ("m2-half-base{b}-seed0", "dpo", *HALF)},
     "ablations": {"Panacea": LS, "one compromise": ("m2-half-base0-seed0", "dpo", *HALF),
                   "k = 0, the preference part alone": ("m2-k0-base0-seed0", "dpo", "--lora_dim", 0),
@@ -92,7 +92,7 @@ TABLES = {
                      for G in (8, 16, 32)}},
     "three": {"panacea ls, m = 3": ("m3-panacea-base0-seed0", "dpo", "--pref_dim", 3),
               "panacea tche, m = 3": ("m3-tche-base0-seed0", "dpo", "--pref_dim", 3, *TCHE),
-              "rs, m = 3": (f"m3-rs-base0-seed0@weights-{SOUP_FACTOR}", "dpo", "--pref_dim", 3, *RS, *RS_RATE)},
+              "rs, m = 3": (f"m3-rs-base0-seed0@weights-{SOUP_FACTOR}", "dpo", "--pref_dim", 3, *RS)},
     "dps": {"panacea": LS, "dps, equal total steps": ("m2-dps-base0-seed0", "dpo", *FIVE),
             "dps, 5 times the steps": ("m2-dps5-base0-seed0", "dpo", *FIVE, "--steps", 3000)},
     "rlhf": {"panacea ppo ls": ("ppo-ls-base{b}-seed0", "ppo", *PPO), "GAE": ("ppo-gae-base{b}-seed0", "ppo"),
@@ -108,9 +108,10 @@ TABLES = {
     **{f"hhc_{by}": {f"panacea {by}": (f"hhc-{by}-panacea", by, *more), f"rs {by}": (f"hhc-{by}-rs", by, *more, *RS),
                      f"dps {by}": (f"hhc-{by}-dps", by, *more, "--method", "dps", "--dps_parts", 2)}
        for by, more in HHC.items()},
-    "hqd": {"ParetoHqD": ("hqd-base{b}-seed0", "hqd"),
-            "stage 1 alone": ("hqd-stage1-base{b}-seed0", "hqd", "--no-stage2"),
-            "linear scalarisation": ("hqd-linear-base{b}-seed0", "hqd", "--select", "linear"),
+    # of one base: `together` measures them in one space
+    "hqd": {"ParetoHqD": ("hqd-base0-seed{s}", "hqd"),
+            "stage 1 alone": ("hqd-stage1-base0-seed{s}", "hqd", "--no-stage2"),
+            "linear scalarisation": ("hqd-linear-base0-seed{s}", "hqd", "--select", "linear"),
             "whole data set": ("hqd-all-base0-seed0", "hqd", "--select", "all", "--no-stage2", "--parts", 2)},
     # one policy from the same base at equal steps; 75, since no front has to be learned
     "pama": {**{f"PAMA ({r})": (f"ppo-pama{r.lower()}-base{{b}}-seed0", "ppo", "--aggregate", "pama", "--pama_reading",
@@ -265,15 +266,19 @@ def main(flags):
         for name in needs.get(what, ()):
             if getattr(flags, name) is None:
                 raise UserError(f"{what} needs --{name}")
+        if flags.made and what not in (*TABLES, "everything"):
+            raise UserError(f"--made shows the tables of finished runs; {what} has none")
         if what in TABLES:
             rows = rows_of(TABLES[what])
+            if not rows:
+                raise UserError(f"{what}: no run of it is finished in {out}")
             (one_policy if what == "pama" else summary)(rows)
             if what == "hqd":
                 together(rows, out / "hqd")
         for picture, runs in PICTURES.items():
             if runs[0][0] == what and (there := [rows[label][0] for _, label in runs if label in rows]):
                 draw_fronts(there, out / f"{picture}.png")
-        if what in ("evolution", "rlhf"):
+        if what in ("evolution", "rlhf") and not flags.made:
             evolution(flags, *(LS if what == "evolution" else ("ppo-ls-base0-seed0", "ppo", *PPO)))
         elif what == "everything":
             rows = rows_of({label: TABLES[a][b] for label, (a, b) in EVERYTHING.items()})

@@ -59,15 +59,9 @@ def evaluate(run, device, known, parts=None, adapters=None, splits=SPLITS, **mix
     worlds, held_out = measured_on(config, model, tokenizer, device, splits)
     sources = {world.split: world for world in worlds} | (
         {"held out": held_out} if held_out and not (adapters and worlds) else {})
-    measure = lambda policy: {name: source.measure(policy, o["beta"]) for name, source in sources.items()}
-    base, lams, results = measure(model), [], []                                      # no adapter yet: π = π_ref
     grid = evaluation_preferences(m, parts).float()
-    for lam, policy in tqdm(policies(run, config, model, grid, adapters, **mixture), desc="front", disable=None):
-        lams.append([round(x, 6) for x in lam.tolist()])
-        results.append(measure(policy))
-    if len(lams) == 1 < len(grid):                                  # one compromise: its answer to every preference
-        lams, results = [[round(x, 6) for x in lam] for lam in grid.tolist()], results * len(grid)
-    columns = {name: {key: [r[name][key] for r in results] for key in base[name]} for name in sources}
+    base, lams, columns = measured(sources, model, grid, policies(run, config, model, grid, adapters, **mixture),
+                                   o["beta"])
 
     # 2. of the embedded world's splits: regret; exact figures of the last one replace sampled ones
     exact = {world.split: cached(known, config, world, best, lams) for world in worlds}
@@ -100,6 +94,21 @@ def evaluate(run, device, known, parts=None, adapters=None, splits=SPLITS, **mix
     samples = {"lams": lams, "dims": dims, "raw": column["raw"], "texts": column["texts"],
                "base": {key: base[key] for key in ("raw", "texts")}} if "raw" in column else None
     return result, samples
+
+
+def measured(sources, model, grid, policies, beta):
+    """What every source (a name -> what has measure()) says of the base `model`, which has no adapter yet, and of a
+    run's policies: base {name: {key: value}}, the preferences (F, m), and columns {name: {key: F values}}. A run of one
+    policy answers every preference of the grid (F, m) with it."""
+    measure = lambda policy: {name: source.measure(policy, beta) for name, source in sources.items()}
+    base, lams, results = measure(model), [], []
+    for lam, policy in tqdm(policies, desc="front", disable=None):
+        lams.append(lam)
+        results.append(measure(policy))
+    if len(lams) == 1 < len(grid):
+        lams, results = grid, results * len(grid)
+    return (base, [[round(x, 6) for x in lam.tolist()] for lam in lams],
+            {name: {key: [r[name][key] for r in results] for key in base[name]} for name in sources})
 
 
 def cached(known, config, world, exact, lams):

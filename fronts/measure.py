@@ -104,16 +104,18 @@ def policies(run, config, model, lams, adapters=None, mix="weights", factor=1.0)
         for lam, text in zip(lams, written(lams, load_tokenizer(config["tokenizer"]))):
             yield lam, lambda batch, text=text: batch_logprobs(model, with_prefix(batch, text))
     elif method == "rs":
-        soup, ends = Transformer(model.config).to(model.embed.weight), [dense_state_dict(model)]
         models = [shared_base(model) for _ in range(len(dims) + 1)]                   # π_ref, then the specialists
         for dim, specialist in zip(dims, models[1:]):
             load_adapter(specialist, run / f"adapter-{dim}.safetensors", dims)
-            ends.append(merged_state_dict(specialist))
-        for lam in lams:
-            weights = [1 - factor, *(factor * lam).tolist()]
-            if mix == "weights":
-                soup.load_state_dict({key: sum(w * end[key] for w, end in zip(weights, ends)) for key in ends[0]})
-            yield lam, soup if mix == "weights" else Mixture(models, weights)
+        weights = [[1 - factor, *(factor * lam).tolist()] for lam in lams]
+        if mix == "logprobs":
+            yield from ((lam, Mixture(models, w)) for lam, w in zip(lams, weights))
+            return
+        soup = Transformer(model.config).to(model.embed.weight)
+        ends = [dense_state_dict(model), *map(merged_state_dict, models[1:])]
+        for lam, w in zip(lams, weights):
+            soup.load_state_dict({key: sum(a * end[key] for a, end in zip(w, ends)) for key in ends[0]})
+            yield lam, soup
     else:
         for file in sorted(run.glob("adapter-*.safetensors")):
             header = load_adapter(model, file, dims)
