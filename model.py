@@ -92,6 +92,9 @@ SIZES = {   # vocab_size, bos_id and eos_id are replaced by those of the tokeniz
 class Linear(nn.Linear):
     """nn.Linear by way of fused.linear, as all linear layers here."""
 
+    def reset_parameters(self):
+        """Nothing: init_weights or a file fills them, and torch's own start costs seconds of imports on "meta"."""
+
     def forward(self, x):
         return fused.linear(x, self.weight, self.bias)
 
@@ -196,9 +199,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_blocks = False                        # True: activations of one block in memory, 3/2 the work
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        table = lambda n: nn.Embedding(n, config.d_model, _weight=torch.empty(n, config.d_model))
+        self.embed = table(config.vocab_size)
         if config.positions == "learned":
-            self.pos_embed = nn.Embedding(config.context_length, config.d_model)
+            self.pos_embed = table(config.context_length)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = Norm(config)
         if not config.tied:

@@ -6,7 +6,6 @@ n: critic heads, and advantages of a token   λ is the preference; GAE's own λ 
 the DPO derivation is about the probability of the whole response. Prompt and padding take no part.
 Equations are those of Panacea, arXiv:2402.02030v1, unless another paper is named.
 """
-import math
 
 import torch
 import torch.nn.functional as F
@@ -49,17 +48,19 @@ def ipo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta):
     return ((chosen - rejected) / beta - 1 / (2 * beta)).square(), chosen.detach(), rejected.detach()
 
 
-def support_loss(logits, ref_logits, least=1e-3):
-    """−log Σ_{v ∈ A_t} π(v | x, y_<t) of every token, A_t = {v : π_ref(v | x, y_<t) ≥ least}, the tokens that the
-    reference allows there.
+def support_loss(logps, token, n):
+    """−log Σ_{v ∈ A_t} π(v | x, y_<t) of every token, A_t: the tokens that the reference allows there, those to which
+    it gives at least some small probability.
 
     # not in paper: DPO compares responses with each other, so nothing in it holds the probability of all the others
     down. This term does, and asks for nothing else: among the allowed tokens every choice costs 0, so the optimum of
     DPO stays where it is, if it says nothing that the reference rules out.
-    logits, ref_logits: (N, V) of the states that predict the N tokens; no gradient flows into ref_logits  ->  (N,)
+    logps: (M,) log π(v | x, y_<t) of every allowed v, of all tokens t   token: (M,) int64, the t of each   n: how many
+    tokens there are; each has at least one allowed v  ->  (n,)
     """
-    ruled_out = ref_logits.detach().log_softmax(-1) < math.log(least)                     # (N, V)
-    return logits.logsumexp(-1) - logits.masked_fill(ruled_out, -torch.inf).logsumexp(-1)
+    top = logps.new_full((n,), -torch.inf).scatter_reduce(0, token, logps.detach(), "amax")   # so that no exp is 0
+    mass = logps.new_zeros(n).index_add(0, token, (logps - top.index_select(0, token)).exp())
+    return -(top + mass.log())
 
 
 def implicit_accuracy(chosen_reward, rejected_reward):

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 
 import eval_front
 from aggregate import linear_scalarization, models_of, sample_preference, tchebycheff
@@ -31,8 +30,8 @@ from data.batches import Batches, pad_to, reference_logprobs
 from data.prompts import written
 from data.sources import check_preferences, preference_rows
 from data.tokenizers import tokenize
-from data.trees import batch_logprobs, predicting_states, with_prefix
-from objectives import dpo_loss, ipo_loss, losses_on_pairs, support_loss
+from data.trees import edge_logprobs, predicting_states, with_prefix
+from objectives import dpo_loss, ipo_loss, losses_on_pairs, response_logprobs, support_loss
 from runs.directory import models_left, open_run, steps_each
 from runs.files import UserError
 from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, RunFlags, check_lam, flag, run_main
@@ -40,9 +39,10 @@ from runs.loop import Run, adamw, add_adapter
 from runs.processes import all_sum, init_distributed, pick_device, shard, with_value
 from runs.randomness import generator_for
 from runs.speed import matmul_ceiling
-from svd_lora import adapters_off, orthogonality_penalty, save_adapter, set_preference
+from svd_lora import orthogonality_penalty, save_adapter, set_preference
 
 LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss}
+LEAST = 1e-3            # --keep: the reference allows a token to which it gives at least this probability
 
 
 @dataclass
@@ -69,7 +69,8 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags):
         "ddp", "under torchrun: a copy of the base in every process, or shares of it (--eval then reads it whole)")
 
 
-def train(model, out, name, fixed_lam, rows, reference, dims, flags, steps, member, resume, device, text_of=None):
+def train(model, out, name, fixed_lam, rows, reference, allowed, dims, flags, steps, member, resume, device,
+          text_of=None):
     """Algorithm 1 for one adapter, written to out/name. fixed_lam: None for Panacea, else the one λ of this model.
     text_of: λ (G, m) -> its text (G, n), tokens that each prompt begins with, in the place of Eq. (9)."""
     m, G = len(dims), flags.lams_per_step if fixed_lam is None else 1
@@ -96,7 +97,8 @@ def train(model, out, name, fixed_lam, rows, reference, dims, flags, steps, memb
 
         # line 7: the losses of all dimensions, from the log-probs of the responses, …
         states = predicting_states(model, tree)                                       # (N, D)
-        pi = batch_logprobs(model, tree, states)                                      # (R,) log π(y|x)
+        logps = edge_logprobs(model, tree, states)                                    # (N,) log π(y_t|x, y_<t)
+        pi = response_logprobs(logps, tree.paths)                                     # (R,) log π(y|x)
         ref = torch.cat([reference[j] for j in batch.rows]).to(device)                # (R,) log π_ref(y|x)
         losses, correct, _ = losses_on_pairs(LOSSES[flags.loss], pi, ref, batch.tree.pairs, batch.tree.better,
                                              flags.beta)                              # (P, m), Eq. (2)
@@ -108,7 +110,7 @@ def train(model, out, name, fixed_lam, rows, reference, dims, flags, steps, memb
         # line 8: a step of gradient descent on U, V, σ and s
         penalty = flags.orth_coeff * orthogonality_penalty(model) if flags.orth_coeff else 0.0        # of Eq. (5)
         if flags.keep:
-            objective = objective + flags.keep * astray(model, batch.tree, states, run) / each
+            objective = objective + flags.keep * astray(model, batch, states, logps, allowed) / each
         run.update(objective, penalty)
         run.log(*batch.tree.size, ("losses", "accuracy"), lam=lam.tolist(),
                 means={"losses": (losses, batch.known), "accuracy": (correct, batch.known)})
@@ -116,13 +118,18 @@ def train(model, out, name, fixed_lam, rows, reference, dims, flags, steps, memb
                  lam=None if fixed_lam is None else fixed_lam.tolist())
 
 
-def astray(model, tree, states, run):
-    """What keeps the policy to tokens that the reference allows (objectives.support_loss), summed over all tokens of
-    the responses. Its value is of all processes, its gradient of this one's rows."""
-    run.work(*tree.size, base=2)
-    with torch.no_grad(), adapters_off(model):
-        ref = predicting_states(model, tree)                                          # (N, D)
-    loss = support_loss(F.linear(states, model.head_weight), F.linear(ref, model.head_weight)).sum()
+def astray(model, batch, states, logps, allowed):
+    """What keeps the policy to tokens that the reference allows (objectives.support_loss), summed over the edges of the
+    batch's trees. Its value is of all processes, its gradient of this one's rows.
+
+    states: (N, D)   logps: (N,) of the targets   allowed: for each row of the data (counts, tokens), reference_logprobs
+    """
+    counts, tokens = (torch.cat(x).to(states.device).long() for x in zip(*(allowed[j] for j in batch.rows)))
+    edge = torch.arange(len(counts), device=states.device).repeat_interleave(counts)  # (M,), one for each allowed token
+    h, W = states.float(), model.head_weight.float()
+    log_Z = (h * W[batch.tree.targets]).sum(1) - logps                                # a target's logit less its log π
+    logits = (h.index_select(0, edge) * W[tokens]).sum(1)                             # (M,)
+    loss = support_loss(logits - log_Z.index_select(0, edge), edge, len(counts)).sum()
     return with_value(loss, all_sum(loss.detach().clone()))
 
 
@@ -159,11 +166,12 @@ def main(flags):
         given, flags, dims, model, base, tokenizer_name, flags.method, objective=objective, models=len(models), cut=cut)
     if flags.parallel == "fsdp":
         shard(model, device)
-    reference = reference_logprobs(model, rows, flags.batch_size, pad_to(device), device)    # once
+    reference, allowed = reference_logprobs(model, rows, flags.batch_size, pad_to(device), device,
+                                            LEAST if flags.keep else None)                             # once
     for i, (name, lam), state in models_left(models, resume):
         if flags.parallel == "fsdp":                                   # train() shards anew, with the adapter in place
             model, _ = load()
-        train(model, out, name, lam, rows, reference, dims, flags, steps, i, state, device, text_of)
+        train(model, out, name, lam, rows, reference, allowed, dims, flags, steps, i, state, device, text_of)
     if rank > 0:
         return out
     del model, reference

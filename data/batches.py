@@ -4,13 +4,17 @@ B: rows of a batch   G: preferences in a step   R: responses   P: compared pairs
 items: what a loss is a mean of: the P pairs (DPO), the R responses (SFT)
 known: (items, m) 1 where an item counts for a dimension: a pair with a label for it, a response that demonstrates it
 """
+import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from aggregate import denominators
-from data.trees import TreeBatch, batch_logprobs, pack, row_lengths
-from runs.processes import all_sum, ranks, with_value
+from data.trees import TreeBatch, edge_logprobs, pack, predicting_states, row_lengths
+from objectives import response_logprobs
+from ops.fused import ROWS
+from runs.processes import all_sum, gathered, ranks, with_value
 from runs.randomness import epoch_batch
 from svd_lora import adapters_off
 
@@ -85,20 +89,41 @@ class Batches:
 
 
 @torch.no_grad()
-def reference_logprobs(model, rows, batch_size, multiple, device):
+def reference_logprobs(model, rows, batch_size, multiple, device, least=None):
     """log π_ref of every response, by the model with its adapter off: a list with one (responses,) CPU tensor per row.
 
+    Beside it, where `least` is given, the tokens to which π_ref gives at least this probability at the edges of each
+    row (data/trees.py), the likeliest in any case: a list of (counts (edges,), tokens). Else None.
     Rows are taken in the order of their lengths, so that little is padding; each process takes its share.
     """
     (rank, processes), n = ranks(), len(rows)
     order = row_lengths(rows).argsort(stable=True).tolist()
-    sizes = [len(row.responses) for row in rows]
-    out = list(torch.zeros(sum(sizes)).split(sizes))
+    logps, counts, tokens = {}, {}, {}
     with adapters_off(model):
         for i in range(0, n, batch_size):
             mine = order[i:i + batch_size][rank::processes] or order[:1]       # may be empty, but no forward pass is:
             batch = pack([rows[j] for j in mine], multiple).to(device)     # with fsdp the processes make it together
-            logps = batch_logprobs(model, batch).cpu().split([sizes[j] for j in mine])
-            for j, logp in zip(order[i:i + batch_size][rank::processes], logps):
-                out[j] = logp
-    return list(all_sum(torch.cat(out).to(device)).cpu().split(sizes))
+            states = predicting_states(model, batch)                                  # (N, D)
+            own = order[i:i + batch_size][rank::processes]
+            pi = response_logprobs(edge_logprobs(model, batch, states), batch.paths)  # (R,)
+            logps |= zip(own, pi.cpu().split([len(rows[j].responses) for j in mine]))
+            if least is not None:
+                count, token = _likely(states, model.head_weight, least)
+                edges = (batch.parents // batch.tokens.shape[1]).bincount(minlength=len(mine)).tolist()    # of each row
+                counts |= zip(own, count.split(edges))
+                tokens |= zip(own, token.split([each.sum().item() for each in count.split(edges)]))
+    logps = gathered(logps, n, torch.float32, device)
+    return logps, least and list(zip(*(gathered(x, n, torch.int32, device) for x in (counts, tokens))))
+
+
+def _likely(states, head_weight, least):
+    """The tokens with a probability of at least `least`, and the likeliest: how many for each of the states (N, D), and
+    which, in their order. int32, on the CPU."""
+    counts, tokens = [], []
+    for h in states.split(ROWS):
+        logits = F.linear(h, head_weight).float()                                     # (n, V)
+        least_logit = torch.minimum(logits.logsumexp(1) + math.log(least), logits.amax(1))
+        likely = logits >= least_logit[:, None]
+        counts.append(likely.sum(1).int().cpu())
+        tokens.append(likely.nonzero()[:, 1].int().cpu())
+    return torch.cat(counts), torch.cat(tokens)

@@ -197,14 +197,18 @@ def predicting_states(model, batch):
     return hidden.flatten(0, 1).index_select(0, batch.parents)                        # (B·T, D) -> (N, D)
 
 
+def edge_logprobs(model, batch, states=None):
+    """log π(y_t | x, y_<t) of every edge: (N,) fp32. states: what predicting_states gives, where it is computed
+    already."""
+    states = predicting_states(model, batch) if states is None else states
+    return linear_logprob(states, model.head_weight, batch.targets)
+
+
 def path_logprobs(model, batch, states=None):
-    """log π(y_t | x, y_<t) of every token of every response: (R, L) fp32, 0 on padding. states: what predicting_states
-    gives, where it is computed already."""
-    states = predicting_states(model, batch) if states is None else states
-    return batch.along(linear_logprob(states, model.head_weight, batch.targets))
+    """log π(y_t | x, y_<t) of every token of every response: (R, L) fp32, 0 on padding. states: as above."""
+    return batch.along(edge_logprobs(model, batch, states))
 
 
-def batch_logprobs(model, batch, states=None):
-    """log π(y|x) of every response of a TreeBatch: (R,) fp32. states: as for path_logprobs."""
-    states = predicting_states(model, batch) if states is None else states
-    return response_logprobs(linear_logprob(states, model.head_weight, batch.targets), batch.paths)
+def batch_logprobs(model, batch):
+    """log π(y|x) of every response of a TreeBatch: (R,) fp32."""
+    return response_logprobs(edge_logprobs(model, batch), batch.paths)

@@ -101,7 +101,7 @@ def train_pooled(base, config, labelers, flags, tokenizer, device):
                             generator_for(settings.seed, "pairs"), labelers)
     rows = tokenize(rows, tokenizer, settings.max_length)[0]
     model = shared_base(base)
-    reference = reference_logprobs(model, rows, settings.batch_size, pad_to(device), device)
+    reference, _ = reference_logprobs(model, rows, settings.batch_size, pad_to(device), device)
     add_adapter(model, settings, 0)
     batches = Batches(rows, [torch.ones(len(row.better), 1) for row in rows], settings, 1, device)
     (out / "metrics.jsonl").unlink(missing_ok=True)

@@ -65,7 +65,7 @@ def steps():
     add_adapter(model, FLAGS, len(dims))
     layer = svd_lora_layers(model)[LAYER]
     yield {"W0": layer.weight, "U": layer.U, "V": layer.V, "sigma": layer.sigma, "s": layer.s}
-    reference = reference_logprobs(model, rows, FLAGS.batch_size, 1, torch.device("cpu"))
+    reference, _ = reference_logprobs(model, rows, FLAGS.batch_size, 1, torch.device("cpu"))
     yield {"row 0": reference[0], "row 1": reference[1]}
 
     known = [(torch.tensor(row.better) >= 0).float() for row in rows]

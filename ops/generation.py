@@ -8,10 +8,11 @@ U: (d_out, r), Ut its transpose
 Where λ enters: fast_copy asks every SVDLoRALinear for its factors, once per call of generate(), and FastLinear
 multiplies with them. So λ must be set before the call, and a change of λ during the call has no effect.
 
-What makes it fast: every step attends to all M slots under a mask. The tensors then never change their shape, so a GPU
-replays the step as one CUDA graph, and a CPU multiplies contiguous matrices. On CUDA, a layer with an adapter or
-quantised weights is one launch; q, k, v together are one, and gate, up. On a CPU the weights are copied into oneDNN's
-layout for the duration of the call, and rows that have ended are dropped. A token costs one random number, not V.
+What makes it fast: on a GPU every step attends to all slots of the cache under a mask. The tensors then never change
+their shape, and the step is replayed as one CUDA graph. A CPU attends to the slots that are filled. On CUDA, a layer
+with an adapter or quantised weights is one launch; q, k, v together are one, and gate, up. On a CPU the weights are
+copied into oneDNN's layout for the duration of the call, and rows that have ended are dropped. A token costs one random
+number, not V.
 """
 import copy
 
@@ -36,6 +37,7 @@ class KVCache:
         self.k, self.v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0                                       # tokens held; Transformer.forward advances it
         self.slot = None                                      # a tensor (1,): where the one token of a decode step goes
+        self.seen = capacity                                  # slots that a decode step attends to, the first ones
 
     def layer(self, i):
         """The view that layer i appends to."""
@@ -54,11 +56,12 @@ class _LayerCache:
         return keys, values
 
     def attend(self, q, k, v, bias):
-        """One token per row, q (B, H, 1, C), over all slots: k and v (B, K, 1, C) go into cache.slot; bias (B, 1, 1, M)
-        is 0 where a slot is seen, else -inf. Returns (B, H, 1, C)."""
+        """One token per row, q (B, H, 1, C), over the first M = cache.seen slots: k and v (B, K, 1, C) go into
+        cache.slot; bias (B, 1, 1, M) is 0 where a slot is seen, else -inf. Returns (B, H, 1, C)."""
         # Not F.scaled_dot_product_attention: for a single query it is slower on a CPU, much slower in bf16. The H / K
         # query heads that share keys are the rows of one matrix, so grouped queries need no copies of the keys.
-        keys, values = self.cache.k[self.i], self.cache.v[self.i]                     # (B, K, M, C)
+        seen = self.cache.seen
+        keys, values = self.cache.k[self.i, :, :, :seen], self.cache.v[self.i, :, :, :seen]           # (B, K, M, C)
         keys.index_copy_(2, self.cache.slot, k)
         values.index_copy_(2, self.cache.slot, v)
         rows = q.reshape(*keys.shape[:2], -1, keys.shape[3]) * keys.shape[3] ** -0.5  # (B, K, H / K, C)
@@ -229,6 +232,8 @@ class Decoder:
         self.token = torch.zeros(B, 1, dtype=torch.int64, device=device)
         self.slot = self.slots[longest:longest + 1].clone()                                                  # (1,)
         self.graph, self.wants_graph = None, graph
+        if not graph:
+            self.cache.seen = longest                         # one more with every step; under a graph always all
 
     def prefill(self):
         """Reads the prompts into the cache. Returns the logits (B, V) of every row's first new token."""
@@ -245,8 +250,9 @@ class Decoder:
         return self.head(hidden[:, -1])
 
     def _step(self):
-        """The decode step as a function of the tensors token, slot, padding and cache alone; shapes are fixed."""
-        seen = (self.slots >= self.padding) & (self.slots <= self.slot)               # (B, M)
+        """The decode step as a function of the tensors token, slot, padding and cache alone."""
+        slots = self.slots[:self.cache.seen]
+        seen = (slots >= self.padding) & (slots <= self.slot)                         # (B, M)
         bias = torch.zeros_like(seen, dtype=self.cache.k.dtype).masked_fill_(~seen, -torch.inf)
         hidden = self.model(self.token, self.slot - self.padding, bias[:, None, None], self.cache, return_hidden=True)
         return self.head(hidden[:, 0])
@@ -254,6 +260,8 @@ class Decoder:
     def step(self, token):
         """token (B,): the last one of each row. Returns the next one's logits (B, V)."""
         self.token.copy_(token[:, None])
+        if not self.wants_graph:
+            self.cache.seen += 1
         if self.wants_graph and self.graph is None:
             self._capture()
         if self.graph is None:

@@ -73,6 +73,16 @@ def all_sum(x):
     return x
 
 
+def gathered(own, n, dtype, device):
+    """What each process has of n rows, in every one of them: a list of n CPU tensors (k_j,), some of any length.
+
+    own: {j: (k_j,) tensor}, this process's rows; no two processes have the same.
+    """
+    sizes = all_sum(torch.tensor([len(own[j]) if j in own else 0 for j in range(n)], device=device)).tolist()
+    flat = torch.cat([own[j].to(dtype) if j in own else torch.zeros(size, dtype=dtype) for j, size in enumerate(sizes)])
+    return list(all_sum(flat.to(device)).cpu().split(sizes))
+
+
 def with_value(local, whole):
     """Forward: `whole`, the sum over all processes. Backward: the gradient goes to `local`, this process's part of it.
 

@@ -455,12 +455,16 @@ def test_noon_is_what_the_clipped_objective_keeps(close):
 
 def test_support_loss_by_hand():
     """−log of what is left for the tokens to which the reference gives at least 0.1; no choice among them costs."""
-    ref = torch.tensor([[0.6, 0.35, 0.05], [0.02, 0.9, 0.08]]).log()
-    pi = torch.tensor([[0.2, 0.3, 0.5], [0.3, 0.6, 0.1]]).log().requires_grad_()
-    loss = support_loss(pi + 7.0, ref - 3.0, least=0.1)                                   # logits: a constant is free
+    # ref [0.6, 0.35, 0.05] allows the first two of three tokens, ref [0.02, 0.9, 0.08] the second
+    logits = torch.tensor([[0.2, 0.3, 0.5], [0.3, 0.6, 0.1]]).log().requires_grad_()
+    of = lambda logits: support_loss(logits.log_softmax(1)[[0, 0, 1], [0, 1, 1]], torch.tensor([0, 0, 1]), 2)
+    loss = of(logits + 7.0)
     assert loss.tolist() == pytest.approx([-math.log(0.5), -math.log(0.6)], rel=1e-5)
     assert loss.tolist() != pytest.approx([-math.log(0.5), -math.log(0.9)], rel=0.01)     # wrong: allowed by π
-    (grad,) = torch.autograd.grad(loss.sum(), pi)
+    (grad,) = torch.autograd.grad(loss.sum(), logits)
     # towards the allowed tokens, in the ratio that π has there
     assert grad[0].tolist() == pytest.approx([0.2 - 0.4, 0.3 - 0.6, 0.5], rel=1e-4)
-    assert support_loss(torch.tensor([[0.0, 5.0, -100.0]]), ref[:1], 0.1).item() == pytest.approx(0, abs=1e-6)
+    # nothing is lost where π has left all that is allowed, and nothing costs where it stays there
+    far = torch.tensor([[-200.0, -201.0, 0.0], [-100.0, 5.0, -100.0]], requires_grad=True)
+    assert of(far).tolist() == pytest.approx([200 - math.log(1 + math.exp(-1)), 0], rel=1e-5, abs=1e-6)
+    assert torch.autograd.grad(of(far).sum(), far)[0][0, 2].item() == pytest.approx(1)
