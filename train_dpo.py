@@ -57,8 +57,8 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags):
                                     "(default 1 on the embedded world, 0.1 otherwise)", "positive")
     data: list[str] | None = flag(None, "preference JSONL files (default: the embedded world)")
     eval_data: list[str] | None = flag(None, "preference JSONL files for the evaluation (required with --data)")
-    rows: int = flag(1920, "embedded world: data rows, each a prompt with some responses, all compared", 1)
-    responses: int = flag(12, "embedded world: responses in a row; 12 make 66 pairs", 2)
+    rows: int = flag(960, "embedded world: data rows, each a prompt with some responses, all compared", 1)
+    responses: int = flag(24, "embedded world: responses in a row; 24 make 276 pairs", 2)
     epochs: float = flag(1.0, "passes over --data, where --steps is not given", "positive")
     accumulate: int = flag(1, "micro-batches per step: less memory", 1)
     pref_scaling: float | None = flag(None, "ablation: s fixed at this value instead of learned (Fig. 7)")
@@ -151,8 +151,8 @@ def main(flags):
     load = lambda: load_base(base, tokenizer_name, torch.device("cpu") if flags.parallel == "fsdp" else device, dtype,
                              flags.quantize, flags.checkpoint)
     model, tokenizer = load()
-    flags.lr = flags.lr or usual_rate(on_world, model.config)
-    flags.steps = flags.steps or (600 if on_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
+    flags.lr = flags.lr or (3e-3 if on_world else usual_rate(on_world, model.config))
+    flags.steps = flags.steps or (300 if on_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
     rows, cut = tokenize(rows, tokenizer, min(flags.max_length, model.config.context_length))
     print("data: {prompts} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut".format(**cut))
 

@@ -75,9 +75,9 @@ TABLES = {
                 "soups, equal total steps": (f"m2-rs-base{{b}}-seed{{s}}@weights-{SOUP_FACTOR}", "dpo", *RS),
                 "soups as published": ("m2-rs-base{b}-seed{s}", "dpo", *RS),
                 "soups, full steps a model": (f"m2-rs2-base{{b}}-seed0@weights-{SOUP_FACTOR}", "dpo", *RS, "--steps",
-                                              1200),
+                                              600),
                 "MOD, equal total steps": (f"m2-rs-base{{b}}-seed{{s}}@mod-{MOD_FACTOR}", "dpo", *RS),
-                "MOD, full steps a model": (f"m2-rs2-base{{b}}-seed0@mod-{MOD_FACTOR}", "dpo", *RS, "--steps", 1200),
+                "MOD, full steps a model": (f"m2-rs2-base{{b}}-seed0@mod-{MOD_FACTOR}", "dpo", *RS, "--steps", 600),
                 "λ in the prompt": ("m2-prompt-base{b}-seed{s}", "dpo", "--method", "prompt"),
                 "one compromise, λ = (½, ½)": ("m2-half-base{b}-seed0", "dpo", *HALF)},
     "ablations": {"Panacea": LS, "one compromise": ("m2-half-base0-seed0", "dpo", *HALF),
@@ -88,13 +88,13 @@ TABLES = {
                      for x in (1, 0.1, 0.001)},
                   **{f"G = {G}": (f"m2-G{G}-base0-seed0", "dpo", "--lams_per_step", G) for G in (1, 2, 4)},
                   **{f"G = {G}, 32 rows a step, a quarter of the steps":
-                     (f"m2-G{G}-base0-seed0", "dpo", "--lams_per_step", G, "--batch_size", 32, "--steps", 150)
+                     (f"m2-G{G}-base0-seed0", "dpo", "--lams_per_step", G, "--batch_size", 32, "--steps", 75)
                      for G in (8, 16, 32)}},
     "three": {"panacea ls, m = 3": ("m3-panacea-base0-seed0", "dpo", "--pref_dim", 3),
               "panacea tche, m = 3": ("m3-tche-base0-seed0", "dpo", "--pref_dim", 3, *TCHE),
               "rs, m = 3": (f"m3-rs-base0-seed0@weights-{SOUP_FACTOR}", "dpo", "--pref_dim", 3, *RS)},
     "dps": {"panacea": LS, "dps, equal total steps": ("m2-dps-base0-seed0", "dpo", *FIVE),
-            "dps, 5 times the steps": ("m2-dps5-base0-seed0", "dpo", *FIVE, "--steps", 3000)},
+            "dps, 5 times the steps": ("m2-dps5-base0-seed0", "dpo", *FIVE, "--steps", 1500)},
     "rlhf": {"panacea ppo ls": ("ppo-ls-base{b}-seed0", "ppo", *PPO), "GAE": ("ppo-gae-base{b}-seed0", "ppo"),
              "panacea ppo tche": ("ppo-tche-base{b}-seed0", "ppo", *PPO, *TCHE),
              "rs ppo": (f"ppo-rs-base{{b}}-seed0@weights-{SOUP_FACTOR}", "ppo", *PPO, *RS),
@@ -104,7 +104,7 @@ TABLES = {
             "rs sft": (f"sft-rs-base{{b}}-seed0@weights-{SOUP_FACTOR}", "sft", *RS),
             "MOD sft": ("sft-rs-base{b}-seed0@mod", "sft", *RS)},
     "ten": {"m = 10, sft": ("m10-sft-base0-seed0", "sft", "--pref_dim", 10, *TEN_SFT),
-            "m = 10, dpo": ("m10-dpo-base0-seed0", "dpo", "--pref_dim", 10, "--steps", 800)},
+            "m = 10, dpo": ("m10-dpo-base0-seed0", "dpo", "--pref_dim", 10, "--steps", 400)},
     **{f"hhc_{by}": {f"panacea {by}": (f"hhc-{by}-panacea", by, *more), f"rs {by}": (f"hhc-{by}-rs", by, *more, *RS),
                      f"dps {by}": (f"hhc-{by}-dps", by, *more, "--method", "dps", "--dps_parts", 2)}
        for by, more in HHC.items()},

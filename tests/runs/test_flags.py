@@ -77,7 +77,7 @@ def test_help_tells_every_flag_and_its_default(capsys):
     with pytest.raises(SystemExit) as end:
         cli(train_dpo.Flags, train_dpo.__doc__, ["--help"])
     text = capsys.readouterr().out
-    assert end.value.code == 0 and "--lams_per_step" in text and "(default: 1920)" in text and "--no-eval" in text
+    assert end.value.code == 0 and "--lams_per_step" in text and "(default: 960)" in text and "--no-eval" in text
     assert text.index("--beta") < text.index("--log_every")   # the script's own first
 
 
