@@ -188,6 +188,19 @@ def merged_state_dict(model, lam=None):
     return weights
 
 
+def merged(model):
+    """The same policy as a plain Transformer: its adapter merged at the preference that is set. The model itself where
+    there is nothing to merge, where rows have preferences of their own, and in bf16, which would round the adapter."""
+    layer = next(iter(svd_lora_layers(model).values()), None)
+    if (layer is None or not layer.enabled or layer.weight.dtype != torch.float32
+            or layer.lam is not None and layer.lam.ndim > 1):
+        return model
+    with torch.device("meta"):
+        plain = Transformer(model.config)
+    plain.load_state_dict(merged_state_dict(model, layer.lam), assign=True)
+    return plain.requires_grad_(False)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files.
 

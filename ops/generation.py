@@ -214,14 +214,21 @@ def fast_copy(module, pack):
     return twin
 
 
+def frozen(model, pack):
+    """A copy of a Transformer, on the same tensors, whose blocks are fast_copy's: for forward passes without gradients,
+    with the adapter and λ of this moment."""
+    twin = copy.copy(model)
+    twin._modules = model._modules | {"blocks": fast_copy(model.blocks, pack)}
+    return twin
+
+
 class Decoder:
     """The state of one generate() call. prefill() and step() give the logits (B, V) of the next token of every row."""
 
     def __init__(self, model, prompts, max_new_tokens, graph=False, pack=False):
         device, dtype = model.embed.weight.device, model.embed.weight.dtype
         B, longest = len(prompts), max(map(len, prompts))
-        self.model = copy.copy(model)
-        self.model._modules = model._modules | {"blocks": fast_copy(model.blocks, pack)}
+        self.model = frozen(model, pack)
         self.head = FastLinear(model.head_weight, pack=pack)
         # Padded on the left, so that all rows write the same slot; padding is masked and is not counted as a position.
         self.prompts = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)    # (B, T)

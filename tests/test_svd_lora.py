@@ -18,6 +18,7 @@ from svd_lora import (
     fingerprint,
     inject_svd_lora,
     load_adapter,
+    merged,
     merged_state_dict,
     orthogonality_penalty,
     parameter_groups,
@@ -201,6 +202,23 @@ def test_merged_bf16_base_stays_bf16(tiny):
     model = adapted(tiny(dtype=torch.bfloat16))
     assert {p.dtype for p in merged_state_dict(model, [0.5, 0.5]).values()} == {torch.bfloat16}
     assert at(model, [0.5, 0.5]).dtype == torch.bfloat16
+
+
+def test_merged_policy(tiny, close):
+    """Where it is one policy in fp32; else the model itself."""
+    model = tiny()
+    assert merged(model) is model
+    logits = at(adapted(model), [0.3, 0.7])
+    plain = merged(model)
+    assert not svd_lora_layers(plain) and close(plain(TOKENS), logits, 1e-5)
+    assert not close(plain(TOKENS), at(model, [0.7, 0.3]), 0.01) and not close(merged(model)(TOKENS), logits, 0.01)
+    with adapters_off(model):
+        assert merged(model) is model
+    set_preference(model, torch.tensor(LAMS))
+    assert merged(model) is model
+    rounded = adapted(tiny(dtype=torch.bfloat16))
+    at(rounded, [0.5, 0.5])
+    assert merged(rounded) is rounded
 
 
 @families
