@@ -4,7 +4,7 @@
     python train_ppo.py --pref_dim 2 --aggregate tche       # Tchebycheff instead of linear scalarisation
     python train_ppo.py --pref_dim 2 --method rs            # rewarded soups; dps: one model per preference (MORLHF)
     python train_ppo.py --pref_dim 2 --aggregate pama       # PAMA: one policy, no preference; mgda: by gradients
-    python train_ppo.py --pref_dim 2 --estimator rloo       # no critic: responses to one prompt compared; grpo, gdpo
+    python train_ppo.py --pref_dim 2 --estimator gae        # with a critic, as the paper has it
     python train_ppo.py --rewards happy concise --init <Hugging Face directory> --prompts stories.txt
 
 m: dimensions   X: prompts per step, each with --samples responses   R: responses (--batch_size), R' of a minibatch
@@ -64,9 +64,10 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags, RewardFlags):
                                                   "beside a reward model's own", "positive")
     aggregate: Literal["ls", "tche", "pama", "mgda"] = flag(
         "ls", "linear scalarisation, Eq. (12); Tchebycheff, Eq. (13); or, without any preference, PAMA or MGDA")
-    estimator: Literal["gae", "rloo", "grpo", "gdpo"] = flag(
-        "gae", "advantages: GAE with a critic; or, without one (its flags have no effect), a response beside "
-               "the others to its prompt (--samples, at least 2): leave-one-out, GRPO, GDPO")
+    estimator: Literal["gae", "rloo", "grpo", "gdpo"] | None = flag(
+        None, "advantages: GAE with a critic, the paper's; or, without one (its flags have no effect), a response "
+              "beside the others to its prompt (--samples, at least 2): leave-one-out, GRPO, GDPO (default rloo where "
+              "a prompt has several responses, gae for pama and mgda)")
     pama_reading: Literal["V", "T", "S"] = flag(
         "V", "what PAMA minimises: the norm of the vector over tokens, each token alone, or the batch means")
     prompts: list[str] | None = flag(None, "prompt files, JSONL or stories in .txt (default: the embedded world's)")
@@ -86,7 +87,7 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags, RewardFlags):
     weight_decay: float = flag(0.01, "AdamW's, on U and V only", "not negative")
     # beside the paper
     lr: float = flag(2e-3, "peak learning rate of the adapter, then a cosine to 0", "positive")
-    steps: int = flag(300, "rollouts in all, shared evenly by the models of rs and dps", 1)
+    steps: int = flag(400, "rollouts in all, shared evenly by the models of rs and dps", 1)
     batch_size: int = flag(128, "R: responses per rollout", 1)
     samples: int | None = flag(None, "responses to each prompt, under one λ (default 16 on the embedded world, where "
                                      "they share most of their computation; else 1, the paper's)", 1)
@@ -403,6 +404,8 @@ def defaults(flags, rewards):
     truth_known = flags.prompts is None and of_world(flags.rewards)    # rewards are the embedded world's own
     flags.kl_coeff = flags.kl_coeff or (0.5 if truth_known else 0.02)
     flags.samples = flags.samples or (16 if flags.prompts is None else 1)
+    grouped = flags.samples > 1 and flags.aggregate in ("ls", "tche")
+    flags.estimator = flags.estimator or ("rloo" if grouped else "gae")
     if flags.estimator != "gae" and flags.samples < 2:
         raise UserError(f"--estimator {flags.estimator} compares responses to one prompt: --samples must be at least 2")
     if flags.aggregate == "tche" and flags.ideal is None and truth_known:

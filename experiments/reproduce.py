@@ -57,7 +57,7 @@ class Flags:
 RS, TCHE, FIVE = ("--method", "rs"), ("--aggregate", "tche"), ("--method", "dps", "--dps_parts", 4)
 # the rivals' best, found on the validation prompts (docs/log.md)
 SOUP_FACTOR, MOD_FACTOR = 0.8, 0.8
-PPO = ("--estimator", "rloo", "--steps", 400)
+DPO_RS, TWICE = (*RS, "--lr", 6e-3), ("--steps", 600)
 NO_VERTICES = ("--vertex_share", 0)
 HALF = ("--method", "dps", "--lam", 0.5, 0.5)
 LS = ("m2-panacea-base0-seed0", "dpo")
@@ -72,12 +72,11 @@ HHC = {"dpo": ("--pref_dim", 3), "ppo": ("--rewards", "helpful", "harmless", "co
 TABLES = {
     "results": {"Panacea, LS": ("m2-panacea-base{b}-seed{s}", "dpo"),
                 "Panacea, Tche": ("m2-tche-base{b}-seed0", "dpo", *TCHE),
-                "soups, equal total steps": (f"m2-rs-base{{b}}-seed{{s}}@weights-{SOUP_FACTOR}", "dpo", *RS),
-                "soups as published": ("m2-rs-base{b}-seed{s}", "dpo", *RS),
-                "soups, full steps a model": (f"m2-rs2-base{{b}}-seed0@weights-{SOUP_FACTOR}", "dpo", *RS, "--steps",
-                                              600),
-                "MOD, equal total steps": (f"m2-rs-base{{b}}-seed{{s}}@mod-{MOD_FACTOR}", "dpo", *RS),
-                "MOD, full steps a model": (f"m2-rs2-base{{b}}-seed0@mod-{MOD_FACTOR}", "dpo", *RS, "--steps", 600),
+                "soups, equal total steps": (f"m2-rs-base{{b}}-seed{{s}}@weights-{SOUP_FACTOR}", "dpo", *DPO_RS),
+                "soups as published": ("m2-rs-base{b}-seed{s}", "dpo", *DPO_RS),
+                "soups, full steps a model": (f"m2-rs2-base{{b}}-seed0@weights-{SOUP_FACTOR}", "dpo", *DPO_RS, *TWICE),
+                "MOD, equal total steps": (f"m2-rs-base{{b}}-seed{{s}}@mod-{MOD_FACTOR}", "dpo", *DPO_RS),
+                "MOD, full steps a model": (f"m2-rs2-base{{b}}-seed0@mod-{MOD_FACTOR}", "dpo", *DPO_RS, *TWICE),
                 "λ in the prompt": ("m2-prompt-base{b}-seed{s}", "dpo", "--method", "prompt"),
                 "one compromise, λ = (½, ½)": ("m2-half-base{b}-seed0", "dpo", *HALF)},
     "ablations": {"Panacea": LS, "one compromise": ("m2-half-base0-seed0", "dpo", *HALF),
@@ -92,13 +91,14 @@ TABLES = {
                      for G in (8, 16, 32)}},
     "three": {"panacea ls, m = 3": ("m3-panacea-base0-seed0", "dpo", "--pref_dim", 3),
               "panacea tche, m = 3": ("m3-tche-base0-seed0", "dpo", "--pref_dim", 3, *TCHE),
-              "rs, m = 3": (f"m3-rs-base0-seed0@weights-{SOUP_FACTOR}", "dpo", "--pref_dim", 3, *RS)},
+              "rs, m = 3": (f"m3-rs-base0-seed0@weights-{SOUP_FACTOR}", "dpo", "--pref_dim", 3, *DPO_RS)},
     "dps": {"panacea": LS, "dps, equal total steps": ("m2-dps-base0-seed0", "dpo", *FIVE),
             "dps, 5 times the steps": ("m2-dps5-base0-seed0", "dpo", *FIVE, "--steps", 1500)},
-    "rlhf": {"panacea ppo ls": ("ppo-ls-base{b}-seed0", "ppo", *PPO), "GAE": ("ppo-gae-base{b}-seed0", "ppo"),
-             "panacea ppo tche": ("ppo-tche-base{b}-seed0", "ppo", *PPO, *TCHE),
-             "rs ppo": (f"ppo-rs-base{{b}}-seed0@weights-{SOUP_FACTOR}", "ppo", *PPO, *RS),
-             "MOD ppo": ("ppo-rs-base{b}-seed0@mod", "ppo", *PPO, *RS)},
+    "rlhf": {"panacea ppo ls": ("ppo-ls-base{b}-seed0", "ppo"),
+             **{f"the same by {x}": (f"ppo-{x}-base0-seed0", "ppo", "--estimator", x) for x in ("gae", "grpo", "gdpo")},
+             "panacea ppo tche": ("ppo-tche-base{b}-seed0", "ppo", *TCHE),
+             "rs ppo": (f"ppo-rs-base{{b}}-seed0@weights-{SOUP_FACTOR}", "ppo", *RS),
+             "MOD ppo": ("ppo-rs-base{b}-seed0@mod", "ppo", *RS)},
     "sft": {"panacea sft ls": ("sft-ls-base{b}-seed0", "sft"),
             "panacea sft tche": ("sft-tche-base{b}-seed0", "sft", *TCHE),
             "rs sft": (f"sft-rs-base{{b}}-seed0@weights-{SOUP_FACTOR}", "sft", *RS),
@@ -279,7 +279,7 @@ def main(flags):
             if runs[0][0] == what and (there := [rows[label][0] for _, label in runs if label in rows]):
                 draw_fronts(there, out / f"{picture}.png")
         if what in ("evolution", "rlhf") and not flags.made:
-            evolution(flags, *(LS if what == "evolution" else ("ppo-ls-base0-seed0", "ppo", *PPO)))
+            evolution(flags, *(LS if what == "evolution" else ("ppo-ls-base0-seed0", "ppo")))
         elif what == "everything":
             rows = rows_of({label: TABLES[a][b] for label, (a, b) in EVERYTHING.items()})
             together({label: made[:1] for label, made in rows.items()}, out / "everything")

@@ -33,7 +33,8 @@ COMMON = dict(device="cpu", eval=False, log_every=1)
 SMALL = {
     "train_dpo": dict(steps=4, rows=24, responses=4, batch_size=4, lams_per_step=4, snapshots=2, keep=0.0),
     "train_sft": dict(steps=4, rows=16, responses=2, batch_size=4, snapshots=2),
-    "train_ppo": dict(steps=3, batch_size=8, samples=4, minibatch=8, kl_coeff=0.2, max_new_tokens=24, snapshots=2),
+    "train_ppo": dict(steps=3, batch_size=8, samples=4, minibatch=8, kl_coeff=0.2, max_new_tokens=24, snapshots=2,
+                      estimator="gae"),
     "train_hqd": dict(pool=400, near=12, steps=4, steps2=3, batch_size=3, parts=2, samples2=3, max_new_tokens=24,
                       save_every=1),
     "train_reward": dict(rows=24, responses=4, batch_size=4, steps=20, max_new_tokens=8, reward_scale=[1.0, 5.0])}

@@ -453,3 +453,13 @@ def prompt_files(place):
         out = {row.prompt for row in split(every)[1]}
         held = [row for row, read_back in zip(rows, every) if read_back.prompt in out]
         write_rows(place / "few.jsonl", [row for row in rows if row not in held][:20] + held[:1])
+
+
+def test_estimator_by_default():
+    """Leave-one-out where a prompt has several responses to compare; a critic where it has one, and for PAMA."""
+    for given, want in (({}, "rloo"), (dict(aggregate="tche"), "rloo"), (dict(samples=1), "gae"),
+                        (dict(aggregate="pama"), "gae"), (dict(aggregate="mgda"), "gae"),
+                        (dict(estimator="grpo"), "grpo"), (dict(estimator="gae"), "gae")):
+        flags = train_ppo.Flags(**given)
+        train_ppo.defaults(flags, world_rewards(["helpful", "harmless"], None))
+        assert flags.estimator == want
