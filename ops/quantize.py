@@ -27,7 +27,8 @@ from ops import fused
 KINDS = ("int8", "nf4")
 GROUP = 64                  # neighbours in a row that share one nf4 scale
 CHUNK = 2 ** 18             # weights dequantised at a time on a CPU: what is in between stays in its cache
-CHUNK_IN = 2 ** 20          # weights quantised at a time
+CHUNK_IN = 2 ** 18          # weights quantised at a time
+CELLS = 2048                # parts of [0, 1] in which the level of a number is looked up
 
 
 def nf4_levels():
@@ -48,6 +49,18 @@ LEVELS = nf4_levels()
 @torch.inference_mode(False)                                  # it is cached, so it must be usable in any mode
 def _levels(device):
     return torch.tensor(LEVELS, dtype=torch.float32, device=device)
+
+
+@cache
+@torch.inference_mode(False)
+def _cells(device):
+    """Of the cells [i / CELLS, (i + 1) / CELLS) from -1 to 1: how many of the 15 borders between levels lie below each,
+    uint8, and the next border, fp32. No cell is so wide that two borders lie in it. (2 CELLS + 1,) each"""
+    levels = _levels("cpu")
+    borders = (levels[1:] + levels[:-1]) / 2
+    edges = torch.arange(-CELLS, CELLS + 1) / CELLS
+    below = (borders < edges[:, None]).sum(1)
+    return below.to(torch.uint8).to(device), F.pad(borders, (0, 1), value=torch.inf)[below].to(device)
 
 
 @cache
@@ -130,12 +143,12 @@ def _nf4(w):                                                             # (n, d
     grouped = F.pad(w, (0, -d_in % GROUP)).view(n, -1, GROUP)                         # (n, G, 64)
     scales = grouped.abs().amax(2).bfloat16()
     # divided by the scale as it is stored, so that the level found is the nearest one
-    unit = (grouped / _nonzero(scales.float())[:, :, None]).view(n, -1)[:, :d_in]
-    levels = _levels(w.device)
-    codes = torch.zeros_like(unit, dtype=torch.uint8)
-    for threshold in ((levels[1:] + levels[:-1]) / 2).unbind():                       # 15: faster than torch.bucketize
-        codes += unit > threshold
-    codes = F.pad(codes, (0, d_in % 2))
+    unit = (grouped / _nonzero(scales.float())[:, :, None]).view(n, -1)[:, :d_in].flatten()
+    # the nearest level is number Σ (unit > border): looked up up to the one border that may lie in its cell
+    below, border = _cells(w.device)
+    cell = (unit * CELLS + CELLS).int().clamp_(0, 2 * CELLS)
+    codes = below.index_select(0, cell) + (unit > border.index_select(0, cell))
+    codes = F.pad(codes.view(n, d_in), (0, d_in % 2))
     return codes[:, 0::2] | codes[:, 1::2] << 4, scales
 
 

@@ -157,6 +157,20 @@ def test_zeros_stay_zeros(kind):
     assert (w.codes[1] == (0 if kind == "int8" else 7 | 7 << 4)).all()                # wrong: 0 / 0 and then any code
 
 
+def test_nf4_at_borders_and_at_the_edges_of_cells():
+    """One group for each number, whose scale is 1: the level is the nearest one, also a bit beside a border."""
+    levels = torch.tensor(LEVELS, dtype=torch.float32)
+    borders, edges = (levels[1:] + levels[:-1]) / 2, torch.arange(-quantize.CELLS, quantize.CELLS + 1) / quantize.CELLS
+    up, down = torch.tensor(2.0), torch.tensor(-2.0)
+    x = torch.cat([borders, borders.nextafter(up), borders.nextafter(down), edges, edges.nextafter(up).clamp(max=1),
+                   edges.nextafter(down).clamp(min=-1)])
+    w = torch.zeros(len(x), GROUP)
+    w[:, 0], w[:, 2] = x, 1.0
+    codes = quantize_weight(w, "nf4").codes[:, 0] & 15
+    assert torch.equal(codes.long(), (x[:, None] > borders).sum(1))
+    assert not torch.equal(codes.long(), (x[:, None] >= borders).sum(1))                 # wrong: a border goes up
+
+
 @kinds
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_refused(kind, bad):
