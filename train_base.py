@@ -92,6 +92,17 @@ def train(model, out, trees, probs, flags, device):
         run.log(*batch.size)
 
 
+def on_split(model, split, tokenizer, device):
+    """How far the base is from what it was trained on, exactly, at all prompts of a split: the loss −E log π(y|x) and
+    its excess over the data's own entropy, nats per response; the mass outside the listed responses."""
+    prompts = toy.prompts(split)
+    logps = world_logprobs(model, world_batches(prompts, tokenizer, device))                          # (prompts, S)
+    target, outside = torch.stack([toy.base_probs(x) for x in prompts]), 1 - logps.exp().sum(1)
+    return {"loss": -(target * logps).sum(1).mean().item(),
+            "kl_data_to_base": (target * (target.log() - logps)).sum(1).mean().item(),
+            "outside_mass": outside.mean().item(), "outside_mass_worst": outside.max().item()}
+
+
 def main(flags):
     """Trains, reports how well the model knows the world, and writes the directory. Returns its path."""
     if flags.size not in SIZES:
@@ -109,21 +120,14 @@ def main(flags):
     train(model, out, trees, [toy.base_probs(x) for x in prompts], flags, device)
     seconds = report_speed(out, device, dtype)
 
-    # How far the base is from what it was trained on, exactly, also on prompts that it has not seen
-    report = {"seconds": seconds, "parameters": sum(p.numel() for p in model.parameters()), "splits": {}}
-    for split in toy.SPLITS:
-        prompts = toy.prompts(split)
-        logps = world_logprobs(model, world_batches(prompts, tokenizer, device))                      # (prompts, S)
-        target = torch.stack([toy.base_probs(x) for x in prompts])
-        report["splits"][split] = {"kl_data_to_base": (target * (target.log() - logps)).sum(1).mean().item(),
-                                   "outside_mass": (1 - logps.exp().sum(1)).mean().item(),
-                                   "outside_mass_worst": (1 - logps.exp().sum(1)).max().item()}
+    report = {"seconds": seconds, "parameters": sum(p.numel() for p in model.parameters()),
+              "splits": {split: on_split(model, split, tokenizer, device) for split in toy.SPLITS}}
     model.save_pretrained(out)
     write_json(out / "base.json", {"tokenizer": "toy", "flags": asdict(flags), **report})
     print(f"base model {out}: {report['parameters'] / 1e6:.2f}M parameters, {seconds:.0f} s")
     print(table({"prompts": list(report["splits"])} | {
         head: [f"{measured[key]:.5f}" for measured in report["splits"].values()] for head, key in
-        (("KL(data || base)", "kl_data_to_base"), ("outside mass", "outside_mass"),
+        (("loss", "loss"), ("KL(data || base)", "kl_data_to_base"), ("outside mass", "outside_mass"),
          ("at worst", "outside_mass_worst"))}))
     return out
 
