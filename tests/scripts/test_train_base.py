@@ -22,15 +22,17 @@ def test_it_learns_and_writes_a_model_directory(work):
     assert report["tokenizer"] == "toy" and set(report["splits"]) == set(toy.SPLITS)
     model, tokenizer = Transformer.from_pretrained(BASE), load_tokenizer("toy")
     for split, measured in report["splits"].items():                   # by a loop over prompts and responses
-        kl, outside = [], []
+        loss, kl, outside = [], [], []
         for x in toy.prompts(split):
             row = TokenRow(tokenizer.encode(x + "\n"),
                            [tokenizer.encode(y) + [tokenizer.eos_id] for y in toy.responses(x)])
             with torch.no_grad():
                 logps = batch_logprobs(model, pack([row])).double()
+            loss.append(-(toy.base_probs(x) * logps).sum().item())
             kl.append((toy.base_probs(x) * (toy.base_probs(x).log() - logps)).sum().item())
             outside.append(1 - logps.exp().sum().item())
-        assert measured == {"kl_data_to_base": pytest.approx(sum(kl) / len(kl), rel=1e-4),
+        assert measured == {"loss": pytest.approx(sum(loss) / len(loss), rel=1e-4),
+                            "kl_data_to_base": pytest.approx(sum(kl) / len(kl), rel=1e-4),
                             "outside_mass": pytest.approx(sum(outside) / len(outside), rel=1e-4),
                             "outside_mass_worst": pytest.approx(max(outside), rel=1e-4)}
         assert 0 < measured["kl_data_to_base"] < 0.5 and measured["outside_mass"] < measured["outside_mass_worst"] < 0.2
