@@ -116,7 +116,7 @@ TABLES = {
     # one policy from the same base at equal steps; 75, since no front has to be learned
     "pama": {**{f"PAMA ({r})": (f"ppo-pama{r.lower()}-base{{b}}-seed0", "ppo", "--aggregate", "pama", "--pama_reading",
                                 r, "--steps", 75) for r in "VTS"},
-             "MORLHF (½, ½)": ("ppo-morlhf-base{b}-seed0", "ppo", *HALF, "--steps", 75),
+             "MORLHF (½, ½)": ("ppo-morlhf-base{b}-seed0", "ppo", *HALF, "--estimator", "gae", "--steps", 75),
              "MGDA": ("ppo-mgda-base{b}-seed0", "ppo", "--aggregate", "mgda", "--steps", 75)},
 }
 # picture -> whose first runs are in it: (what, label)
