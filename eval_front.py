@@ -16,6 +16,7 @@ or the normalised mean reward of sampled responses.
 front's; fronts/evaluation.py defines both.
 "outside": outside mass, the probability that a policy gives to texts other than the world's listed responses.
 """
+import runs.waiting  # noqa: F401  # isort: skip
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

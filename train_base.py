@@ -11,6 +11,7 @@ weighted by its probability, and beside it log Σ_y π(y|x), the mass on the lis
 to other texts; the second phase alone learns the prompts less well. The result is a Hugging Face directory that
 transformers reads too.
 """
+import runs.waiting  # noqa: F401  # isort: skip
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 

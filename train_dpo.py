@@ -15,6 +15,7 @@ differ in their labels alone.
 A killed run continues from its last checkpoint, bit for bit (runs/loop.py; micro-batches and processes are there and in
 data/batches.py).
 """
+import runs.waiting  # noqa: F401  # isort: skip
 import math
 import os
 from dataclasses import dataclass, replace

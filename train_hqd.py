@@ -15,6 +15,7 @@ vertices and of the middle answer prompts, their answers are the new pool, and e
 nearest. No λ enters the model: there is one model per preference, and they are trained one after the other.
 A killed run continues from its last checkpoint, bit for bit.
 """
+import runs.waiting  # noqa: F401  # isort: skip
 import json
 import time
 from dataclasses import dataclass, replace

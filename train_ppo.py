@@ -16,6 +16,7 @@ of Σ λ_i r_i − β KL, with the penalty once. Tchebycheff is not linear: n = 
 (--estimator) the advantage is a response's, the same for all its tokens, and already summed by λ: n = 1.
 The reference is the same model with the adapter off. A killed run continues from its last checkpoint, bit for bit.
 """
+import runs.waiting  # noqa: F401  # isort: skip
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal

@@ -15,6 +15,7 @@ responses are packed as a token tree (data/trees.py), so each is computed once, 
 Only differences of raw rewards mean anything. What is used is reward_scale_i · (raw_i − mean_i) / std_i, with mean and
 standard deviation over responses that the frozen base gives to training prompts, stored in reward.json.
 """
+import runs.waiting  # noqa: F401  # isort: skip
 from dataclasses import dataclass, replace
 from pathlib import Path
 

@@ -15,6 +15,7 @@ B: data rows per step, each a prompt   R: responses to them   L: (G, m), L_i = â
 On files J_i is divided by the tokens that dimension i's responses have on average: long-winded styles then weigh no
 more than terse ones. A killed run continues from its last checkpoint, bit for bit.
 """
+import runs.waiting  # noqa: F401  # isort: skip
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -90,7 +90,7 @@ def main(flags):
             columns |= {f"{base}, s": [f"{part['seconds']:.1f}" for part in parts],
                         f"{base}, peak GiB": [f"{part['bytes'] / 2 ** 30:.2f}" for part in parts]}
             computed = sum(scaling.memory(config, base, True, 1, "", flags).values())
-            peaks.append(f"{base}: {parts[3]["bytes"] / 2 ** 30:.2f} GiB after two steps, "
+            peaks.append(f"{base}: {parts[3]['bytes'] / 2 ** 30:.2f} GiB after two steps, "
                          f"{computed / 2 ** 30:.2f} computed")
     print(table(columns))
     print("; ".join(peaks))

@@ -3,3 +3,4 @@
 May live here: what runs the scripts as a user would, with fixed flags and seeds, and sums their results up. May not:
 anything that a file outside this folder imports.
 """
+import runs.waiting  # noqa: F401
