@@ -140,7 +140,7 @@ def fine_tune(model, out, stage, member, g, lams, rows, near, dims, flags, resum
 def clip(parameters, max_norm):
     """torch's clip_grad_norm_ in another order of summation: the same but for rounding. (With torch's own, adapters of
     earlier versions would not be repeated bit for bit.) Returns the norm before."""
-    grads = [p.grad[..., None, :] for p in parameters if p.grad is not None]          # views: (…, 1, k)
+    grads = [p.grad.view(*p.shape[:-1], 1, -1) for p in parameters if p.grad is not None]      # (…, 1, k)
     norm = torch.stack([g.square().sum([i for i in range(g.ndim) if i != g.ndim - 2]) for g in grads]).sum(0).sqrt()
     for g in grads:
         g.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0)[:, None])
