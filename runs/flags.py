@@ -8,6 +8,7 @@ import inspect
 import os
 import sys
 import time
+import traceback
 import typing
 from pathlib import Path
 from typing import Literal
@@ -204,16 +205,25 @@ def run_main(main, cls, doc, several=False):
             raise UserError(f"{Path(sys.argv[0]).name} is one process: start it with python, not with torchrun")
         main(cli(cls, doc))
         if dist.is_initialized():
-            dist.destroy_process_group()                               # not after an error: it may wait for the others
+            dist.destroy_process_group()
     except UserError as e:
         if rank > 0:
             time.sleep(5)       # the first process found the same and said it: torchrun ends this one before it speaks
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        _end(2)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+        print("stopped", file=sys.stderr, flush=True)
+        _end(130)
     except Exception:
-        if processes > 1:
-            time.sleep(5)       # another one failed, and this one lost its connection: only the reason is to be seen
-        raise
+        if not dist.is_initialized():
+            raise
+        time.sleep(5)           # another one failed, and this one lost its connection: only the reason is to be seen
+        traceback.print_exc()
+        _end(1)
+
+
+def _end(status):
+    """Ends this process. One of several does so without a goodbye, which could wait for those that wait for it."""
+    if dist.is_initialized():
+        os._exit(status)
+    sys.exit(status)
