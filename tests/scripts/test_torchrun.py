@@ -245,9 +245,9 @@ def test_an_error_in_one_process_ends_all(work, kind, line):
     """While the other waits for it in a sum. What is seen is its reason, not that the other lost a connection."""
     (work / "failing.py").write_text(FAILING)
     done = subprocess.run([*TORCHRUN, "failing.py", kind], cwd=work, env=ENVIRONMENT, capture_output=True, text=True,
-                          timeout=120)
+                          timeout=600)
     seconds = time.time() - float(done.stderr.split("failing at ")[1].split()[0])
-    assert done.returncode != 0 and seconds < 30
+    assert done.returncode != 0 and seconds < 60                       # a collective waits for hours
     assert done.stderr.count("the disk is full") == 1 + (kind == "bug") and line in done.stderr
     assert "onnection" not in done.stderr and "RuntimeError" not in done.stderr
 
