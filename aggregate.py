@@ -185,10 +185,11 @@ def pama_weights(advantages):
     return c
 
 
-def pama_advantages(advantages, mask, reading="V"):
+def pama_advantages(advantages, mask, reading="V", total=lambda x: x):
     """The one advantage of a token that PAMA trains on, from its n "no negative" ones (objectives.noon), PAMA Eq. (10).
 
     advantages: (R, L, n)   mask: (R, L)   ->  (R, L) and the weights c (n,), or None where every token has its own.
+    total: where these are not all responses, sums a tensor over all of them (runs.processes.all_sum).
     The paper solves for scalars A_i and does not say what they are taken over. Three readings:
     "V" (vector): all tokens at once, A_t = Σ c_i A_{i,t} with the c that makes the vector (A_t)_t shortest. The paper's
     bound is tight for it, and every token keeps its credit.
@@ -197,6 +198,7 @@ def pama_advantages(advantages, mask, reading="V"):
     """
     if reading == "T":
         return advantages.amin(-1), None
-    rows = advantages[mask.bool()].T                                                  # (n, N)
-    c = pama_weights(rows if reading == "V" else rows.mean(1))
+    rows = advantages[mask.bool()].T.double()                                         # (n, N)
+    c = (min_norm_weights(total(rows @ rows.T)) if reading == "V" else
+         pama_weights(total(rows.sum(1)) / total(mask.sum())))
     return linear_scalarization(advantages, c.to(advantages)), c

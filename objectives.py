@@ -97,9 +97,12 @@ def bradley_terry_loss(chosen, rejected):
     return -F.logsigmoid(chosen - rejected)
 
 
-def masked_mean(x, mask):
-    """Mean of x over all entries where mask is 1, not the mean over rows of each row's mean. -> scalar"""
-    return (x * mask).sum() / mask.sum()
+def masked_mean(x, mask, count=None):
+    """Mean of x over all entries where mask is 1, not the mean over rows of each row's mean. -> scalar
+
+    count: how many entries there are, where these are not all of them: the result is then their part of the mean.
+    """
+    return (x * mask).sum() / (mask.sum() if count is None else count)
 
 
 def kl_penalized_rewards(score, logp, ref_logp, mask, kl_coeff, clip_range_score=float("inf")):
@@ -164,25 +167,29 @@ def group_advantages(scores, samples, estimator, lam=None):
     return A
 
 
-def ppo_policy_loss(logp, old_logp, advantages, mask, clip_range_ratio=0.2):
+def ppo_policy_loss(logp, old_logp, advantages, mask, clip_range_ratio=0.2, tokens=None):
     """PPO's clipped surrogate, −mean_t min(ρ_t A_t, clip(ρ_t, 1 ± ε) A_t) with ρ = π/π_old; the mean is over tokens.
 
     All (R, L). Returns the loss and two detached numbers: the fraction of tokens whose clip is active, and the mean of
-    log π_old − log π. Log-ratios are clamped to ±20, so that exp does not overflow.
+    log π_old − log π. Log-ratios are clamped to ±20, so that exp does not overflow. tokens: as count in masked_mean.
     """
     log_ratio = (logp - old_logp).clamp(-20, 20)
     ratio = log_ratio.exp()
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip_range_ratio, 1 + clip_range_ratio) * advantages
-    loss = -masked_mean(torch.minimum(plain, clipped), mask)
-    return loss, masked_mean((clipped < plain).float(), mask).detach(), -masked_mean(log_ratio, mask).detach()
+    loss, active, moved = (masked_mean(x, mask, tokens) for x in (torch.minimum(plain, clipped),
+                                                                  (clipped < plain).float(), log_ratio))
+    return -loss, active.detach(), -moved.detach()
 
 
-def ppo_value_loss(values, old_values, returns, mask, clip_range_value=5.0):
-    """½ mean_t max( (V − G)², (clip(V, V_old ± ε) − G)² ), the mean over tokens (and heads). (R, L) or (R, L, n)"""
+def ppo_value_loss(values, old_values, returns, mask, clip_range_value=5.0, tokens=None):
+    """½ mean_t max( (V − G)², (clip(V, V_old ± ε) − G)² ), the mean over tokens (and heads). (R, L) or (R, L, n)
+
+    tokens: as count in masked_mean."""
     clipped = old_values + (values - old_values).clamp(-clip_range_value, clip_range_value)
     loss = torch.maximum((values - returns).square(), (clipped - returns).square())
     mask = mask if values.ndim == 2 else mask[..., None].expand_as(values)
-    return 0.5 * masked_mean(loss, mask)
+    heads = values[0, 0].numel()
+    return 0.5 * masked_mean(loss, mask, None if tokens is None else tokens * heads)
 
 
 def noon(advantages, ratio, clip_range_ratio=0.2):

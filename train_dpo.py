@@ -17,7 +17,6 @@ data/batches.py).
 """
 import runs.waiting  # noqa: F401  # isort: skip
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -35,9 +34,9 @@ from data.trees import edge_logprobs, predicting_states, with_prefix
 from objectives import dpo_loss, ipo_loss, losses_on_pairs, response_logprobs, support_loss
 from runs.directory import models_left, open_run, steps_each
 from runs.files import UserError
-from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, RunFlags, check_lam, flag, run_main
+from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, ProcessFlags, RunFlags, check_lam, flag, run_main
 from runs.loop import Run, adamw, add_adapter
-from runs.processes import all_sum, init_distributed, pick_device, shard, with_value
+from runs.processes import check_shares, init_distributed, pick_device, shard, sharded, sum_of_all
 from runs.randomness import generator_for
 from runs.speed import matmul_ceiling
 from svd_lora import orthogonality_penalty, save_adapter, set_preference
@@ -47,7 +46,7 @@ LEAST = 1e-3            # --keep: the reference allows a token to which it gives
 
 
 @dataclass
-class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags):
+class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags, ProcessFlags):
     """The script's flags, with defaults and --help texts; more in runs/flags.py."""
 
     method: Literal["panacea", "rs", "dps", "prompt"] = flag(
@@ -66,8 +65,6 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags):
     keep: float | None = flag(None, "weight of a term that keeps probability on tokens that the reference allows "
                                     "(default 1 on the embedded world, 0 otherwise)", "not negative")
     orth_coeff: float = flag(0.0, "coefficient of AdaLoRA's orthogonality penalty", "not negative")
-    parallel: Literal["ddp", "fsdp"] = flag(
-        "ddp", "under torchrun: a copy of the base in every process, or shares of it (--eval then reads it whole)")
 
 
 def train(model, out, name, fixed_lam, rows, reference, allowed, dims, flags, steps, member, resume, device,
@@ -130,8 +127,7 @@ def astray(model, batch, states, logps, allowed):
     h, W = states.float(), model.head_weight.float()
     log_Z = (h * W[batch.tree.targets]).sum(1) - logps                                # a target's logit less its log π
     logits = (h.index_select(0, edge) * W[tokens]).sum(1)                             # (M,)
-    loss = support_loss(logits - log_Z.index_select(0, edge), edge, len(counts)).sum()
-    return with_value(loss, all_sum(loss.detach().clone()))
+    return sum_of_all(support_loss(logits - log_Z.index_select(0, edge), edge, len(counts)).sum())
 
 
 def main(flags):
@@ -170,7 +166,7 @@ def main(flags):
     reference, allowed = reference_logprobs(model, rows, flags.batch_size, pad_to(device), device,
                                             LEAST if flags.keep else None)                             # once
     for i, (name, lam), state in models_left(models, resume):
-        if flags.parallel == "fsdp":                                   # train() shards anew, with the adapter in place
+        if sharded(model):                                             # train() shards anew, with the adapter in place
             model, _ = load()
         train(model, out, name, lam, rows, reference, allowed, dims, flags, steps, i, state, device, text_of)
     if rank > 0:
@@ -190,12 +186,7 @@ def check(flags, processes):
         raise UserError("--method prompt is for the embedded world, without --data")
     if B % G or B % parts:
         raise UserError(f"--batch_size {B} must be a multiple of --lams_per_step {G} and of --accumulate {parts}")
-    if B // parts % processes:
-        raise UserError(f"--batch_size {B} / --accumulate {parts} must be a multiple of the {processes} processes")
-    if flags.parallel == "fsdp" and "RANK" not in os.environ:
-        raise UserError("--parallel fsdp shares the base among processes: start it with torchrun --nproc_per_node N")
-    if flags.parallel == "fsdp" and flags.quantize != "none":
-        raise UserError("--parallel fsdp does not go with --quantize: use --parallel ddp")
+    check_shares(flags, B // parts, f"--batch_size {B} / --accumulate {parts}", processes)
     if flags.aggregate == "tche" and G % parts:
         raise UserError(f"Tchebycheff takes the maximum of means, so no preference may be split between micro-batches: "
                         f"--lams_per_step {G} must be a multiple of --accumulate {parts}")

@@ -4,6 +4,7 @@
     python train_hqd.py --pref_dim 2 --select linear        # ablations: the best by Σ λ_i r_i; all: the whole set
     python train_hqd.py --pref_dim 2 --no-stage2            # ablation: without answers of its own
     python train_hqd.py --init <Hugging Face directory> --data pairs.jsonl --rewards happy concise
+    torchrun --nproc_per_node 8 train_hqd.py …              # the same on several GPUs
 
 m: dimensions   G: preferences, one adapter each   lam: (G, m) on the simplex   k: near pairs (--near)
 pool: pairs (prompt, response) with raw rewards (pairs, m)   near: (G, k) which pairs of the pool a preference trains on
@@ -39,13 +40,22 @@ from data.tokenizers import spoken, tokenize
 from data.trees import batch_logprobs, pack
 from fronts.selection import select_high_quality
 from fronts.tables import shown, table
-from model import generate
 from objectives import sft_loss
 from runs.directory import models_left, open_run
 from runs.files import UserError, write_json, write_jsonl
 from runs.flags import AdapterFlags, BaseFlags, RewardFlags, RunFlags, flag, preferences_of, run_main
 from runs.loop import Log, Run, adamw, add_adapter
-from runs.processes import pick_device
+from runs.processes import (
+    all_sum,
+    barrier,
+    check_shares,
+    generate_all,
+    in_shares,
+    init_distributed,
+    pick_device,
+    share,
+    sum_of_all,
+)
 from runs.randomness import epoch_batch, generator_for
 from runs.speed import matmul_ceiling, model_flops
 from svd_lora import load_adapter, save_adapter, shared_base
@@ -84,9 +94,10 @@ def train(model, out, lams, pool, rewards, tokens_of, tokenizer, flags, resume, 
     for stage in (1, 2) if flags.stage2 else (1,):
         # 1. the pool: in stage 1 the offline set, in stage 2 what the representatives' stage-1 models answer
         if stage == 2:
+            barrier()                                                  # until the adapters of stage 1 are written
             said = answers(model, out, lams, pool, rewards, tokens_of, tokenizer,
                            resume is not None and resume["member"] >= G, flags)
-            pool, about = pool_of_answers(said, lams, rewards, tokens_of, flags)
+            pool, about = pool_of_answers(said, lams, rewards, tokens_of, flags, device)
 
         # 2. the pairs of its first layers that are nearest to each preference's ray; in stage 2 half as many
         near, selection[f"stage {stage}"] = select(pool, lams, stage, rewards.dims, flags)         # (G, k)
@@ -111,13 +122,13 @@ def fine_tune(model, out, stage, member, g, lams, rows, near, dims, flags, resum
     first = ((stage - 1) * len(lams) + g) * steps
 
     for step in run.steps():
-        # 1. the next B of the k pairs, which are shuffled anew when all have been seen
-        chosen = epoch_batch(len(near), flags.batch_size, flags.seed, first + step).tolist()
+        # 1. the next B of the k pairs, which are shuffled anew when all have been seen; each process takes its share
+        chosen = epoch_batch(len(near), flags.batch_size, flags.seed, first + step)[share()].tolist()
         batch = pack([rows[near[i]] for i in chosen], pad_to(device)).to(device)
 
         # 2. loss: nats per token. Not the mean over responses of their own means: this is the pairs' likelihood, and
         #    divided by tokens it has one scale for short and for long texts
-        loss = sft_loss(batch_logprobs(model, batch)).sum() / batch.on_path.sum()     # (B,) -> ()
+        loss = sum_of_all(sft_loss(batch_logprobs(model, batch)).sum() / all_sum(batch.on_path.sum()))    # (B,) -> ()
 
         # 3. backward, clip, step
         run.update(loss)
@@ -130,7 +141,7 @@ def fine_tune(model, out, stage, member, g, lams, rows, near, dims, flags, resum
 def clip(parameters, max_norm):
     """torch's clip_grad_norm_ in another order of summation: the same but for rounding. (With torch's own, adapters of
     earlier versions would not be repeated bit for bit.) Returns the norm before."""
-    grads = [p.grad[..., None, :] for p in parameters if p.grad is not None]          # views: (…, 1, k)
+    grads = [p.grad.view(*p.shape[:-1], 1, -1) for p in parameters if p.grad is not None]      # (…, 1, k)
     norm = torch.stack([g.square().sum([i for i in range(g.ndim) if i != g.ndim - 2]) for g in grads]).sum(0).sqrt()
     for g in grads:
         g.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0)[:, None])
@@ -145,8 +156,10 @@ def stage1_file(out, g):
 def main(flags):
     """Trains one run, an adapter for each preference, and evaluates its front. Returns the run directory."""
     device, dtype = pick_device(flags.device, flags.precision)
+    rank, processes, device = init_distributed(device)
     given, on_world = replace(flags), flags.data is None
     check_rewards(flags, "data")
+    check_shares(flags, flags.batch_size, f"--batch_size {flags.batch_size}", processes)
     if flags.lam is not None and flags.parts is not None:
         raise UserError("--parts and --lam both say which preferences are trained: give one of them")
     matmul_ceiling(device, dtype)                                      # now, while nothing else runs
@@ -170,7 +183,7 @@ def main(flags):
     tokens_of = lambda rows: tokenize(rows, tokenizer, length, length - flags.max_new_tokens)
     token_rows, cut = tokens_of(rows)
     print("tokens: {prompts_cut} prompts and {responses_cut} of {responses} responses cut".format(**cut))
-    pool = Pool(rows, token_rows, score(rewards, rows))
+    pool = Pool(rows, token_rows, score(rewards, rows, device))
     # the selection has its own scale, from the lowest to the highest score of its pool; this one is for the evaluation
     rewards.measure(pool.scores, "in the offline set")
 
@@ -182,9 +195,11 @@ def main(flags):
         objective={"name": "scores", "beta": 0.0, "aggregate": "ls", "ideal": None}, prompts=flags.data, cut=cut,
         dropped=dropped)
     train(model, out, lams, pool, rewards, tokens_of, tokenizer, flags, resume, device)
+    if rank > 0:
+        return out
     del model
     steps = f"{flags.steps} + {flags.steps2}" if flags.stage2 else flags.steps
-    return eval_front.finish(out, f"{len(lams)} adapter(s) of {steps} steps", flags, device, dtype)
+    return eval_front.finish(out, f"{len(lams)} adapter(s) of {steps} steps", flags, device, dtype, processes)
 
 
 def preferences(flags, dims):
@@ -214,9 +229,10 @@ def spelled(lam):
     return " ".join(f"{x:.2f}" for x in lam)
 
 
-def score(rewards, rows):
+def score(rewards, rows, device):
     """Raw scores of pairs whose response ended by itself: (pairs, m) float64."""
-    return rewards.raw([row.prompt for row in rows], [row.responses[0] for row in rows], [True] * len(rows))
+    texts = [row.prompt for row in rows], [row.responses[0] for row in rows], [True] * len(rows)
+    return in_shares(rewards.raw, texts, device)
 
 
 def select(pool, lams, stage, dims, flags):
@@ -265,8 +281,8 @@ def answers(model, out, lams, pool, rewards, tokens_of, tokenizer, resumed, flag
         load_adapter(twin, stage1_file(out, g), rewards.dims)
         for i in range(0, len(ids), GEN_BATCH):
             part = ids[i:i + GEN_BATCH]
-            new = generate(twin, part, flags.max_new_tokens, eos_id=tokenizer.eos_id,
-                           generator=generator_for(flags.seed, f"answers {g}", i))
+            new = generate_all(twin, part, flags.max_new_tokens, tokenizer.eos_id,
+                               generator_for(flags.seed, f"answers {g}", i))
             said += [{"adapter": g, "prompt": x, "response": text, "ended": end, "collapsed": collapsed(y)}
                      for x, y, text, end in zip(prompts[i:], new, *spoken(new, tokenizer))]
             tokens, read = tokens + sum(map(len, new)), read + sum(map(len, part))
@@ -280,7 +296,7 @@ def answers(model, out, lams, pool, rewards, tokens_of, tokenizer, resumed, flag
     return said
 
 
-def pool_of_answers(said, lams, rewards, tokens_of, flags):
+def pool_of_answers(said, lams, rewards, tokens_of, flags, device):
     """The pool of stage 2, from what was answered, and a report of each representative.
 
     Degenerate answers are dropped before anything is sorted, for reward models love some of them: those that were cut
@@ -289,7 +305,7 @@ def pool_of_answers(said, lams, rewards, tokens_of, flags):
     """
     good = lambda s: s["ended"] and s["response"].strip() and not s["collapsed"]
     rows, _ = distinct([(s["prompt"], s["response"]) for s in said if good(s)])
-    scores, reports = score(rewards, rows) if rows else torch.zeros(0, len(rewards.dims)), []
+    scores, reports = score(rewards, rows, device) if rows else torch.zeros(0, len(rewards.dims)), []
     on_world = flags.data is None and of_world(flags.rewards)
     outside = {(row.prompt, row.responses[0]) for row, s in zip(rows, scores) if on_world and (s == toy.OUTSIDE).all()}
     kinds = {"collapsed": lambda s: s["collapsed"], "empty": lambda s: not s["response"].strip(),
@@ -310,4 +326,4 @@ def pool_of_answers(said, lams, rewards, tokens_of, flags):
 
 
 if __name__ == "__main__":
-    run_main(main, Flags, __doc__)
+    run_main(main, Flags, __doc__, several=True)

@@ -6,6 +6,7 @@
     python train_ppo.py --pref_dim 2 --aggregate pama       # PAMA: one policy, no preference; mgda: by gradients
     python train_ppo.py --pref_dim 2 --estimator gae        # with a critic, as the paper has it
     python train_ppo.py --rewards happy concise --init <Hugging Face directory> --prompts stories.txt
+    torchrun --nproc_per_node 4 train_ppo.py …              # the same on several GPUs; --parallel fsdp: a sharded base
 
 m: dimensions   X: prompts per step, each with --samples responses   R: responses (--batch_size), R' of a minibatch
 L: tokens of the longest   β: --kl_coeff   lam: (X, m), one λ per prompt, fixed from the rollout through all its updates
@@ -14,7 +15,8 @@ A: (R', L, n) advantages. n = m for linear scalarisation, PAMA and MGDA: one cri
 token rewards have the full KL penalty. The weights λ_i sum to 1 and GAE is linear, so A_λ = Σ λ_i A_i is the advantage
 of Σ λ_i r_i − β KL, with the penalty once. Tchebycheff is not linear: n = 1, for its own reward. Without a critic
 (--estimator) the advantage is a response's, the same for all its tokens, and already summed by λ: n = 1.
-The reference is the same model with the adapter off. A killed run continues from its last checkpoint, bit for bit.
+The reference is the same model with the adapter off. Several processes share out the prompts of every minibatch, and
+means are over all of them (runs/processes.py). A killed run continues from its last checkpoint, bit for bit.
 """
 import runs.waiting  # noqa: F401  # isort: skip
 from dataclasses import dataclass, replace
@@ -41,14 +43,38 @@ from data.sources import check_rewards, rewards_in, room_for_prompts
 from data.text_rewards import collapsed
 from data.tokenizers import TokenRow, spoken, tokenize
 from data.trees import TreeBatch, batch_logprobs, pack, path_logprobs, predicting_states
-from model import generate
 from objectives import gae, group_advantages, kl_penalized_rewards, noon, ppo_policy_loss, ppo_value_loss, sft_loss
 from ops.heads import Critic
 from runs.directory import models_left, open_run, steps_each
 from runs.files import UserError
-from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, RewardFlags, RunFlags, check_lam, flag, run_main
+from runs.flags import (
+    AdapterFlags,
+    BaseFlags,
+    PreferenceFlags,
+    ProcessFlags,
+    RewardFlags,
+    RunFlags,
+    check_lam,
+    flag,
+    run_main,
+)
 from runs.loop import Run, adamw, add_adapter
-from runs.processes import pick_device
+from runs.processes import (
+    all_max,
+    all_sum,
+    check_shares,
+    generate_all,
+    in_shares,
+    init_distributed,
+    pick_device,
+    reduce_gradients,
+    shard,
+    sharded,
+    share,
+    sum_of_all,
+    variance,
+    whole_rows,
+)
 from runs.randomness import epoch_batch, generator_for
 from runs.speed import matmul_ceiling
 from svd_lora import adapters_off, save_adapter, set_preference
@@ -58,7 +84,7 @@ PTX_SAMPLES = 4             # embedded world: responses per prompt drawn for PTX
 
 
 @dataclass
-class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags, RewardFlags):
+class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags, RewardFlags, ProcessFlags):
     """The script's flags, with defaults and --help texts; more in runs/flags.py."""
 
     reward_scale: list[float] | None = flag(None, "factors on the normalised rewards (the paper's harmless × 5), "
@@ -105,6 +131,8 @@ def train(model, out, name, fixed_lam, prompts, rows, weights, rewards, tokenize
     m, each, X = len(rewards.dims), flags.samples, flags.batch_size // flags.samples
     n, G = 1 if flags.aggregate == "tche" else m, (flags.lams_per_step or X) if fixed_lam is None else 1
     add_adapter(model, flags, m if fixed_lam is None else 0, member)
+    if flags.parallel == "fsdp":
+        shard(model, device)
     critic, critic_optimizer = add_critic(model, m, n, flags, member, device)        # None, None with --estimator rloo
     run = Run(model, adamw(model, flags, (0.9, 0.99)), out, name, flags, steps, rewards.dims, member, resume,
               critic=critic, critic_optimizer=critic_optimizer)
@@ -124,29 +152,31 @@ def train(model, out, name, fixed_lam, prompts, rows, weights, rewards, tokenize
         lam_of = lam.repeat_interleave(each, dim=0)                                   # (R, m), the λ of each response
 
         # rollout: `each` responses y ~ π_λ(·|x) to every prompt, and their rewards r_i(x, y)
-        set_lam(lam_of)                                                               # d = cat(σ, s·λ), Eq. (9)
+        set_lam(lam_of[share()])                                                      # d = cat(σ, s·λ), Eq. (9)
         responses = rollout(model, batch_rows, tokenizer, flags, draw, run)           # R lists of tokens
         texts, finished = spoken(responses, tokenizer)
-        raw = rewards.raw([prompts[j].prompt for j in chosen for _ in range(each)], texts, finished)    # (R, m)
+        asked = [prompts[j].prompt for j in chosen for _ in range(each)]
+        raw = in_shares(rewards.raw, [asked, texts, finished], device)                # (R, m)
         r, r_lam, score = scores(raw, lam_of.cpu(), rewards, run, flags)              # (R, m), (R,), (R, n)
 
         # line 7: a token's reward is −β (log π − log π_ref), the KL term of Eq. (1); the last one's score comes on top
         parts = []
         for index in torch.arange(X).split(flags.minibatch // each):
+            index = index[share()]                                                    # with torchrun, this process's
             set_lam(lam[index])
             e = observe(model, batch_rows, responses, index, run, flags, device)      # log π and log π_ref: (R', L)
             e.lam = lam_of[e.responses]                                               # R' responses of this minibatch
             e.rewards = kl_penalized_rewards(score[e.responses].to(device), e.old, e.ref, e.mask, flags.kl_coeff,
                                              flags.clip_range_score)                  # (R', L, n)
             parts.append(e)
-        estimate_advantages(parts, critic, flags)                                     # (R', L, n)
+        estimate_advantages(parts, critic, lam_of, flags)                             # (R', L, n)
 
         # line 8: the policy climbs the clipped surrogate of the aggregated advantage; the critic learns the returns
         own, first_ratio, ptx = own_texts(batch_rows, chosen, weights, flags, draw), None, None
         for e in parts * flags.update_iters:
             set_lam(lam[e.index])
             logp = path_logprobs(model, e.batch)                                      # (R', L)
-            first_ratio = first_ratio or (logp - e.old).abs().max().exp().item()      # 1: the numbers of observe()
+            first_ratio = first_ratio or all_max((logp - e.old).abs().max()).exp().item()     # 1: observe()'s numbers
             loss, figures = policy_loss(e, logp, run, flags)                          # figures: for the log
             if own:                                                                   # --ptx_coeff: SFT beside PPO
                 ptx = ptx_loss(model, [own[x] for x in e.index], run, device)
@@ -173,10 +203,10 @@ def add_critic(model, m, n, flags, member, device):
 def rollout(model, rows, tokenizer, flags, draw, run):
     """Samples --samples responses to each row's prompt from the model as it is: a list of R token lists."""
     prompts = [row.prompt for row in rows for _ in range(flags.samples)]
-    responses = generate(model, prompts, flags.max_new_tokens, eos_id=tokenizer.eos_id,
-                         generator=generator_for(flags.seed, "rollout", draw))
-    drawn = sum(map(len, responses))
-    run.work(drawn + sum(map(len, prompts)), drawn, base=2)
+    responses = generate_all(model, prompts, flags.max_new_tokens, tokenizer.eos_id,
+                             generator_for(flags.seed, "rollout", draw))
+    drawn = sum(map(len, responses[share()]))
+    run.work(drawn + sum(map(len, prompts[share()])), drawn, base=2)
     return responses
 
 
@@ -196,10 +226,12 @@ def scores(raw, lam, rewards, run, flags):
 
 @dataclass
 class Experience:
-    """What one minibatch of a rollout keeps for its updates: R' responses to some of the step's X prompts."""
+    """What one minibatch of a rollout keeps for its updates: R' responses to some of the step's X prompts, of this
+    process."""
     batch: TreeBatch
     index: torch.Tensor             # which of the X prompts
-    responses: slice                # which of the R responses
+    responses: torch.Tensor         # (R',) which of the R responses
+    tokens: torch.Tensor            # () how many all processes have in it: what means are over
     mask: torch.Tensor              # (R', L)
     states: torch.Tensor            # (R', L, D) hidden states of the policy
     old: torch.Tensor               # (R', L) log π_old
@@ -227,12 +259,12 @@ def observe(model, rows, responses, index, run, flags, device):
     old = path_logprobs(model, batch, states)                                         # (R', L)
     with adapters_off(model):
         ref = path_logprobs(model, batch)
-    of = slice(index[0] * each, (index[-1] + 1) * each)
-    return Experience(batch, index, of, batch.on_path, batch.along(states), old, ref)
+    of = (index[:, None] * each + torch.arange(each)).flatten()                       # (R',)
+    return Experience(batch, index, of, all_sum(batch.on_path.sum()), batch.on_path, batch.along(states), old, ref)
 
 
-def estimate_advantages(parts, critic, flags):
-    """Writes the advantages of every token into the parts of a rollout, a list of Experience.
+def estimate_advantages(parts, critic, lam_of, flags):
+    """Writes the advantages of every token into the parts of a rollout, a list of Experience. lam_of: (R, m)
 
     With a critic by GAE, and the returns that it is to learn. Else relative to the group: a response's tokens all have
     the advantage of its whole reward, Σ_t of their token rewards; linear scalarisation sums by λ here.
@@ -242,8 +274,9 @@ def estimate_advantages(parts, critic, flags):
             e.values = critic(e.states, e.old, e.lam).detach()                        # (R', L, n)
             e.advantages, e.returns = gae(e.rewards, e.values, e.mask, 1.0, flags.gae_lambda)
         return
-    lam = torch.cat([e.lam for e in parts]) if flags.aggregate == "ls" else None      # (R, m)
-    scores = torch.cat([e.rewards.sum(1) for e in parts])                             # (R, n), with their KL
+    lam = lam_of if flags.aggregate == "ls" else None
+    scores = whole_rows(torch.cat([e.rewards.sum(1) for e in parts]), torch.cat([e.responses for e in parts]),
+                        len(lam_of), lam_of.device)                                   # (R, n), with their KL
     A = group_advantages(scores, flags.samples, flags.estimator, lam)                 # (R, 1) or (R, n)
     for e in parts:
         e.advantages = A[e.responses, None].expand(-1, e.mask.shape[1], -1)           # (R', L, 1) or (R', L, n)
@@ -256,28 +289,32 @@ def policy_loss(e, logp, run, flags):
     negative" advantages (PAMA Eq. (5)) that has the smallest norm. mgda: the gradients of all m surrogates are combined
     instead, and are in place already: the loss is None.
     """
-    surrogate, c = lambda A: ppo_policy_loss(logp, e.old, A, e.mask, flags.clip_range_ratio), None
+    surrogate, c = lambda A: ppo_policy_loss(logp, e.old, A, e.mask, flags.clip_range_ratio, e.tokens), None
     if flags.aggregate == "mgda":
         losses = [surrogate(A)[0] for A in e.advantages.unbind(-1)]
         c = mgda_backward(losses, [p for _, p in run.trained])
         A = linear_scalarization(e.advantages, c.to(e.advantages))
     elif flags.aggregate == "pama":
         positive = noon(e.advantages, (logp - e.old).detach().exp(), flags.clip_range_ratio)
-        A, c = pama_advantages(positive, e.mask, flags.pama_reading)
+        A, c = pama_advantages(positive, e.mask, flags.pama_reading, all_sum)
     elif e.advantages.shape[-1] > 1:
         A = linear_scalarization(e.advantages, e.lam[:, None])                        # (R', L, n) -> (R', L)
     else:
         A = e.advantages[..., 0]
-    loss, clipped, moved = surrogate(A)
+    loss, clipped, moved = map(sum_of_all, surrogate(A))
     figures = {"loss": loss.item(), "clip_fraction": clipped.item(), "moved": moved.item(),
                "weights": None if c is None else c.tolist()}
     return None if flags.aggregate == "mgda" else loss, figures
 
 
 def mgda_backward(losses, parameters):
-    """Writes Σ c_i ∇L_i into the parameters' .grad, with the c of the shortest such sum. Returns c (m,) float64."""
+    """Writes Σ c_i ∇L_i into the parameters' .grad, with the c of the shortest such sum. Returns c (m,) float64.
+
+    c is that of all processes' gradients; .grad is this one's part, and Run.update adds the parts up.
+    """
     grads = [torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True) for loss in losses]
-    flat = torch.stack([torch.cat([g.flatten() for g in grad]) for grad in grads]).double()    # (m, parameters)
+    flat = torch.stack([torch.cat([g.flatten() for g in grad]) for grad in grads])             # (m, parameters)
+    flat = all_sum(flat).double()
     c = min_norm_weights(flat @ flat.T)
     for p, *each in zip(parameters, *grads):
         p.grad = sum(w * g for w, g in zip(c.tolist(), each))
@@ -300,7 +337,7 @@ def ptx_loss(model, rows, run, device):
     """The SFT loss, nats per token, of rows with texts of their own, under the λ in place."""
     batch = pack(rows, pad_to(device)).to(device)
     run.work(*batch.size, base=4)
-    return sft_loss(batch_logprobs(model, batch)).sum() / batch.on_path.sum()
+    return sum_of_all(sft_loss(batch_logprobs(model, batch)).sum() / all_sum(batch.on_path.sum()))
 
 
 def update_critic(critic, optimizer, parts, flags):
@@ -309,8 +346,9 @@ def update_critic(critic, optimizer, parts, flags):
         return None
     for e in parts:
         V = critic(e.states, e.old, e.lam)                                            # (R', L, n)
-        loss = ppo_value_loss(V, e.values, e.returns, e.mask, flags.clip_range_value)
+        loss = sum_of_all(ppo_value_loss(V, e.values, e.returns, e.mask, flags.clip_range_value, e.tokens))
         loss.backward()
+        reduce_gradients(list(critic.parameters()))
         torch.nn.utils.clip_grad_norm_(critic.parameters(), flags.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -324,17 +362,17 @@ def explained_variance(parts):
         return None
     tokens = lambda key: torch.cat([getattr(e, key)[e.mask.bool()] for e in parts])                # (tokens, n)
     returns, values = tokens("returns"), tokens("values")
-    spread, missed = returns.var(0), (returns - values).var(0)                                     # (n,)
+    spread, missed = variance(returns), variance(returns - values)                                 # (n,)
     return torch.where(spread > 1e-9, 1 - missed / spread.clamp(min=1e-9), 0.0).mean().item()
 
 
 def log(run, parts, raw, r, r_lam, lam, responses, finished, flags, **figures):
     """The record of a step (docs/metrics.md)."""
     n, lengths = len(responses), [len(y) for y in responses]
-    kl = sum(((e.old - e.ref) * e.mask).sum().item() for e in parts) / n
+    kl = all_sum(sum(((e.old - e.ref) * e.mask).sum().double() for e in parts)).item() / n
     run.require_finite("KL", kl)
-    run.log(sum(lengths), None, ("rewards", "kl", "objective", "explained_variance", "clip_fraction", "weights",
-                                 "length", "finished"),
+    run.log(sum(lengths[share()]), None,
+            ("rewards", "kl", "objective", "explained_variance", "clip_fraction", "weights", "length", "finished"),
             rewards=raw.mean(0).tolist(), normalised=r.mean(0).tolist(), kl=kl,
             objective=r_lam.mean().item() - flags.kl_coeff * kl, explained_variance=explained_variance(parts),
             ideal=run.kept["ideal"], lam=lam.tolist(), length=sum(lengths) / n, finished=sum(finished) / n,
@@ -346,14 +384,16 @@ def log(run, parts, raw, r, r_lam, lam, responses, finished, flags, **figures):
 def main(flags):
     """Trains one run (one adapter, or the several of rs and dps) and evaluates its front. Returns the run directory."""
     device, dtype = pick_device(flags.device, flags.precision)
+    rank, processes, device = init_distributed(device)
     given = replace(flags)
     check(flags)
     matmul_ceiling(device, dtype)                                      # now, while nothing else runs
     base, tokenizer_name = find_base(flags.init, flags.size, flags.tokenizer, device)
-    model, tokenizer = load_base(base, tokenizer_name, device, dtype, flags.quantize, flags.checkpoint, flags.eos_id)
+    load = lambda: load_base(base, tokenizer_name, device, dtype, flags.quantize, flags.checkpoint, flags.eos_id)
+    model, tokenizer = load()
     rewards = rewards_in(flags, flags.prompts, flags.reward_scale, model, device)
     check_lengths(flags, rewards.dims)
-    defaults(flags, rewards)
+    defaults(flags, rewards, processes)
     prompts, weights = training_prompts(flags)
     length = room_for_prompts(flags, model.config)
     rows, cut = tokenize(prompts, tokenizer, length, max_prompt=length - flags.max_new_tokens)
@@ -368,7 +408,7 @@ def main(flags):
     models = models_of(flags.method, rewards.dims, flags.dps_parts, flags.lam)
     steps = steps_each(flags, models)
     if None in rewards.mean:
-        measure_rewards(rewards, model, prompts, rows, tokenizer, flags)
+        measure_rewards(rewards, model, prompts, rows, tokenizer, flags, device)
     method = flags.aggregate if single else flags.method
     objective = {"name": "rlhf", "beta": flags.kl_coeff, "aggregate": "tche" if flags.aggregate == "tche" else "ls",
                  "ideal": flags.ideal}
@@ -377,8 +417,12 @@ def main(flags):
         given, flags, rewards.dims, model, base, tokenizer_name, method, objective=objective, models=len(models),
         rewards=rewards.description(), prompts=flags.prompts)
     for i, (name, lam), state in models_left(models, resume):
+        if sharded(model):                                             # by the adapter before
+            model, _ = load()
         train(model, out, name, lam, prompts, rows, weights, rewards, tokenizer, flags, steps, i, state, device)
-    return eval_front.finish(out, f"{len(models)} adapter(s) of {steps} steps", flags, device, dtype)
+    if rank > 0:
+        return out
+    return eval_front.finish(out, f"{len(models)} adapter(s) of {steps} steps", flags, device, dtype, processes)
 
 
 def check(flags):
@@ -400,7 +444,7 @@ def check_lengths(flags, dims):
             raise UserError(f"--{name} takes {len(dims)} numbers, for {' '.join(dims)}; got {len(value)}")
 
 
-def defaults(flags, rewards):
+def defaults(flags, rewards, processes):
     """Fills in the flags whose defaults depend on others, and checks that the batch divides."""
     truth_known = flags.prompts is None and of_world(flags.rewards)    # rewards are the embedded world's own
     flags.kl_coeff = flags.kl_coeff or (0.5 if truth_known else 0.02)
@@ -418,6 +462,9 @@ def defaults(flags, rewards):
                         f"quotient one of --lams_per_step {flags.lams_per_step}")
     if flags.minibatch % flags.samples:
         raise UserError(f"--minibatch {flags.minibatch} must be a multiple of --samples {flags.samples}")
+    for name in ("batch_size", "minibatch"):                           # prompts are shared out, with their responses
+        prompts = getattr(flags, name) // flags.samples
+        check_shares(flags, prompts, f"--{name} / --samples, {prompts} prompts,", processes)
 
 
 def training_prompts(flags):
@@ -436,17 +483,17 @@ def training_prompts(flags):
 
 
 @torch.no_grad()
-def measure_rewards(rewards, model, prompts, rows, tokenizer, flags):
+def measure_rewards(rewards, model, prompts, rows, tokenizer, flags, device):
     """Measures rewards that bring no statistics on responses of the base model to prompts in turn."""
     order, responses = [j % len(rows) for j in range(REFERENCE_SAMPLES)], []
     for i in range(0, len(order), flags.batch_size):
-        responses += generate(model, [rows[j].prompt for j in order[i:i + flags.batch_size]], flags.max_new_tokens,
-                              eos_id=tokenizer.eos_id, generator=generator_for(flags.seed, "reference", i))
-    texts, finished = spoken(responses, tokenizer)
-    rewards.measure(rewards.raw([prompts[j].prompt for j in order], texts, finished), "of the base model")
+        responses += generate_all(model, [rows[j].prompt for j in order[i:i + flags.batch_size]], flags.max_new_tokens,
+                                  tokenizer.eos_id, generator_for(flags.seed, "reference", i))
+    raw = in_shares(rewards.raw, [[prompts[j].prompt for j in order], *spoken(responses, tokenizer)], device)
+    rewards.measure(raw, "of the base model")
     print("rewards of the base model: " + ", ".join(
         f"{d} {mean:.3f} ± {std:.3f}" for d, mean, std in zip(rewards.dims, rewards.mean, rewards.std)))
 
 
 if __name__ == "__main__":
-    run_main(main, Flags, __doc__)
+    run_main(main, Flags, __doc__, several=True)

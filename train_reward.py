@@ -3,6 +3,7 @@
     python train_reward.py --pref_dim 2                      # the embedded world
     python train_reward.py --pref_dim 2 --reward_scale 1 5   # the paper's factor 5 on the harmless reward
     python train_reward.py --dims harmless --init <Hugging Face directory> --data a.jsonl b.jsonl --eval_data c.jsonl
+    torchrun --nproc_per_node 8 train_reward.py …            # on several GPUs; --parallel fsdp: a sharded base
     python train_ppo.py --rewards out/reward-helpful-harmless-seed0       # uses it (data/rewards.py: load_reward_model)
 
 B: data rows per step   R: responses in them   P: compared pairs   m: dimensions   raw: (R, m), head outputs
@@ -17,6 +18,7 @@ standard deviation over responses that the frozen base gives to training prompts
 """
 import runs.waiting  # noqa: F401  # isort: skip
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,14 +33,23 @@ from data.sources import check_preferences, preference_rows, room_for_prompts
 from data.tokenizers import spoken, tokenize
 from data.trees import pack_ends, row_lengths
 from fronts.tables import shown, table
-from model import generate
 from objectives import bradley_terry_loss
 from ops.heads import RewardModel
 from runs.directory import close_run, end_training, open_run
 from runs.files import UserError, write_json, write_jsonl, write_whole
-from runs.flags import AdapterFlags, BaseFlags, RunFlags, flag, run_main
+from runs.flags import AdapterFlags, BaseFlags, ProcessFlags, RunFlags, flag, run_main
 from runs.loop import Run, adamw
-from runs.processes import pick_device
+from runs.processes import (
+    all_sum,
+    check_shares,
+    generate_all,
+    in_shares,
+    init_distributed,
+    pick_device,
+    shard,
+    share,
+    sum_of_all,
+)
 from runs.randomness import epoch_batch, generator_for
 from runs.speed import matmul_ceiling
 from svd_lora import adapters_off, inject_svd_lora, save_adapter
@@ -48,7 +59,7 @@ N_REFERENCE = 256           # responses of the frozen base that set mean and sta
 
 
 @dataclass
-class Flags(RunFlags, BaseFlags, AdapterFlags):
+class Flags(RunFlags, BaseFlags, AdapterFlags, ProcessFlags):
     """The script's flags, with defaults and --help texts; more in runs/flags.py."""
 
     pref_dim: int = flag(2, "m: the number of preference dimensions, the first m of the data's; 1 is allowed")
@@ -74,8 +85,8 @@ def train(model, rows, dims, flags, out, resume, device):
     labels = sum((torch.tensor(row.better) >= 0).sum().item() for row in rows) / len(rows) * flags.batch_size
 
     for step in run.steps():
-        # 1. a batch of rows
-        chosen = epoch_batch(len(rows), flags.batch_size, flags.seed, step, lengths).tolist()
+        # 1. a batch of rows, of which each process takes its share
+        chosen = epoch_batch(len(rows), flags.batch_size, flags.seed, step, lengths)[share()].tolist()
         batch, last = (x.to(device) for x in pack_ends([rows[j] for j in chosen], pad_to(device)))
 
         # 2. rewards of all responses, all dimensions
@@ -84,11 +95,11 @@ def train(model, rows, dims, flags, out, resume, device):
         # 3. loss: the mean over all labels, whatever their dimension. Divided by how many a batch has on average: by
         #    its own number, labels would weigh the more, the fewer are beside them
         losses, correct, known = compare(raw, batch.pairs, batch.better)              # (P, m) each
-        loss = (losses * known).sum() / labels
+        loss = sum_of_all((losses * known).sum() / labels)
 
         # 4. backward, clip, step
         run.update(loss)
-        run.log(batch.size[0], 0, ("losses", "accuracy"), labels=known.sum(0).long().tolist(),
+        run.log(batch.size[0], 0, ("losses", "accuracy"), labels=all_sum(known.sum(0)).long().tolist(),
                 means={"losses": (losses, known), "accuracy": (correct, known)})
 
 
@@ -107,8 +118,10 @@ def compare(raw, pairs, better):
 def main(flags):
     """Trains one reward model, measures it, fixes its normalisation, writes the run directory. Returns its path."""
     device, dtype = pick_device(flags.device, flags.precision)
+    rank, processes, device = init_distributed(device)
     given, on_world = replace(flags), flags.data is None
     check_preferences(flags)
+    check_shares(flags, flags.batch_size, f"--batch_size {flags.batch_size}", processes)
     matmul_ceiling(device, dtype)                                      # now, while nothing else runs
     base, tokenizer_name = find_base(flags.init, flags.size, flags.tokenizer, device)
     rows, held_out, dims = preference_rows(flags, EVAL_ROWS if flags.eval else 0)
@@ -116,7 +129,9 @@ def main(flags):
     flags.reward_scale = flags.reward_scale or [1.0] * m
     if len(flags.reward_scale) != m:
         raise UserError(f"--reward_scale has {len(flags.reward_scale)} factors; the dimensions are {' '.join(dims)}")
-    backbone, tokenizer = load_base(base, tokenizer_name, device, dtype, flags.quantize, flags.checkpoint)
+    # a base to be sharded is read into main memory: it may be too large for one GPU
+    backbone, tokenizer = load_base(base, tokenizer_name, torch.device("cpu") if flags.parallel == "fsdp" else device,
+                                    dtype, flags.quantize, flags.checkpoint)
     flags.lr = flags.lr or usual_rate(on_world, backbone.config)
     flags.steps = flags.steps or (200 if on_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
     max_length = room_for_prompts(flags, backbone.config)
@@ -127,6 +142,8 @@ def main(flags):
     out, resume = open_run("train_reward.py", ["reward", *files], {"data", "eval_data"}, given, flags, dims, backbone,
                            base, tokenizer_name, max_length=max_length, cut=cut)
     inject_svd_lora(backbone, flags.lora_dim, 0, flags.lora_scaling, generator=generator_for(flags.seed, "adapter"))
+    if flags.parallel == "fsdp":
+        shard(backbone, device)
     model = RewardModel(backbone, m)
     train(model, token_rows, dims, flags, out, resume, device)
     save_adapter(backbone, out / "adapter.safetensors", dims)
@@ -138,7 +155,8 @@ def main(flags):
     # mean and standard deviation on reference responses, by the same route that rewards take ever after: from texts
     samples = reference_samples(backbone, rows, tokenizer, max_length, flags)
     write_jsonl(out / "reference.jsonl", samples)
-    raw = raw_rewards(model, tokenizer, max_length, *([s[key] for s in samples] for key in samples[0]))
+    raw = in_shares(partial(raw_rewards, model, tokenizer, max_length),
+                    [[s[key] for s in samples] for key in samples[0]], device)
     if not (raw.std(0, correction=0) > 1e-6).all():
         raise UserError("a dimension's reward is the same on all reference responses: nothing was learned; "
                         "raise --steps or --lr")
@@ -148,7 +166,9 @@ def main(flags):
              "expected": "expected_accuracy", "best possible": "bayes_accuracy", "ratio": "bayes_ratio"}
     print(table({f"{len(samples)} reference responses": dims} | {
         head: shown(report[key], ".4g") for head, key in heads.items() if key in report}))
-    end_training(out, f"{flags.steps} steps", device, dtype)
+    if rank > 0:
+        return out
+    end_training(out, f"{flags.steps} steps", device, dtype, processes)
     write_json(out / "reward.json", report)                            # a directory that has it is a finished run
     close_run(out)
     return out
@@ -166,7 +186,7 @@ def held_out_accuracy(model, rows, dims, tokenizer, max_length, batch_size, on_w
     "bayes_accuracy", that of the true scores, which none can beat; "bayes_ratio", the one over the other.
     """
     token_rows, device, sums = tokenize(rows, tokenizer, max_length)[0], model.head.weight.device, 0
-    for i in range(0, len(rows), batch_size):
+    for i in range(0, len(rows), batch_size):                          # every process measures all: it is soon done
         batch, last = pack_ends(token_rows[i:i + batch_size])
         raw = model(batch.tokens.to(device), last.to(device), batch.positions.to(device), batch.mask.to(device)).cpu()
         _, correct, known = compare(raw, batch.pairs, batch.better)
@@ -199,10 +219,10 @@ def reference_samples(backbone, rows, tokenizer, max_length, flags):
     out = []
     with adapters_off(backbone):
         for i in range(0, len(prompts), 64):
-            out += generate(backbone, [row.prompt for row in ids[i:i + 64]], flags.max_new_tokens,
-                            eos_id=tokenizer.eos_id, generator=generator_for(flags.seed, "reference samples", i))
+            out += generate_all(backbone, [row.prompt for row in ids[i:i + 64]], flags.max_new_tokens,
+                                tokenizer.eos_id, generator_for(flags.seed, "reference samples", i))
     return [{"prompt": x, "response": y, "finished": end} for x, y, end in zip(prompts, *spoken(out, tokenizer))]
 
 
 if __name__ == "__main__":
-    run_main(main, Flags, __doc__)
+    run_main(main, Flags, __doc__, several=True)

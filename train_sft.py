@@ -4,6 +4,7 @@
     python train_sft.py --pref_dim 2 --aggregate tche       # Tchebycheff instead of linear scalarisation
     python train_sft.py --pref_dim 2 --method rs            # baselines: rewarded soups; dps: one model per preference
     python train_sft.py --init <Hugging Face directory> --data helpful.jsonl humorous.jsonl --eval_data …
+    torchrun --nproc_per_node 8 train_sft.py …              # the same on several GPUs; --parallel fsdp: a sharded base
 
 Every dimension has demonstrations of its own, a set D_i of (prompt, response), and J_i = E_{D_i} log π(y|x). What
 linear scalarisation aims at is then known: the mixture Σ λ_i p_i of what the m writers would say. Files are one per
@@ -35,16 +36,16 @@ from fronts.objective import sft_ideal
 from objectives import sft_loss
 from runs.directory import models_left, open_run, steps_each
 from runs.files import UserError
-from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, RunFlags, check_lam, flag, run_main
+from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, ProcessFlags, RunFlags, check_lam, flag, run_main
 from runs.loop import Run, adamw, add_adapter
-from runs.processes import pick_device
+from runs.processes import check_shares, init_distributed, pick_device, shard, sharded
 from runs.randomness import generator_for
 from runs.speed import matmul_ceiling
 from svd_lora import save_adapter, set_preference
 
 
 @dataclass
-class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags):
+class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags, ProcessFlags):
     """The script's flags, with defaults and --help texts; more in runs/flags.py."""
 
     data: list[str] | None = flag(None, "JSONL files with prompt and response, one per dimension; --dims names these "
@@ -63,6 +64,8 @@ def train(model, out, name, fixed_lam, rows, kinds, scale, ideal, dims, flags, s
     """
     m, G = len(dims), flags.lams_per_step if fixed_lam is None else 1
     add_adapter(model, flags, m if fixed_lam is None else 0, member)
+    if flags.parallel == "fsdp":
+        shard(model, device)
     known = [F.one_hot(torch.tensor(kind), m).float() for kind in kinds]                      # (responses, m) per row
     batches = Batches(rows, known, flags, G, device, member * steps, flags.data is not None)
     run = Run(model, adamw(model, flags), out, name, flags, steps, dims, member, resume)
@@ -97,14 +100,18 @@ def train(model, out, name, fixed_lam, rows, kinds, scale, ideal, dims, flags, s
 def main(flags):
     """Trains one run (one adapter, or the several of rs and dps) and evaluates its front. Returns the run directory."""
     device, dtype = pick_device(flags.device, flags.precision)
+    rank, processes, device = init_distributed(device)
     given, on_world = replace(flags), flags.data is None
-    check(flags)
+    check(flags, processes)
     matmul_ceiling(device, dtype)                                      # now, while nothing else runs
     base, tokenizer_name = find_base(flags.init, flags.size, flags.tokenizer, device)
     rows, kinds, dims = demonstrations(flags)
     check_lam(flags, dims)
     m = len(dims)
-    model, tokenizer = load_base(base, tokenizer_name, device, dtype, flags.quantize, flags.checkpoint)
+    # a base to be sharded is read into main memory: it may be too large for one GPU
+    load = lambda: load_base(base, tokenizer_name, torch.device("cpu") if flags.parallel == "fsdp" else device, dtype,
+                             flags.quantize, flags.checkpoint)
+    model, tokenizer = load()
     flags.lr = flags.lr or usual_rate(on_world, model.config)
     flags.steps = flags.steps or (400 if on_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
     rows, cut = tokenize(rows, tokenizer, min(flags.max_length, model.config.context_length))
@@ -120,13 +127,17 @@ def main(flags):
         flags, dims, model, base, tokenizer_name, flags.method, objective=objective, models=len(models), cut=cut,
         loss_scale=scale.tolist())
     for i, (name, lam), state in models_left(models, resume):
+        if sharded(model):                                             # by the adapter before
+            model, _ = load()
         train(model, out, name, lam, rows, kinds, scale, ideal, dims, flags, steps, i, state, device)
+    if rank > 0:
+        return out
     del model
-    return eval_front.finish(out, f"{len(models)} adapter(s) of {steps} steps", flags, device, dtype)
+    return eval_front.finish(out, f"{len(models)} adapter(s) of {steps} steps", flags, device, dtype, processes)
 
 
-def check(flags):
-    """Fills in --lams_per_step. Raises UserError for flags that do not fit together."""
+def check(flags, processes):
+    """Fills in --lams_per_step. Raises UserError for flags that do not fit together. processes: how many there are."""
     B = flags.batch_size
     if flags.lams_per_step is None:
         flags.lams_per_step = math.gcd(8, B) if flags.aggregate == "ls" else 1
@@ -135,6 +146,7 @@ def check(flags):
         raise UserError("a front needs at least 2 dimensions: --pref_dim 2, two names after --dims, or two files")
     if B % flags.lams_per_step:
         raise UserError(f"--batch_size {B} must be a multiple of --lams_per_step {flags.lams_per_step}")
+    check_shares(flags, B, f"--batch_size {B}", processes)
     if flags.ideal is not None and (flags.aggregate != "tche" or len(flags.ideal) != m or min(flags.ideal) < 0):
         raise UserError(f"--ideal takes one loss, 0 or more, for each of the {m} dimensions, and only with "
                         f"--aggregate tche")
@@ -172,4 +184,4 @@ def mean_lengths(rows, kinds, m):
 
 
 if __name__ == "__main__":
-    run_main(main, Flags, __doc__)
+    run_main(main, Flags, __doc__, several=True)

@@ -360,7 +360,8 @@ def sample_token(logits, temperature, top_p, uniform=None):
 
 
 @torch.inference_mode()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, generator=None, pack=None):
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, generator=None, pack=None,
+             own=None):
     """Continues every prompt until EOS or max_new_tokens. temperature 0 is greedy.
 
     model: a Transformer, or a Mixture: every model of it keeps its own KV cache and reads the one token that is drawn.
@@ -368,6 +369,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     config's; -1 never stops. generator: on any device; the same seed gives the same tokens.
     pack: copy the weights into a faster layout for this call, which takes their memory once more, for a quantised base
     that of the dense weights (None: on a CPU, if max_new_tokens is large enough to gain by it).
+    own: indices of prompts: these alone are continued, by the random numbers that they have among all. So several
+    processes that share the prompts out sample what one would.
     Returns a list of token lists, the new tokens alone; one that ends in EOS stopped by itself. Raises ValueError where
     prompt and new tokens exceed the context.
     """
@@ -378,7 +381,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     if shortest < 1 or longest + max_new_tokens > config.context_length:
         raise ValueError(f"{max_new_tokens} new tokens in a context of {config.context_length} need prompts of 1 to "
                          f"{config.context_length - max_new_tokens} tokens; these have {shortest} to {longest}")
-    if max_new_tokens == 0:
+    drawn, own = len(prompts), range(len(prompts)) if own is None else own
+    prompts = [prompts[j] for j in own]
+    if max_new_tokens == 0 or not prompts:
         return [[] for _ in prompts]
     if generator is not None and generator.device.type != device.type:
         seed = torch.randint(2 ** 62, (), generator=generator, device=generator.device).item()
@@ -390,11 +395,12 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     mixed = lambda logits: sum(w * each for w, each in zip(weights, logits))          # (B, V): log-probs, but for a sum
     logits = mixed(decoder.prefill() for decoder in decoders)
     rows = torch.arange(B, device=device)                                             # those still in the batch
+    own = torch.tensor(own, device=device)                                            # (B,)
     out = torch.zeros(B, max_new_tokens, dtype=torch.int64, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
     for i in range(max_new_tokens):
-        # B numbers in every step, also for rows that were dropped: so dropping rows changes no sample
-        uniform = torch.rand(B, generator=generator, device=device)[rows] if temperature > 0 else None
+        # a number for every prompt in every step, also for rows that were dropped: so dropping rows changes no sample
+        uniform = torch.rand(drawn, generator=generator, device=device)[own[rows]] if temperature > 0 else None
         token = sample_token(logits, temperature, top_p, uniform)
         out[rows, i] = token
         if i + 1 == max_new_tokens:

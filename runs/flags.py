@@ -8,6 +8,7 @@ import inspect
 import os
 import sys
 import time
+import traceback
 import typing
 from pathlib import Path
 from typing import Literal
@@ -99,6 +100,15 @@ class PreferenceFlags:
 
 
 @dataclasses.dataclass
+class ProcessFlags:
+    """Several processes: dpo, sft, reward, ppo."""
+
+    parallel: Literal["ddp", "fsdp"] = flag(
+        "ddp", "under torchrun: a copy of the base in every process, or shares of it (it is whole where --eval reads "
+               "it, and in PPO's rollouts)")
+
+
+@dataclasses.dataclass
 class RewardFlags:
     """What is learned from rewards of texts: ppo, hqd."""
 
@@ -185,23 +195,36 @@ def cli(cls, doc, argv=None):
 def run_main(main, cls, doc, several=False):
     """Parses the flags, runs main(flags); a UserError becomes one line on stderr and exit status 2.
 
-    several: the script may be started by torchrun, as several processes; then the first one alone prints.
+    several: the script may be started by torchrun, as several processes; then the first one alone prints. A process
+    that fails ends at once: torchrun then ends the others, wherever they wait for it.
     """
-    rank = int(os.environ.get("RANK", 0))
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
     try:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not several:
+        if processes > 1 and not several:
             raise UserError(f"{Path(sys.argv[0]).name} is one process: start it with python, not with torchrun")
         main(cli(cls, doc))
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except UserError as e:
         if rank > 0:
             time.sleep(5)       # the first process found the same and said it: torchrun ends this one before it speaks
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        _end(2)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        print("stopped", file=sys.stderr, flush=True)
+        _end(130)
+    except Exception:
+        if not dist.is_initialized():
+            raise
+        time.sleep(5)           # another one failed, and this one lost its connection: only the reason is to be seen
+        traceback.print_exc()
+        _end(1)
+
+
+def _end(status):
+    """Ends this process. One of several does so without a goodbye, which could wait for those that wait for it."""
+    if dist.is_initialized():
+        os._exit(status)
+    sys.exit(status)

@@ -10,6 +10,7 @@ import os
 import torch
 import torch.distributed as dist
 
+from ops.generation import generate
 from runs.files import UserError
 from svd_lora import some_values
 
@@ -50,6 +51,23 @@ def ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def share():
+    """Which of some items this process takes, as a slice: items[share()]. All of them where there is one process."""
+    rank, processes = ranks()
+    return slice(rank, None, processes)
+
+
+def check_shares(flags, n, what, processes):
+    """Raises UserError where n items, whose flags are `what`, do not divide among the processes, and for a --parallel
+    that does not fit."""
+    if n % processes:
+        raise UserError(f"{what} must be a multiple of the {processes} processes")
+    if getattr(flags, "parallel", "ddp") == "fsdp" and "RANK" not in os.environ:
+        raise UserError("--parallel fsdp shares the base among processes: start it with torchrun --nproc_per_node N")
+    if getattr(flags, "parallel", "ddp") == "fsdp" and flags.quantize != "none":
+        raise UserError("--parallel fsdp does not go with --quantize: use --parallel ddp")
+
+
 def barrier():
     """Waits until all processes are here."""
     if ranks()[1] > 1:
@@ -73,6 +91,20 @@ def all_sum(x):
     return x
 
 
+def all_max(x):
+    """The same with the maximum."""
+    if ranks()[1] > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
+
+
+def variance(x):
+    """The variance over the rows of all processes: x (rows, n), this one's, -> (n,)"""
+    n = all_sum(x.new_tensor(len(x)))
+    mean = all_sum(x.sum(0)) / n
+    return all_sum((x - mean).square().sum(0)) / (n - 1)
+
+
 def gathered(own, n, dtype, device):
     """What each process has of n rows, in every one of them: a list of n CPU tensors (k_j,), some of any length.
 
@@ -83,6 +115,36 @@ def gathered(own, n, dtype, device):
     return list(all_sum(flat.to(device)).cpu().split(sizes))
 
 
+def whole_rows(own, index, n, device):
+    """The n rows of a tensor, of which this process has own (k, …), those with these indices; (n, …) in all of them."""
+    rows = torch.zeros(n, *own.shape[1:], dtype=own.dtype, device=device)
+    rows[index] = own.to(device)
+    return all_sum(rows).to(own.device)
+
+
+def in_shares(work, columns, device):
+    """work(*columns), a tensor with a row for each of n items: every process computes its share, and all have all.
+
+    columns: lists of length n. Each process works on equally many, some of them for nothing, so that models whose base
+    is sharded are called equally often.
+    """
+    n, mine = len(columns[0]), list(range(len(columns[0])))[share()]
+    even = mine + [0] * (-(-n // ranks()[1]) - len(mine))
+    part = work(*([column[j] for j in even] for column in columns))
+    return whole_rows(part[:len(mine)], mine, n, device)
+
+
+def generate_all(model, prompts, max_new_tokens, eos_id, generator):
+    """generate(), the prompts shared out: each process has all responses, the tokens that one process would sample.
+
+    Where each prompt has a λ of its own, those of prompts[share()] are to be set before.
+    """
+    n, mine = len(prompts), range(len(prompts))[share()]
+    new = generate(whole(model), prompts, max_new_tokens, eos_id=eos_id, generator=generator, own=mine)
+    own = {j: torch.tensor(y) for j, y in zip(mine, new)}
+    return [y.tolist() for y in gathered(own, n, torch.int64, model.embed.weight.device)]
+
+
 def with_value(local, whole):
     """Forward: `whole`, the sum over all processes. Backward: the gradient goes to `local`, this process's part of it.
 
@@ -90,6 +152,11 @@ def with_value(local, whole):
     With f(local) it would be f'(local): wrong where f is not linear, as Tchebycheff's maximum is not.
     """
     return whole + (local - local.detach())
+
+
+def sum_of_all(local):
+    """Forward: the sum over all processes. Backward: the gradient goes to `local`, this process's part of it."""
+    return with_value(local, all_sum(local.detach().clone()))
 
 
 def reduce_gradients(parameters):
@@ -117,3 +184,32 @@ def shard(model, device):
     for module in [*model.blocks, model]:
         fully_shard(module, mesh=mesh, ignored_params=trained)
     model.register_state_dict_post_hook(lambda module, state, prefix, local: state.update(seen))
+
+
+def sharded(model):
+    """Whether `shard` has seen this model: it then takes no other adapter."""
+    return hasattr(model, "unshard")                          # FSDP's classes have it
+
+
+def whole(model):
+    """A model to generate with: the model itself, or of a sharded one a copy with the whole base, which every process
+    holds as long as it keeps the copy. Adapter and λ are the model's own.
+
+    A decode step reads each weight for a few tokens alone. To gather the base anew for every token would take longer
+    than the step, and all processes would have to take equally many steps; so it is gathered once, before the first.
+    """
+    if not sharded(model):
+        return model
+    from torch.distributed.fsdp import FSDPModule
+    full = lambda p: p.full_tensor() if hasattr(p, "full_tensor") else p
+
+    def copied(module):                                       # copy.copy() does not know FSDP's classes and hooks
+        twin = object.__new__(next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule)))
+        twin.__dict__ = module.__dict__ | {
+            "_parameters": {name: full(p) for name, p in module._parameters.items()},
+            "_modules": {name: copied(child) for name, child in module._modules.items()},
+            "_forward_hooks": {}, "_forward_pre_hooks": {}}
+        return twin
+
+    with torch.no_grad():
+        return copied(model)

@@ -112,8 +112,8 @@ def ppo_run(work):
     import train_ppo
     sampled, preferences = [], []
     with running.inside(work), pytest.MonkeyPatch.context() as patch:
-        generate, use = train_ppo.generate, train_ppo.set_preference
-        patch.setattr(train_ppo, "generate",
+        generate, use = train_ppo.generate_all, train_ppo.set_preference
+        patch.setattr(train_ppo, "generate_all",
                       lambda *a, **k: sampled.append((a[1], generate(*a, **k))) or sampled[-1][1])
         patch.setattr(train_ppo, "set_preference", lambda model, lam: preferences.append(lam) or use(model, lam))
         return running.go("train_ppo", "ppo", steps=4, lr=8e-3, critic_iters=1), sampled, preferences

@@ -305,6 +305,12 @@ def test_readings_of_pama_by_hand():
     assert c.tolist() == [1, 0] and combined[mask.bool()].tolist() == [1, 0, 2]
     combined, c = pama_advantages(A, mask, "T")
     assert c is None and combined[mask.bool()].tolist() == [0, 0, 1]
+    # one row of two, and `total` adds what the other has: the weights are those of both
+    others = {"V": [torch.tensor([[4.0, 2], [2, 1]])], "S": [torch.tensor([2.0, 1]), torch.tensor(1.0)]}
+    for reading, weights in (("V", [8 / 11, 3 / 11]), ("S", [1, 0])):
+        c = pama_advantages(A[:1], mask[:1], reading, lambda x: x + others[reading].pop(0))[1]
+        assert c.tolist() == pytest.approx(weights) and not others[reading]
+    assert pama_advantages(A[:1], mask[:1], "V")[1].tolist() == pytest.approx([0.9, 0.1])      # wrong: its own alone
 
 
 # ---- from sums to means, one reward of several, and the models of a method ----

@@ -183,6 +183,18 @@ def test_masked_mean_is_over_the_whole_batch():
     assert masked_mean(x, MASK) != (x * MASK).mean()                     # wrong: padding counted as zeros
 
 
+def test_parts_of_a_batch_add_up_to_its_means(close):
+    """Given the whole number of tokens, each part's loss is its share of the mean; heads are counted once each."""
+    g, tokens = torch.Generator().manual_seed(0), MASK.sum()
+    draw = lambda *shape: torch.randn(*MASK.shape, *shape, generator=g, dtype=torch.float64)
+    for loss, inputs in ((lambda *x: ppo_policy_loss(*x[:3], x[3], 0.2, *x[4:])[0], [draw(), draw(), draw(), MASK]),
+                         (lambda *x: ppo_value_loss(*x[:3], x[3], 0.3, *x[4:]), [draw(3), draw(3), draw(3), MASK]),
+                         (lambda *x: ppo_value_loss(*x[:3], x[3], 0.3, *x[4:]), [draw(), draw(), draw(), MASK])):
+        whole, parts = loss(*inputs), [[x[i:i + 1] for x in inputs] for i in range(len(MASK))]
+        assert close(sum(loss(*part, tokens) for part in parts), whole, 1e-12)
+        assert not close(sum(loss(*part) for part in parts) / len(parts), whole, 1e-2)     # wrong: means of own means
+
+
 # ---- token rewards ----
 
 def test_token_rewards_equal_the_oracle(o, close):

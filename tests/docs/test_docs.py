@@ -83,7 +83,9 @@ def test_scripts_and_files_that_the_texts_name_exist():
 
 def test_flags_that_the_texts_name_exist():
     code = "".join(f.read_text(encoding="utf-8") for f in CODE)
-    of_others = {"help", "nproc_per_node", "repo", "include", "local"}  # argparse's, torchrun's, hf download's
+    of_others = {"help", "repo", "include", "local"}                   # argparse's, hf download's, torchrun's, Slurm's
+    of_others |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_id", "rdzv_endpoint"}
+    of_others |= {"nodes", "ntasks", "gpus", "requeue"}
     for text in TEXTS:
         if text.name == "CHANGELOG.md":
             continue

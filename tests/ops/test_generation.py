@@ -53,6 +53,20 @@ def seeded(seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # generate() against recomputation.
 
+@pytest.mark.parametrize("own", [[1], [0, 2], [3, 1], [0, 1, 2, 3], []])
+def test_some_of_the_prompts_get_the_tokens_that_they_have_among_all(talker, own):
+    """Each with its λ, and with rows that end and are dropped."""
+    model, new = talker("llama", adapter=True), 20
+    set_preference(model, LAM)
+    whole = generate(model, PROMPTS, new, eos_id=5, generator=seeded(3))
+    lengths = {len(y) for y in whole}
+    set_preference(model, LAM[own] if own else LAM)
+    assert generate(model, PROMPTS, new, eos_id=5, generator=seeded(3), own=own) == [whole[j] for j in own]
+    assert len(lengths) > 1
+    if own == [3, 1]:                                                                 # wrong: numbers of its own
+        assert generate(model, [PROMPTS[j] for j in own], new, eos_id=5, generator=seeded(3)) != [whole[3], whole[1]]
+
+
 @pytest.mark.skipif(not HF.exists(), reason="shared/oracles/data/hf is not beside the repository")
 @pytest.mark.parametrize("name", sorted(d.name for d in HF.iterdir()) if HF.exists() else ["none"])
 def test_golden_generation(name, monkeypatch):

@@ -94,8 +94,8 @@ def test_both_stages_of_hqd(hqd_run, monkeypatch, at):
     """In stage 1, in its first model and in a later one; after the answers of stage 2; within its training."""
     name = "hqd-killed-" + "-".join(map(str, at))
     run = killed("train_hqd", name, lambda r: (r["stage"], r["member"], r["step"]) == at)
-    said, generate = [], train_hqd.generate
-    monkeypatch.setattr(train_hqd, "generate", lambda *a, **k: said.append(1) or generate(*a, **k))
+    said, generate = [], train_hqd.generate_all
+    monkeypatch.setattr(train_hqd, "generate_all", lambda *a, **k: said.append(1) or generate(*a, **k))
     assert go("train_hqd", name) == run
     assert bool(said) == (at != (2, 4, 2))               # answers are made once, and then read
     same_files(run, hqd_run[0])

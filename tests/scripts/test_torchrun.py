@@ -1,4 +1,7 @@
-"""test_torchrun.py - train_dpo.py in two processes (torchrun, gloo) equals one process; killed, it resumes."""
+"""test_torchrun.py - trainings in two processes equal one process; killed, they resume; one that fails ends all.
+
+Processes are threads where that is enough (tests/threads.py), else torchrun's, with gloo.
+"""
 import json
 import os
 import subprocess
@@ -7,51 +10,67 @@ import time
 
 import pytest
 import torch
-from running import BASE, ROOT, go, metrics, timeless, words
+from running import BASE, ROOT, go, killed, metrics, read, timeless, words
 from safetensors.torch import load_file
+from threads import in_processes
 
 import train_dpo
+import train_hqd
+import train_ppo
+import train_reward
 from runs.files import UserError
 from svd_lora import read_adapter_header
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-SMALL = dict(steps=4, rows=24, responses=4, batch_size=4, lams_per_step=4, snapshots=2, eval=False, log_every=1,
-             device="cpu", init=BASE, keep=0.0)
-TCHE = dict(SMALL, aggregate="tche", lams_per_step=2, orth_coeff=0.1,      # both processes have rows of each preference
+FSDP = dict(parallel="fsdp")
+TCHE = dict(aggregate="tche", lams_per_step=2, orth_coeff=0.1,             # both processes have rows of each preference
             ideal=[0.6, 0.1], accumulate=2)
-LONG = dict(SMALL, steps=30, save_every=4, snapshots=0)
-RUNS = {"ls": SMALL, "ls-fsdp": SMALL | dict(parallel="fsdp"), "tche": TCHE, "tche-fsdp": TCHE | dict(parallel="fsdp"),
-        "micro": SMALL | dict(batch_size=8, accumulate=2, keep=1.0),
-        "rs-fsdp": SMALL | dict(method="rs", parallel="fsdp")}
+PPO = dict(batch_size=16, minibatch=8, steps=2)                            # 4 prompts, 2 of them in a minibatch
+RUNS = {name: ("train_dpo", flags) for name, flags in {
+    "ls": {}, "ls-fsdp": FSDP, "tche": TCHE, "tche-fsdp": TCHE | FSDP,
+    "micro": dict(batch_size=8, accumulate=2, keep=1.0), "rs-fsdp": dict(method="rs") | FSDP}.items()}
+OTHERS = {"sft": ("train_sft", dict(aggregate="tche", lams_per_step=2)),
+          "sft-rs-fsdp": ("train_sft", dict(method="rs") | FSDP),
+          "reward": ("train_reward", dict(steps=6)), "reward-fsdp": ("train_reward", dict(steps=6) | FSDP),
+          "ppo": ("train_ppo", PPO | dict(ptx_coeff=0.5, update_iters=2)),
+          "ppo-fsdp": ("train_ppo", PPO | dict(ptx_coeff=0.5, update_iters=2) | FSDP),
+          "ppo-mgda-fsdp": ("train_ppo", PPO | dict(aggregate="mgda") | FSDP),
+          "ppo-resumed": ("train_ppo", PPO | dict(aggregate="tche", ideal=None, steps=3, save_every=1)),
+          "hqd": ("train_hqd", dict(batch_size=4)), "hqd-resumed": ("train_hqd", dict(batch_size=4))}
+# what two processes have exactly as one has it: here the samples show
+EXACT = {"step", "member", "lam", "lr", "tokens", "flops", "labels", "rewards", "length", "finished", "collapsed",
+         "stage", "adapter", "first_ratio"}
+LONG = dict(steps=30, save_every=4, snapshots=0, rows=24, responses=4, batch_size=4, lams_per_step=4, eval=False,
+            log_every=1, device="cpu", init=BASE, keep=0.0)
 # several runs under one torchrun, since starting it is what takes the time
 DRIVER = f"""
-import json, sys
-sys.path.insert(0, {str(ROOT)!r})
-import train_dpo
+import json, os, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from running import go, inside
 from runs.flags import RunFlags, run_main
 sys.argv[1:], runs = [], json.loads(sys.argv[1])
 def main(_):
-    for name, flags in runs.items():
-        train_dpo.main(train_dpo.Flags(**flags, out="out/two-" + name))
+    with inside(os.getcwd()):
+        for name, (script, flags) in runs.items():
+            go(script, "two-" + name, **flags)
 run_main(main, RunFlags, "", several=True)
 """
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture(autouse=True)
-def place(work, monkeypatch):
-    """The world of other processes is the whole one, so it is here too."""
-    monkeypatch.chdir(work)
+def torchrun(work, runs):
+    """The output of torchrun, with every one of the runs under out/two-<name>."""
+    (work / "driver.py").write_text(DRIVER)
+    done = subprocess.run([*TORCHRUN, "driver.py", json.dumps(runs)], cwd=work, env=ENVIRONMENT, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def two(work):
-    """The output of torchrun, with every one of RUNS under out/two-<name>."""
-    (work / "driver.py").write_text(DRIVER)
-    done = subprocess.run([*TORCHRUN, "driver.py", json.dumps(RUNS)], cwd=work, env=ENVIRONMENT, capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    """The output of RUNS."""
+    return torchrun(work, RUNS)
 
 
 def distance(a, b):
@@ -64,7 +83,7 @@ def distance(a, b):
 @pytest.mark.parametrize("name, adapters", [("ls", ["adapter"]), ("tche", ["adapter"]), ("micro", ["adapter"]),
                                             ("rs-fsdp", ["adapter-helpful", "adapter-harmless"])])
 def test_two_processes_equal_one(work, two, name, adapters):
-    one = go("train_dpo", f"one-{name}", **RUNS[name] | dict(parallel="ddp"))
+    one = go("train_dpo", f"one-{name}", **RUNS[name][1] | dict(parallel="ddp"))
     run = work / f"out/two-{name}"
     for adapter in adapters:
         assert distance(run / f"{adapter}.safetensors", one / f"{adapter}.safetensors") < 1e-3   # AdamW on rounding
@@ -86,13 +105,13 @@ def test_a_sharded_base_changes_nothing(work, two):
 
 
 def test_one_process_prints_and_writes(work, two):
-    for name, flags in RUNS.items():
+    for name in RUNS:
         run, members = work / f"out/two-{name}", 2 if name == "rs-fsdp" else 1
         files = {"config.json", "metrics.jsonl", "timing.json", "snapshots"}
         files |= {"adapter-helpful.safetensors", "adapter-harmless.safetensors"} if members == 2 else \
             {"adapter.safetensors"}
         assert {f.name for f in run.iterdir()} == files
-        steps = flags["steps"] // members
+        steps = 4 // members
         assert [(r["member"], r["step"]) for r in metrics(run)] == [(i, s + 1) for i in range(members)
                                                                     for s in range(steps)]
         timing = json.loads((run / "timing.json").read_text())
@@ -122,6 +141,117 @@ def test_killed_processes_resume_bit_for_bit(work):
     assert timeless(run) == timeless(work / "out/two-whole") and len(metrics(run)) == 30
 
 
+# ---- all trainers ----
+
+def equal(run, one, script):
+    """Asserts that a run of two processes is what one process makes."""
+    for a, b in zip(metrics(run), metrics(one), strict=True):
+        assert a.keys() == b.keys()
+        for key, x in b.items():
+            if key in EXACT or x is None:
+                assert a[key] == x, key
+            elif "second" not in key:                         # KL and moved are differences of sums of log-probs
+                assert a[key] == pytest.approx(x, rel=1e-3 if key == "grad_norm" else 1e-5, abs=3e-6), key
+    for file in [*one.glob("adapter*.safetensors"), *one.glob("heads.safetensors")]:
+        assert distance(run / file.name, file) < 1e-3         # AdamW on rounding
+    for file in ("generated.jsonl", "reference.jsonl"):
+        assert (one / file).exists() == (run / file).exists() == (file in {
+            "train_hqd": "generated.jsonl", "train_reward": "reference.jsonl"}.get(script, ""))
+        assert not (one / file).exists() or (one / file).read_text() == (run / file).read_text()
+    if script == "train_reward":
+        a, b = (read(x, "reward.json") for x in (run, one))
+        assert all(a[key] == pytest.approx(b[key], rel=1e-5) for key in b.keys() - {"dims"}) and a["dims"] == b["dims"]
+    if script == "train_ppo":
+        assert read(run, "config.json")["rewards"] == read(one, "config.json")["rewards"]
+
+
+@pytest.fixture(scope="module")
+def constants():
+    """Those of `go`, in all threads."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, value in [(train_hqd, "MOST_PROMPTS", 10), (train_ppo, "REFERENCE_SAMPLES", 15),
+                                    (train_reward, "EVAL_ROWS", 4), (train_reward, "N_REFERENCE", 13)]:
+            patch.setattr(module, name, value)
+        yield
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("train_sft", dict(aggregate="tche", lams_per_step=2)), ("train_reward", dict(steps=4, eval=True)),
+    ("train_ppo", PPO | dict(ptx_coeff=0.5)),
+    ("train_ppo", PPO | dict(aggregate="tche", rewards=["warm", "concise:9"])),
+    ("train_ppo", PPO | dict(aggregate="pama")), ("train_ppo", PPO | dict(aggregate="pama", pama_reading="S")),
+    ("train_ppo", PPO | dict(aggregate="mgda")), ("train_ppo", PPO | dict(estimator="gdpo")),
+    ("train_hqd", dict(batch_size=4, steps=2, steps2=2))])
+def test_two_threads_equal_one(constants, script, flags, request):
+    name = "".join(c for c in request.node.name if c.isalnum())
+    one = go(script, f"one-{name}", **flags)
+    runs = in_processes(2, lambda: go(script, f"two-{name}", **flags))
+    assert runs[0] == runs[1]
+    equal(runs[0], one, script)
+
+
+@pytest.mark.slow
+def test_all_trainers_under_torchrun(work):
+    """Sharded bases too, and runs that one process began and two go on with, and the other way round."""
+    for name, member in (("ppo-resumed", 0), ("hqd-resumed", 4)):
+        script, flags = OTHERS[name]
+        killed(script, f"two-{name}", lambda r: (r["member"], r["step"]) == (member, 2), **flags)
+    said = torchrun(work, OTHERS)
+    assert said.count("continuing after step") == 2 and said.count("trained ") == len(OTHERS)
+    for name, (script, flags) in OTHERS.items():
+        equal(work / f"out/two-{name}", go(script, f"one-{name}", **flags | (dict(parallel="ddp") if "parallel" in flags
+                                                                            else {})), script)
+    for name in ("reward", "ppo"):
+        ddp, fsdp = (load_file(work / f"out/two-{name}{end}/adapter.safetensors") for end in ("", "-fsdp"))
+        assert all(torch.equal(ddp[k], fsdp[k]) for k in ddp)
+
+
+def test_one_process_goes_on_where_two_were_killed():
+    flags = PPO | dict(aggregate="tche", steps=3, save_every=1)
+    one = go("train_ppo", "one-killed", **flags)
+    step = lambda: killed("train_ppo", "two-killed-threads", lambda r: r["step"] == 2, **flags)
+    run = in_processes(2, step)[0]
+    assert len(metrics(run)) == 2 and (run / "state.safetensors").exists()
+    assert go("train_ppo", "two-killed-threads", **flags) == run
+    equal(run, one, "train_ppo")
+
+
+# ---- errors ----
+
+FAILING = f"""
+import os, sys, time
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from running import go, inside
+from runs import loop
+from runs.files import UserError
+from runs.flags import RunFlags, run_main
+update, kind = loop.Run.update, {{"user": UserError, "bug": ValueError}}[sys.argv.pop()]
+def failing(run, *rest):
+    if run.step == 1 and os.environ["RANK"] == "1":
+        print(f"failing at {{time.time()}}", file=sys.stderr)
+        raise kind("the disk is full")
+    return update(run, *rest)
+loop.Run.update = failing
+def main(_):
+    with inside(os.getcwd()):
+        go("train_ppo", "failing", batch_size=16, minibatch=8)
+run_main(main, RunFlags, "", several=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, line", [("user", "error: the disk is full"), ("bug", "ValueError: the disk is full")])
+def test_an_error_in_one_process_ends_all(work, kind, line):
+    """While the other waits for it in a sum. What is seen is its reason, not that the other lost a connection."""
+    (work / "failing.py").write_text(FAILING)
+    done = subprocess.run([*TORCHRUN, "failing.py", kind], cwd=work, env=ENVIRONMENT, capture_output=True, text=True,
+                          timeout=600)
+    seconds = time.time() - float(done.stderr.split("failing at ")[1].split()[0])
+    assert done.returncode != 0 and seconds < 60                       # a collective waits for hours
+    assert done.stderr.count("the disk is full") == 1 + (kind == "bug") and line in done.stderr
+    assert "onnection" not in done.stderr and "RuntimeError" not in done.stderr
+
+
 @pytest.mark.slow
 def test_an_error_in_all_processes_is_one_line(work):
     done = subprocess.run([*TORCHRUN, str(ROOT / "train_dpo.py"), "--batch_size", "3", "--lams_per_step", "3",
@@ -132,7 +262,8 @@ def test_an_error_in_all_processes_is_one_line(work):
 
 
 def test_what_does_not_divide_or_fit_is_refused():
-    flags = lambda **more: train_dpo.Flags(**dict(SMALL, lams_per_step=4) | more)
+    flags = lambda **more: train_dpo.Flags(**dict(keep=0.0, beta=1.0, responses=4, batch_size=4, lams_per_step=4)
+                                                | more)
     train_dpo.check(flags(batch_size=12), 3)
     for more, world, message in [(dict(batch_size=4), 3, "must be a multiple of the 3 processes"),
                                  (dict(batch_size=8, accumulate=4), 4, "must be a multiple of the 4 processes"),

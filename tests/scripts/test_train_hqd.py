@@ -167,7 +167,7 @@ def test_another_seed_is_another_run(hqd_run):
 
 
 def test_degenerate_answers_are_counted_and_dropped(monkeypatch):
-    tokenizer, generate, calls = load_tokenizer("toy"), train_hqd.generate, []
+    tokenizer, generate, calls = load_tokenizer("toy"), train_hqd.generate_all, []
     eos = tokenizer.eos_id
     loop, off = tokenizer.encode(" so") * 12, tokenizer.encode("I will not help with that. Thank you for")
     strange = tokenizer.encode("Nobody in this world says so.")
@@ -178,7 +178,7 @@ def test_degenerate_answers_are_counted_and_dropped(monkeypatch):
         said[:8] = [[eos], [eos], loop + [eos], off, off, off, strange + [eos], strange + [eos]]
         return said
 
-    monkeypatch.setattr(train_hqd, "generate", some)
+    monkeypatch.setattr(train_hqd, "generate_all", some)
     monkeypatch.setattr(train_hqd, "GEN_BATCH", 20)
     run = go("train_hqd", "degenerate", steps=1, steps2=1)
     assert calls == [20, 10] * 3                                       # m + 1 representatives, 10 prompts three times
@@ -197,7 +197,7 @@ def test_degenerate_answers_are_counted_and_dropped(monkeypatch):
                               if x["ended"] and x["response"].strip() and not x["collapsed"]))
     assert s["pairs"] == len(kept) and s["low"] == [toy.OUTSIDE] * 2   # what is none of the world's counts, as that
     assert any(y.startswith("Nobody") for _, y in kept) and not any(y.startswith(" so so") for _, y in kept)
-    monkeypatch.setattr(train_hqd, "generate", lambda model, prompts, *args, **more: [[eos]] * len(prompts))
+    monkeypatch.setattr(train_hqd, "generate_all", lambda model, prompts, *args, **more: [[eos]] * len(prompts))
     with pytest.raises(UserError, match="0 different answers of 90 are left, and half of --near 12 are wanted"):
         go("train_hqd", "hopeless", steps=1, steps2=1)
 

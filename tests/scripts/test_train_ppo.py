@@ -357,8 +357,8 @@ def test_one_dimension_of_a_reward_model(reward_run):
 @pytest.mark.skipif(not STORIES.exists(), reason="../shared (the tiny Llama and the stories) is not here")
 def test_text_rewards_on_stories(work, capsys, monkeypatch):
     (work / "stories.txt").write_text(STORIES.read_text(encoding="utf-8")[:30_000], encoding="utf-8")
-    sampled, generate = [], train_ppo.generate
-    monkeypatch.setattr(train_ppo, "generate",
+    sampled, generate = [], train_ppo.generate_all
+    monkeypatch.setattr(train_ppo, "generate_all",
                         lambda *a, **k: sampled.append((a[1], generate(*a, **k))) or sampled[-1][1])
     monkeypatch.setattr(train_ppo, "REFERENCE_SAMPLES", 32)
     run = go("train_ppo", "stories", init=str(LLAMA), prompts=["stories.txt"], rewards=["dialogue", "narrative"],

@@ -1,0 +1,41 @@
+"""threads.py - several processes as threads of this one, which start at once: what the project uses of
+torch.distributed (but not FSDP), with the threads as ranks."""
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+
+
+def in_processes(n, work):
+    """work() in n threads, each of which is one of n processes for runs/processes.py. Returns their results."""
+    here, meeting, slots, results, errors = threading.local(), threading.Barrier(n, timeout=60), [None] * n, {}, []
+
+    def all_reduce(x, op=dist.ReduceOp.SUM):
+        slots[here.rank] = x.clone()
+        meeting.wait()
+        whole = torch.stack(slots).sum(0) if op == dist.ReduceOp.SUM else torch.stack(slots).amax(0)
+        meeting.wait()                                        # all have read: the slots may be filled again
+        x.copy_(whole)
+
+    def process(rank):
+        here.rank = rank
+        try:
+            results[rank] = work()
+        except BaseException as e:
+            errors.append(e)
+            meeting.abort()                                   # nobody waits for it
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK", "0")                             # init_distributed sees torchrun by it
+        for name, function in {"is_initialized": lambda: hasattr(here, "rank"), "get_rank": lambda: here.rank,
+                               "get_world_size": lambda: n, "all_reduce": all_reduce, "barrier": meeting.wait}.items():
+            patch.setattr(dist, name, function)
+        threads = [threading.Thread(target=process, args=(rank,)) for rank in range(n)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if errors:
+        raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+    return [results[rank] for rank in range(n)]
