@@ -461,5 +461,5 @@ def test_estimator_by_default():
                         (dict(aggregate="pama"), "gae"), (dict(aggregate="mgda"), "gae"),
                         (dict(estimator="grpo"), "grpo"), (dict(estimator="gae"), "gae")):
         flags = train_ppo.Flags(**given)
-        train_ppo.defaults(flags, world_rewards(["helpful", "harmless"], None))
+        train_ppo.defaults(flags, world_rewards(["helpful", "harmless"], None), 1)
         assert flags.estimator == want
