@@ -19,6 +19,7 @@ The reference is the same model with the adapter off. Several processes share ou
 means are over all of them (runs/processes.py). A killed run continues from its last checkpoint, bit for bit.
 """
 import runs.waiting  # noqa: F401  # isort: skip
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -114,11 +115,12 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags, RewardFlags, Pro
     weight_decay: float = flag(0.01, "AdamW's, on U and V only", "not negative")
     # beside the paper
     lr: float = flag(2e-3, "peak learning rate of the adapter, then a cosine to 0", "positive")
-    steps: int = flag(400, "rollouts in all, shared evenly by the models of rs and dps", 1)
-    batch_size: int = flag(128, "R: responses per rollout", 1)
+    steps: int = flag(250, "rollouts in all, shared evenly by the models of rs and dps", 1)
+    batch_size: int = flag(256, "R: responses per rollout", 1)
     samples: int | None = flag(None, "responses to each prompt, under one λ (default 16 on the embedded world, where "
                                      "they share most of their computation; else 1, the paper's)", 1)
-    minibatch: int | None = flag(None, "responses per optimizer step (default: half of a rollout, where it divides)", 1)
+    minibatch: int | None = flag(None, "responses per optimizer step (default: a quarter of a rollout, where it "
+                                       "divides)", 1)
     lams_per_step: int | None = flag(None, "G: preferences per rollout, each on the same number of prompts; 1 is the "
                                            "paper's (default: one per prompt)", 1)
     gae_lambda: float = flag(0.95, "λ of generalised advantage estimation; γ is 1", "share")
@@ -456,7 +458,7 @@ def defaults(flags, rewards, processes):
     if flags.aggregate == "tche" and flags.ideal is None and truth_known:
         flags.ideal = world_ideal(rewards).tolist()
     X, rest = divmod(flags.batch_size, flags.samples)
-    flags.minibatch = flags.minibatch or flags.batch_size // (1 if X % 2 else 2)
+    flags.minibatch = flags.minibatch or flags.batch_size // math.gcd(X, 4)
     if rest or X % (flags.lams_per_step or 1):
         raise UserError(f"--batch_size {flags.batch_size} must be a multiple of --samples {flags.samples}, and their "
                         f"quotient one of --lams_per_step {flags.lams_per_step}")

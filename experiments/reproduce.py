@@ -66,7 +66,7 @@ TEN_SFT = ("--steps", 2000, "--lr", 5e-3, "--vertex_share", 0.1)
 STORIES = ("--rewards", "dialogue", "narrative", "--eos_id", 1, "--max_new_tokens", 96, "--max_length", 144,
            "--batch_size", 48, "--steps", 100, "--kl_coeff", 0.1, "--ptx_coeff", 0.1)
 STORY = 3                                     # which of the evaluation prompts is shown at five λ
-HHC = {"dpo": ("--pref_dim", 3), "ppo": ("--rewards", "helpful", "harmless", "concise:12", "--steps", 200)}
+HHC = {"dpo": ("--pref_dim", 3), "ppo": ("--rewards", "helpful", "harmless", "concise:12", "--steps", 125)}
 # what -> {label: (the run's name, its script, its flags)}. {b} and {s} in a name: one run for each base and each seed.
 # Behind @ stands how a run of specialists is evaluated: mod, mod-FACTOR or weights-FACTOR (eval_front.py --mix)
 TABLES = {
@@ -113,11 +113,11 @@ TABLES = {
             "stage 1 alone": ("hqd-stage1-base0-seed{s}", "hqd", "--no-stage2"),
             "linear scalarisation": ("hqd-linear-base0-seed{s}", "hqd", "--select", "linear"),
             "whole data set": ("hqd-all-base0-seed0", "hqd", "--select", "all", "--no-stage2", "--parts", 2)},
-    # one policy from the same base at equal steps; 75, since no front has to be learned
+    # one policy from the same base at equal steps; 50, since no front has to be learned
     "pama": {**{f"PAMA ({r})": (f"ppo-pama{r.lower()}-base{{b}}-seed0", "ppo", "--aggregate", "pama", "--pama_reading",
-                                r, "--steps", 75) for r in "VTS"},
-             "MORLHF (½, ½)": ("ppo-morlhf-base{b}-seed0", "ppo", *HALF, "--estimator", "gae", "--steps", 75),
-             "MGDA": ("ppo-mgda-base{b}-seed0", "ppo", "--aggregate", "mgda", "--steps", 75)},
+                                r, "--steps", 50) for r in "VTS"},
+             "MORLHF (½, ½)": ("ppo-morlhf-base{b}-seed0", "ppo", *HALF, "--estimator", "gae", "--steps", 50),
+             "MGDA": ("ppo-mgda-base{b}-seed0", "ppo", "--aggregate", "mgda", "--steps", 50)},
 }
 # picture -> whose first runs are in it: (what, label)
 PICTURES = {
