@@ -69,7 +69,7 @@ class Flags:
     dtype: Literal["fp32", "bf16"] = flag("fp32", "of the base's weights; adapters are fp32")
     device: str = flag("cpu", "cpu or cuda")
     pairs: int = flag(4, "pairs per step", 1)
-    length: int = flag(256, "tokens of a response with its prompt: half of them; of --data at most so many", 2)
+    length: int = flag(256, "tokens of prompt and response, half of them each; rows of --data are cut to so many", 2)
     steps: int = flag(5, "turns: timed steps of each contestant, each after one that is not", 1)
     peers: list[str] | None = flag(None, "beside ours: loop, trl, loop-lora, trl-lora (LoRA of rank 10), or none "
                                          "(default: loop trl; with --data loop loop-lora)")
@@ -150,7 +150,7 @@ def loop(turn, name, device, flags, directory, batches):
     for rows in batches:
         ref = reference(rows)
         first, second = (logps(rows) - ref).T
-        sign = torch.tensor([(1, -1, 0)[row.better[0][0]] for row in rows], device=device)           # 0: no label
+        sign = torch.tensor([(1, -1, 0)[row.better[0][0]] for row in rows], device=device)   # no label: -1, so 0
         (-F.logsigmoid(0.1 * sign * (first - second))).mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -204,7 +204,7 @@ def real_batches(flags):
 
 
 def main(flags):
-    """Starts the contestants, compares their values, lets them take turns, and prints the tables."""
+    """Starts the contestants, compares their values, lets them take turns, and prints the table."""
     if (flags.init is None) != (flags.data is None):
         raise UserError("--init and --data go together: a real model and real rows")
     device, dtype = pick_device(flags.device, flags.dtype)
@@ -238,7 +238,7 @@ def main(flags):
            if "flops" in rows[0] else None for rows in reports.values()]
     print(table(turn_columns(seconds, "s per step", ".3f", "ours") | {
         "tokens/s": turn_columns(speeds, "tokens/s", ".0f", "ours")["tokens/s"],
-        "of all turns": shown([sum(tokens) / sum(each) for each in seconds.values()], ".0f"),
+        "tokens/s in all": shown([sum(tokens) / sum(each) for each in seconds.values()], ".0f"),
         "MFU": shown(mfu, ".1%"),
         "peak MB": shown([rows[-1]["peak"] / 2 ** 20 for rows in reports.values()], ".0f")}))
 
