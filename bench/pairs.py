@@ -13,7 +13,12 @@ def token_pairs(flags, vocabulary, seed):
     return ids
 
 
-def pack_pairs(ids, m):
-    """Such pairs as a TreeBatch, with the first response the better one in all m dimensions."""
+def pair_rows(ids, m):
+    """Such pairs as TokenRows, with the first response the better one in all m dimensions."""
     half = ids.shape[2] // 2
-    return pack([TokenRow(x[:half], [x[half:], y[half:]], [(0, 1)], [[0] * m]) for x, y in zip(*ids.tolist())])
+    return [TokenRow(x[:half], [x[half:], y[half:]], [(0, 1)], [[0] * m]) for x, y in zip(*ids.tolist())]
+
+
+def pack_pairs(ids, m):
+    """Such pairs as a TreeBatch."""
+    return pack(pair_rows(ids, m))
