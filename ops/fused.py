@@ -36,6 +36,32 @@ def triton():
     return triton_kernels
 
 
+OFF = set()                 # what this process does without: names of kernels, "CUDA graph", or "all" of these
+
+
+def on(name):
+    """Whether nothing has turned this kernel, or "CUDA graph", off."""
+    return not OFF & {name, "all"}
+
+
+def kernel(name, x):
+    """The launcher of this name in triton_kernels where it works on x, else None: then the definition does."""
+    return getattr(triton(), name) if use_kernels(x) and on(name) else None
+
+
+def first_line(error):
+    """An exception as one line: its type, and what it says first."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def turn_off(name, device, why):
+    """From here on this process does without a kernel, "CUDA graph" or "all" of these; one line says so, and why."""
+    if on(name):
+        OFF.add(name)
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+        print(f"{name} on {where}: {why}; goes on without it, by its plain definition", flush=True)
+
+
 def dense(W, dtype):
     """A frozen weight as a (d_out, d_in) matrix: W itself, or a new dense copy of a QuantizedWeight."""
     return W if isinstance(W, torch.Tensor) else W.dense(dtype)
@@ -135,10 +161,10 @@ class _SVDLoRALinear(torch.autograd.Function):
 
 def _down(x, V, d=None):
     """(x V) · d: (…, d_in) -> (…, r)."""
-    if use_kernels(x):
+    if launch := kernel("svd_lora_down", x):
         rows = x.shape[-2] if d is not None and d.ndim > 1 else 1
         d = d if d is None or d.ndim == 1 else d.flatten(0, -2)                       # (r,) or (B, r)
-        return triton().svd_lora_down(x.flatten(0, -2), V, d, rows).view(*x.shape[:-1], V.shape[1])
+        return launch(x.flatten(0, -2), V, d, rows).view(*x.shape[:-1], V.shape[1])
     h = product(x, V.T.to(x.dtype))
     return h if d is None else h * d
 
@@ -146,8 +172,8 @@ def _down(x, V, d=None):
 def _up_(y, h, U):
     """y + h Uᵀ, in place. y: (…, d_out), h: (…, r)"""
     flat = y.flatten(0, -2)
-    if use_kernels(y):
-        triton().svd_lora_up_(flat, h.flatten(0, -2), U)
+    if launch := kernel("svd_lora_up_", y):
+        launch(flat, h.flatten(0, -2), U)
     else:
         flat.addmm_(h.flatten(0, -2).to(y.dtype), U.T.to(y.dtype))
     return y
@@ -240,6 +266,14 @@ def _logprob_rows_cpu(hidden, weight, target, want_grad):
     return logp, dlogp
 
 
+def logprob_rows_plain(logits, target, want_grad, grad_dtype):
+    """The definition of triton_kernels.logprob_rows: (log p(target) (N,), onehot − p (N, V) in grad_dtype or None)."""
+    logps = logits.log_softmax(1)
+    logp = logps.gather(1, target[:, None])
+    return logp[:, 0], logps.exp_().neg_().scatter_add_(1, target[:, None], torch.ones_like(logp)).to(
+        grad_dtype) if want_grad else None
+
+
 def _logprob_rows_cuda(hidden, weight, target, want_grad):
     """The same, for some rows and the whole vocabulary at a time: the kernel replaces the logits by the gradient to
     them, in one pass, and a product with W makes it the gradient to hidden."""
@@ -247,7 +281,8 @@ def _logprob_rows_cuda(hidden, weight, target, want_grad):
     for h, y in zip(*(t.split(max(1, CUDA_LOGITS // len(weight))) for t in (hidden, target))):
         logits = (torch.mm(h, weight.T, out_dtype=torch.float32) if h.is_cuda and h.dtype != torch.float32 else
                   h.float() @ weight.float().T)                                       # (n, V) fp32
-        logp, dlogits = triton().logprob_rows(logits, y, want_grad, h.dtype)
+        rows = kernel("logprob_rows", h) or logprob_rows_plain
+        logp, dlogits = rows(logits, y, want_grad, h.dtype)
         logps.append(logp)
         if want_grad:
             dlogps.append(dlogits @ weight.to(h.dtype))                               # (n, D)
@@ -277,8 +312,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         flat = x.flatten(0, -2)
-        if use_kernels(x):
-            y, rstd = triton().rms_norm_forward(flat, weight, eps)
+        if launch := kernel("rms_norm_forward", x):
+            y, rstd = launch(flat, weight, eps)
         else:
             wide = flat.float()
             rstd = wide.square().mean(-1).add_(eps).rsqrt_()                          # (N,)
@@ -291,8 +326,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, g):
         x, weight, rstd = ctx.saved_tensors
         flat, gflat, want = x.flatten(0, -2), g.flatten(0, -2), ctx.needs_input_grad[1]
-        if use_kernels(x):
-            dx, dweight = triton().rms_norm_backward(gflat, flat, weight, rstd, want)
+        if launch := kernel("rms_norm_backward", x):
+            dx, dweight = launch(gflat, flat, weight, rstd, want)
         else:
             # with n = x·rstd and q = g·weight:  dx = rstd (q − n · mean(q n))
             n, q = flat.float() * rstd[:, None], gflat.float() * weight
@@ -328,8 +363,8 @@ class _Rope(torch.autograd.Function):
 
 def _rotate_(x, cos, sin, sign):
     heads = x.unflatten(-1, (-1, 2 * cos.shape[-1]))                                  # (B, T, H·C) -> (B, T, H, C)
-    if use_kernels(x):
-        triton().rotate_(heads, cos, sin, sign)
+    if launch := kernel("rotate_", x):
+        launch(heads, cos, sin, sign)
     elif x.dtype == torch.float32:
         (a, b), cos, sin = heads.chunk(2, dim=-1), cos[:, :, None], sign * sin[:, :, None]
         turned = (a * cos).addcmul_(b, sin, value=-1)
@@ -355,14 +390,15 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return triton().swiglu_forward(gate, up) if use_kernels(gate) else F.silu(gate).mul_(up)
+        launch = kernel("swiglu_forward", gate)
+        return launch(gate, up) if launch else F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         gate, up = ctx.saved_tensors
-        if use_kernels(gate):
-            return triton().swiglu_backward(g, gate, up)
+        if launch := kernel("swiglu_backward", gate):
+            return launch(g, gate, up)
         return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
 
 
