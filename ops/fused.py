@@ -14,11 +14,16 @@ are written by hand. On CUDA the parts that are bound by memory are Triton kerne
 stay with the vendor's library, which no kernel of ours would beat. triton_kernels is imported by triton() alone, at the
 first launch, since Triton need not be installed where there is no GPU.
 """
+import functools
+import time
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 ONEDNN_FROM = 2 ** 16       # products of matrices smaller than this lose more by oneDNN's overhead than they gain
+# where a CPU has no instructions for bf16: rows of a bf16 matrix that are converted to fp32 at a time; and the fewest
+TILE_ROWS, TILES_FROM = 256, 16                               # rows of the other one that the conversion pays for
 ROWS, TILE = 1024, 1024     # linear_logprob on a CPU: tokens and vocabulary entries at a time, 4 MB of logits
 GUESS = 256                 # vocabulary entries from which it estimates log Z beforehand
 CUDA_LOGITS = 2 ** 26       # linear_logprob on CUDA: elements of the logits held at a time (256 MiB in fp32)
@@ -75,22 +80,56 @@ def has_onednn(dtype):
     library on some processors, for thin matrices up to twenty times, at the same precision. The operator belongs to
     torch but is private; where it is missing, F.linear computes the same."""
     return (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-            and (dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+            and (dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+                 and not slow_bf16()))
+
+
+@functools.cache
+def slow_bf16():
+    """Whether this CPU multiplies bf16 so slowly that by_tiles is faster. Tried once, for some milliseconds of this
+    thread's own time, which other processes do not lengthen. The two are a factor of two apart at least, one way with
+    instructions for bf16 and the other way without, so the answer, and with it the bits of a run, does not change."""
+    x, W, seconds = torch.ones(64, 512, dtype=torch.bfloat16), torch.ones(512, 512, dtype=torch.bfloat16), {}
+    for way in (F.linear, by_tiles) * 3:
+        start = time.thread_time()
+        way(x, W)
+        seconds[way] = min(seconds.get(way, 1.0), time.thread_time() - start)
+    return seconds[by_tiles] < seconds[F.linear]
+
+
+def by_tiles(x, W, bias=None):
+    """product() of bf16 in fp32: W is converted some rows at a time, and a sum is rounded once. x: (N, d_in)"""
+    wide, y = x.float(), torch.empty(len(x), len(W), dtype=x.dtype)
+    for i in range(0, len(W), TILE_ROWS):
+        rows = slice(i, i + TILE_ROWS)
+        y[:, rows] = product(wide, W[rows].float(), bias if bias is None else bias[rows].float())
+    return y
 
 
 def onednn_takes(x, W):
     """Whether x Wᵀ goes through oneDNN: on a CPU, where the matrices are large enough."""
+    return large_on_cpu(x, W) and has_onednn(x.dtype)
+
+
+def tiles_take(x, W):
+    """Whether x Wᵀ goes through by_tiles."""
+    return (large_on_cpu(x, W) and x.dtype == torch.bfloat16 and x.numel() >= TILES_FROM * x.shape[-1]
+            and slow_bf16())
+
+
+def large_on_cpu(x, W):
+    """Whether F.linear has rivals for x Wᵀ: on a CPU, where the matrices are large enough."""
     if torch.compiler.is_compiling():                         # inductor has its own way of multiplying
         return False
     return (x.device.type == "cpu" and max(x.numel(), W.numel()) >= ONEDNN_FROM and x.numel() > 0
-            and x.dtype == W.dtype and has_onednn(x.dtype))
+            and x.dtype == W.dtype)
 
 
 def product(x, W, bias=None):
     """x Wᵀ + b without autograd. x: (…, d_in), W: (d_out, d_in), of any strides -> (…, d_out)"""
     flat = x.flatten(0, -2)                                                           # (N, d_in)
     y = (torch.ops.mkldnn._linear_pointwise(flat, W, bias, "none", [], "") if onednn_takes(x, W) else
-         F.linear(flat, W, bias))
+         by_tiles(flat, W, bias) if tiles_take(x, W) else F.linear(flat, W, bias))
     # not a view: autograd forbids in-place changes of a view that a Function returned, and rope_ works in place
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(W)))
 
@@ -123,7 +162,7 @@ def linear(x, W, bias=None):
     Computes what F.linear computes, and calls it where nothing is faster. Gradients for x, W (unless quantised) and
     bias; with a frozen W, x is not kept for the backward pass.
     """
-    if isinstance(W, torch.Tensor) and not onednn_takes(x, W):
+    if isinstance(W, torch.Tensor) and not onednn_takes(x, W) and not tiles_take(x, W):
         return F.linear(x, W, bias)
     return _Linear.apply(x, W, bias)
 

@@ -99,7 +99,7 @@ class FastLinear(nn.Module):
             after = ("gelu", [], self.gelu) if self.gelu else ("none", [], "")
             y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *after)
         else:
-            y = F.linear(x, dense(self.weight, x.dtype), self.bias)
+            y = fused.product(x, dense(self.weight, x.dtype), self.bias)
             y = F.gelu(y, approximate=self.gelu) if self.gelu else y
         if self.factors is None:
             return y
