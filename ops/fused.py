@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 ONEDNN_FROM = 2 ** 16       # products of matrices smaller than this lose more by oneDNN's overhead than they gain
 # where a CPU has no instructions for bf16: rows of a bf16 matrix that are converted to fp32 at a time; and the fewest
-TILE_ROWS, TILES_FROM = 256, 16                               # rows of the other one that the conversion pays for
+TILE_ROWS, TILES_FROM = 256, 16                               # rows of the other that the conversion always pays for
 ROWS, TILE = 1024, 1024     # linear_logprob on a CPU: tokens and vocabulary entries at a time, 4 MB of logits
 GUESS = 256                 # vocabulary entries from which it estimates log Z beforehand
 CUDA_LOGITS = 2 ** 26       # linear_logprob on CUDA: elements of the logits held at a time (256 MiB in fp32)
@@ -97,13 +97,15 @@ def slow_bf16():
     return seconds[by_tiles] < seconds[F.linear]
 
 
-def by_tiles(x, W, bias=None):
-    """product() of bf16 in fp32: W is converted some rows at a time, and a sum is rounded once. x: (N, d_in)"""
-    wide, y = x.float(), torch.empty(len(x), len(W), dtype=x.dtype)
+def by_tiles(x, W, bias=None, y=None):
+    """product() of bf16 in fp32: W is converted some rows at a time, and a sum is rounded once. x: (N, d_in). With y,
+    (N, d_out) bf16, the product is added to it in place."""
+    wide, out = x.float(), torch.empty(len(x), len(W), dtype=x.dtype) if y is None else y
     for i in range(0, len(W), TILE_ROWS):
         rows = slice(i, i + TILE_ROWS)
-        y[:, rows] = product(wide, W[rows].float(), bias if bias is None else bias[rows].float())
-    return y
+        part = product(wide, W[rows].float(), bias if bias is None else bias[rows].float())
+        out[:, rows] = part if y is None else part + y[:, rows]
+    return out
 
 
 def onednn_takes(x, W):
@@ -112,9 +114,10 @@ def onednn_takes(x, W):
 
 
 def tiles_take(x, W):
-    """Whether x Wᵀ goes through by_tiles."""
-    return (large_on_cpu(x, W) and x.dtype == torch.bfloat16 and x.numel() >= TILES_FROM * x.shape[-1]
-            and slow_bf16())
+    """Whether x Wᵀ goes through by_tiles. (For few rows F.linear is quick where W lies row by row, but slow, up to a
+    hundred times, where it lies column by column.)"""
+    return (large_on_cpu(x, W) and x.dtype == torch.bfloat16 and slow_bf16()
+            and (x.numel() >= TILES_FROM * x.shape[-1] or W.stride(-1) > 1))
 
 
 def large_on_cpu(x, W):
@@ -213,6 +216,8 @@ def _up_(y, h, U):
     flat = y.flatten(0, -2)
     if launch := kernel("svd_lora_up_", y):
         launch(flat, h.flatten(0, -2), U)
+    elif tiles_take(flat, flat):                              # thin as it is, this product would be the slowest of all
+        by_tiles(h.flatten(0, -2), U, y=flat)
     else:
         flat.addmm_(h.flatten(0, -2).to(y.dtype), U.T.to(y.dtype))
     return y

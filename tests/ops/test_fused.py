@@ -144,15 +144,16 @@ def test_bf16_by_tiles(T, monkeypatch):
     native, _ = compare(linear, torch.nn.functional.linear, (x, W, b), dtype=bf16)
     by_tiles = fused.by_tiles
     monkeypatch.setattr(fused, "slow_bf16", lambda: True)
-    monkeypatch.setattr(fused, "by_tiles", lambda *a: taken.append(a[1].shape) or by_tiles(*a))
+    monkeypatch.setattr(fused, "by_tiles", lambda *a, **k: taken.append(a[1].shape) or by_tiles(*a, **k))
     errors, (_, y64, _) = compare(linear, torch.nn.functional.linear, (x, W, b), dtype=bf16)
     assert ((d_out, d_in) in taken) == ((d_in, d_out) in taken) == (3 * T >= fused.TILES_FROM)      # forward, backward
     assert max(errors) < 2 ** -8 and all(a < 1.05 * b for a, b in zip(errors, native))
     assert error(linear(x, W.roll(fused.TILE_ROWS, 0), b), y64) > 0.5
     assert error(linear(x, W, b.roll(fused.TILE_ROWS, 0)), y64) > 0.1
-    errors, _ = compare(lambda x, *a: svd_lora_linear(x, W, *a, b), lambda x, *a: svd_lora_linear_plain(
+    errors, (_, y64, _) = compare(lambda x, *a: svd_lora_linear(x, W, *a, b), lambda x, *a: svd_lora_linear_plain(
         x, W.double(), *a, b.double()), (x, U, V, d), dtype=bf16)
     assert max(errors) < TOLERANCE[bf16], errors
+    assert error(svd_lora_linear(x, W, U.roll(fused.TILE_ROWS, 0), V, d, b), y64) > 0.05
     h, y = x.flatten(0, 1), torch.randint(d_out, (3 * T,))
     assert max(compare(linear_logprob, linear_logprob_plain, (h,), (W, y), bf16)[0]) < TOLERANCE[bf16]
 
