@@ -35,7 +35,7 @@ from fronts.stationarity import stationarity
 from fronts.tables import shown, table
 from runs.directory import close_run, end_training
 from runs.files import UserError, read_json, write_json
-from runs.flags import check_valid, flag, run_main
+from runs.flags import PLAIN, check_valid, flag, run_main
 from runs.processes import pick_device
 from svd_lora import read_adapter_header
 
@@ -60,11 +60,12 @@ class Flags:
     factor: float = flag(1.0, "runs of --method rs: what the specialists change in the base, mixed, times this",
                          "positive")
     device: str = flag("auto", "cpu, cuda, or auto")
+    plain: bool = flag(False, PLAIN)
 
 
 def main(flags):
     """Evaluates the runs, prints the tables, writes the JSON files and pictures. Returns the results."""
-    device, _ = pick_device(flags.device)
+    device, _ = pick_device(flags.device, plain=flags.plain)
     runs = [Path(run) for run in flags.runs]
     check(flags, runs)
     if flags.evolution:

@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ops import fused
+from ops.check import replace_broken
 from ops.generation import generate  # noqa: F401  not used here: part of the interface of this file
 from ops.quantize import KINDS, QuantizedLinear, quantize_weight
 from runs.files import UserError, read_json, write_json, write_whole
@@ -269,7 +270,7 @@ class Transformer(nn.Module):
         a time. dtype: None keeps the stored one. quantize: "int8" or "nf4" for every Linear in the blocks, on `device`
         and from the values as they are stored; None or "none": dense. Raises UserError naming the tensor if one is
         missing, unexpected, of the wrong shape or not finite where it is to be quantised, and for architectures that
-        are not in the table at the top of this file.
+        are not in the table at the top of this file. On CUDA the kernels are then looked at (ops/check.py).
         """
         path, kind = Path(path), None if quantize == "none" else quantize
         if kind not in (None, *KINDS):
@@ -306,6 +307,7 @@ class Transformer(nn.Module):
         if missing:
             raise UserError(f"{path}: {len(missing)} tensors that config.json asks for are missing, the first is "
                             f"{next(iter(missing))!r}")
+        replace_broken(model.embed.weight.device, model.embed.weight.dtype, kind)
         return model
 
     def save_pretrained(self, path, shard_bytes=None):

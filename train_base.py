@@ -24,8 +24,9 @@ from fronts.measure import world_batches, world_logprobs, world_rows
 from fronts.tables import table
 from model import SIZES, Transformer
 from objectives import sft_loss
+from ops.check import replace_broken
 from runs.files import UserError, write_json
-from runs.flags import flag, run_main
+from runs.flags import PLAIN, flag, run_main
 from runs.loop import Run
 from runs.processes import pick_device
 from runs.randomness import epoch_batch, generator_for
@@ -40,6 +41,7 @@ class Flags:
     out: str | None = flag(None, "directory to write (default out/base-<size>-seed<seed>)")
     seed: int = flag(0, "seed of weights and data")
     device: str = flag("auto", "cpu, cuda, or auto")
+    plain: bool = flag(False, PLAIN)
     steps: int = flag(1500, "optimizer steps on samples", 1)
     batch_size: int = flag(16, "prompts in such a step", 1)
     responses: int = flag(8, "responses drawn for each prompt", 1)
@@ -108,11 +110,12 @@ def main(flags):
     """Trains, reports how well the model knows the world, and writes the directory. Returns its path."""
     if flags.size not in SIZES:
         raise UserError(f"--size {flags.size}: choose one of {', '.join(SIZES)}")
-    device, dtype = pick_device(flags.device, "fp32")                  # all weights train
+    device, dtype = pick_device(flags.device, "fp32", flags.plain)     # all weights train
     out = Path(flags.out or f"out/base-{flags.size}-seed{flags.seed}")
     tokenizer = load_tokenizer("toy")
     config = replace(SIZES[flags.size], vocab_size=tokenizer.vocab_size, bos_id=None, eos_id=tokenizer.eos_id)
     model = Transformer(config).init_weights(generator_for(flags.seed, "init")).to(device)
+    replace_broken(device, dtype)
     flags.lr = flags.lr or (3e-3 if flags.size == "tiny" else 6e-4)
     matmul_ceiling(device, dtype)                                      # now, while nothing else runs
     prompts = toy.prompts("base")

@@ -132,7 +132,7 @@ def astray(model, batch, states, logps, allowed):
 
 def main(flags):
     """Trains one run (one adapter, or the several of rs and dps) and evaluates its front. Returns the run directory."""
-    device, dtype = pick_device(flags.device, flags.precision)
+    device, dtype = pick_device(flags.device, flags.precision, flags.plain)
     rank, processes, device = init_distributed(device)
     given, on_world = replace(flags), flags.data is None               # given: before defaults are filled in
     flags.lams_per_step = flags.lams_per_step or (math.gcd(8, flags.batch_size) if flags.aggregate == "ls" else 1)

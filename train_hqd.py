@@ -155,7 +155,7 @@ def stage1_file(out, g):
 
 def main(flags):
     """Trains one run, an adapter for each preference, and evaluates its front. Returns the run directory."""
-    device, dtype = pick_device(flags.device, flags.precision)
+    device, dtype = pick_device(flags.device, flags.precision, flags.plain)
     rank, processes, device = init_distributed(device)
     given, on_world = replace(flags), flags.data is None
     check_rewards(flags, "data")

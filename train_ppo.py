@@ -385,7 +385,7 @@ def log(run, parts, raw, r, r_lam, lam, responses, finished, flags, **figures):
 
 def main(flags):
     """Trains one run (one adapter, or the several of rs and dps) and evaluates its front. Returns the run directory."""
-    device, dtype = pick_device(flags.device, flags.precision)
+    device, dtype = pick_device(flags.device, flags.precision, flags.plain)
     rank, processes, device = init_distributed(device)
     given = replace(flags)
     check(flags)

@@ -117,7 +117,7 @@ def compare(raw, pairs, better):
 
 def main(flags):
     """Trains one reward model, measures it, fixes its normalisation, writes the run directory. Returns its path."""
-    device, dtype = pick_device(flags.device, flags.precision)
+    device, dtype = pick_device(flags.device, flags.precision, flags.plain)
     rank, processes, device = init_distributed(device)
     given, on_world = replace(flags), flags.data is None
     check_preferences(flags)

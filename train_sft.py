@@ -99,7 +99,7 @@ def train(model, out, name, fixed_lam, rows, kinds, scale, ideal, dims, flags, s
 
 def main(flags):
     """Trains one run (one adapter, or the several of rs and dps) and evaluates its front. Returns the run directory."""
-    device, dtype = pick_device(flags.device, flags.precision)
+    device, dtype = pick_device(flags.device, flags.precision, flags.plain)
     rank, processes, device = init_distributed(device)
     given, on_world = replace(flags), flags.data is None
     check(flags, processes)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data.tokenizers import load_tokenizer
 from model import Transformer
+from ops import fused
 from runs.files import ROOT, UserError
 from runs.processes import first_alone
 
@@ -33,7 +34,7 @@ def is_world_base(path):
 def _world_base(size, device):
     out = f"out/base-{size}-seed0"
     if not is_world_base(out):
-        command = ["train_base.py", "--size", size, "--device", device]
+        command = ["train_base.py", "--size", size, "--device", device, *["--plain"] * (not fused.on("all"))]
         print(f"no base model in {out} yet: python {' '.join(command)} makes it (once)", flush=True)
         alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}    # of torchrun
         if code := subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], env=alone).returncode:

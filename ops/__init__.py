@@ -2,6 +2,7 @@
 
 fused.py            the operations that training spends its time in, each beside its definition in plain PyTorch
 triton_kernels.py   the Triton kernels that fused.py, quantize.py and generation.py launch on CUDA
+check.py            every kernel beside its definition: the table, and what a run on CUDA does first
 quantize.py         a frozen base in 8 or 4 bits per weight
 generation.py       continuing prompts: KV cache, decode steps, sampling
 heads.py            scalar heads on hidden states: PPO's critic, the reward model

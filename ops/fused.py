@@ -14,11 +14,16 @@ are written by hand. On CUDA the parts that are bound by memory are Triton kerne
 stay with the vendor's library, which no kernel of ours would beat. triton_kernels is imported by triton() alone, at the
 first launch, since Triton need not be installed where there is no GPU.
 """
+import functools
+import time
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 ONEDNN_FROM = 2 ** 16       # products of matrices smaller than this lose more by oneDNN's overhead than they gain
+# where a CPU has no instructions for bf16: rows of a bf16 matrix that are converted to fp32 at a time; and the fewest
+TILE_ROWS, TILES_FROM = 256, 16                               # rows of the other that the conversion always pays for
 ROWS, TILE = 1024, 1024     # linear_logprob on a CPU: tokens and vocabulary entries at a time, 4 MB of logits
 GUESS = 256                 # vocabulary entries from which it estimates log Z beforehand
 CUDA_LOGITS = 2 ** 26       # linear_logprob on CUDA: elements of the logits held at a time (256 MiB in fp32)
@@ -36,6 +41,32 @@ def triton():
     return triton_kernels
 
 
+OFF = set()                 # what this process does without: names of kernels, "CUDA graph", or "all" of these
+
+
+def on(name):
+    """Whether nothing has turned this kernel, or "CUDA graph", off."""
+    return not OFF & {name, "all"}
+
+
+def kernel(name, x):
+    """The launcher of this name in triton_kernels where it works on x, else None: then the definition does."""
+    return getattr(triton(), name) if use_kernels(x) and on(name) else None
+
+
+def first_line(error):
+    """An exception as one line: its type, and what it says first."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def turn_off(name, device, why):
+    """From here on this process does without a kernel, "CUDA graph" or "all" of these; one line says so, and why."""
+    if on(name):
+        OFF.add(name)
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+        print(f"{name} on {where}: {why}; goes on without it, by its plain definition", flush=True)
+
+
 def dense(W, dtype):
     """A frozen weight as a (d_out, d_in) matrix: W itself, or a new dense copy of a QuantizedWeight."""
     return W if isinstance(W, torch.Tensor) else W.dense(dtype)
@@ -49,22 +80,59 @@ def has_onednn(dtype):
     library on some processors, for thin matrices up to twenty times, at the same precision. The operator belongs to
     torch but is private; where it is missing, F.linear computes the same."""
     return (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-            and (dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+            and (dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+                 and not slow_bf16()))
+
+
+@functools.cache
+def slow_bf16():
+    """Whether this CPU multiplies bf16 so slowly that by_tiles is faster. Tried once, for some milliseconds of this
+    thread's own time, which other processes do not lengthen. The two are a factor of two apart at least, one way with
+    instructions for bf16 and the other way without, so the answer, and with it the bits of a run, does not change."""
+    x, W, seconds = torch.ones(64, 512, dtype=torch.bfloat16), torch.ones(512, 512, dtype=torch.bfloat16), {}
+    for way in (F.linear, by_tiles) * 3:
+        start = time.thread_time()
+        way(x, W)
+        seconds[way] = min(seconds.get(way, 1.0), time.thread_time() - start)
+    return seconds[by_tiles] < seconds[F.linear]
+
+
+def by_tiles(x, W, bias=None, y=None):
+    """product() of bf16 in fp32: W is converted some rows at a time, and a sum is rounded once. x: (N, d_in). With y,
+    (N, d_out) bf16, the product is added to it in place."""
+    wide, out = x.float(), torch.empty(len(x), len(W), dtype=x.dtype) if y is None else y
+    for i in range(0, len(W), TILE_ROWS):
+        rows = slice(i, i + TILE_ROWS)
+        part = product(wide, W[rows].float(), bias if bias is None else bias[rows].float())
+        out[:, rows] = part if y is None else part + y[:, rows]
+    return out
 
 
 def onednn_takes(x, W):
     """Whether x Wᵀ goes through oneDNN: on a CPU, where the matrices are large enough."""
+    return large_on_cpu(x, W) and has_onednn(x.dtype)
+
+
+def tiles_take(x, W):
+    """Whether x Wᵀ goes through by_tiles. (For few rows F.linear is quick where W lies row by row, but slow, up to a
+    hundred times, where it lies column by column.)"""
+    return (large_on_cpu(x, W) and x.dtype == torch.bfloat16 and slow_bf16()
+            and (x.numel() >= TILES_FROM * x.shape[-1] or W.stride(-1) > 1))
+
+
+def large_on_cpu(x, W):
+    """Whether F.linear has rivals for x Wᵀ: on a CPU, where the matrices are large enough."""
     if torch.compiler.is_compiling():                         # inductor has its own way of multiplying
         return False
     return (x.device.type == "cpu" and max(x.numel(), W.numel()) >= ONEDNN_FROM and x.numel() > 0
-            and x.dtype == W.dtype and has_onednn(x.dtype))
+            and x.dtype == W.dtype)
 
 
 def product(x, W, bias=None):
     """x Wᵀ + b without autograd. x: (…, d_in), W: (d_out, d_in), of any strides -> (…, d_out)"""
     flat = x.flatten(0, -2)                                                           # (N, d_in)
     y = (torch.ops.mkldnn._linear_pointwise(flat, W, bias, "none", [], "") if onednn_takes(x, W) else
-         F.linear(flat, W, bias))
+         by_tiles(flat, W, bias) if tiles_take(x, W) else F.linear(flat, W, bias))
     # not a view: autograd forbids in-place changes of a view that a Function returned, and rope_ works in place
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(W)))
 
@@ -97,7 +165,7 @@ def linear(x, W, bias=None):
     Computes what F.linear computes, and calls it where nothing is faster. Gradients for x, W (unless quantised) and
     bias; with a frozen W, x is not kept for the backward pass.
     """
-    if isinstance(W, torch.Tensor) and not onednn_takes(x, W):
+    if isinstance(W, torch.Tensor) and not onednn_takes(x, W) and not tiles_take(x, W):
         return F.linear(x, W, bias)
     return _Linear.apply(x, W, bias)
 
@@ -135,10 +203,10 @@ class _SVDLoRALinear(torch.autograd.Function):
 
 def _down(x, V, d=None):
     """(x V) · d: (…, d_in) -> (…, r)."""
-    if use_kernels(x):
+    if launch := kernel("svd_lora_down", x):
         rows = x.shape[-2] if d is not None and d.ndim > 1 else 1
         d = d if d is None or d.ndim == 1 else d.flatten(0, -2)                       # (r,) or (B, r)
-        return triton().svd_lora_down(x.flatten(0, -2), V, d, rows).view(*x.shape[:-1], V.shape[1])
+        return launch(x.flatten(0, -2), V, d, rows).view(*x.shape[:-1], V.shape[1])
     h = product(x, V.T.to(x.dtype))
     return h if d is None else h * d
 
@@ -146,8 +214,10 @@ def _down(x, V, d=None):
 def _up_(y, h, U):
     """y + h Uᵀ, in place. y: (…, d_out), h: (…, r)"""
     flat = y.flatten(0, -2)
-    if use_kernels(y):
-        triton().svd_lora_up_(flat, h.flatten(0, -2), U)
+    if launch := kernel("svd_lora_up_", y):
+        launch(flat, h.flatten(0, -2), U)
+    elif tiles_take(flat, flat):                              # thin as it is, this product would be the slowest of all
+        by_tiles(h.flatten(0, -2), U, y=flat)
     else:
         flat.addmm_(h.flatten(0, -2).to(y.dtype), U.T.to(y.dtype))
     return y
@@ -240,6 +310,14 @@ def _logprob_rows_cpu(hidden, weight, target, want_grad):
     return logp, dlogp
 
 
+def logprob_rows_plain(logits, target, want_grad, grad_dtype):
+    """The definition of triton_kernels.logprob_rows: (log p(target) (N,), onehot − p (N, V) in grad_dtype or None)."""
+    logps = logits.log_softmax(1)
+    logp = logps.gather(1, target[:, None])
+    return logp[:, 0], logps.exp_().neg_().scatter_add_(1, target[:, None], torch.ones_like(logp)).to(
+        grad_dtype) if want_grad else None
+
+
 def _logprob_rows_cuda(hidden, weight, target, want_grad):
     """The same, for some rows and the whole vocabulary at a time: the kernel replaces the logits by the gradient to
     them, in one pass, and a product with W makes it the gradient to hidden."""
@@ -247,7 +325,8 @@ def _logprob_rows_cuda(hidden, weight, target, want_grad):
     for h, y in zip(*(t.split(max(1, CUDA_LOGITS // len(weight))) for t in (hidden, target))):
         logits = (torch.mm(h, weight.T, out_dtype=torch.float32) if h.is_cuda and h.dtype != torch.float32 else
                   h.float() @ weight.float().T)                                       # (n, V) fp32
-        logp, dlogits = triton().logprob_rows(logits, y, want_grad, h.dtype)
+        rows = kernel("logprob_rows", h) or logprob_rows_plain
+        logp, dlogits = rows(logits, y, want_grad, h.dtype)
         logps.append(logp)
         if want_grad:
             dlogps.append(dlogits @ weight.to(h.dtype))                               # (n, D)
@@ -277,8 +356,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         flat = x.flatten(0, -2)
-        if use_kernels(x):
-            y, rstd = triton().rms_norm_forward(flat, weight, eps)
+        if launch := kernel("rms_norm_forward", x):
+            y, rstd = launch(flat, weight, eps)
         else:
             wide = flat.float()
             rstd = wide.square().mean(-1).add_(eps).rsqrt_()                          # (N,)
@@ -291,8 +370,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, g):
         x, weight, rstd = ctx.saved_tensors
         flat, gflat, want = x.flatten(0, -2), g.flatten(0, -2), ctx.needs_input_grad[1]
-        if use_kernels(x):
-            dx, dweight = triton().rms_norm_backward(gflat, flat, weight, rstd, want)
+        if launch := kernel("rms_norm_backward", x):
+            dx, dweight = launch(gflat, flat, weight, rstd, want)
         else:
             # with n = x·rstd and q = g·weight:  dx = rstd (q − n · mean(q n))
             n, q = flat.float() * rstd[:, None], gflat.float() * weight
@@ -328,8 +407,8 @@ class _Rope(torch.autograd.Function):
 
 def _rotate_(x, cos, sin, sign):
     heads = x.unflatten(-1, (-1, 2 * cos.shape[-1]))                                  # (B, T, H·C) -> (B, T, H, C)
-    if use_kernels(x):
-        triton().rotate_(heads, cos, sin, sign)
+    if launch := kernel("rotate_", x):
+        launch(heads, cos, sin, sign)
     elif x.dtype == torch.float32:
         (a, b), cos, sin = heads.chunk(2, dim=-1), cos[:, :, None], sign * sin[:, :, None]
         turned = (a * cos).addcmul_(b, sin, value=-1)
@@ -355,14 +434,15 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return triton().swiglu_forward(gate, up) if use_kernels(gate) else F.silu(gate).mul_(up)
+        launch = kernel("swiglu_forward", gate)
+        return launch(gate, up) if launch else F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         gate, up = ctx.saved_tensors
-        if use_kernels(gate):
-            return triton().swiglu_backward(g, gate, up)
+        if launch := kernel("swiglu_backward", gate):
+            return launch(g, gate, up)
         return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
 
 

@@ -99,7 +99,7 @@ class FastLinear(nn.Module):
             after = ("gelu", [], self.gelu) if self.gelu else ("none", [], "")
             y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *after)
         else:
-            y = F.linear(x, dense(self.weight, x.dtype), self.bias)
+            y = fused.product(x, dense(self.weight, x.dtype), self.bias)
             y = F.gelu(y, approximate=self.gelu) if self.gelu else y
         if self.factors is None:
             return y
@@ -141,7 +141,8 @@ class OneToken(nn.Module):
     def can(layer):
         """Whether this layer gains by the kernel and fits it. A dense one without factors is one launch already."""
         W, quantized = layer.weight, isinstance(layer.weight, QuantizedWeight)
-        if not fused.use_kernels(W.codes if quantized else W) or not (quantized or layer.factors) or layer.gelu:
+        launch = fused.kernel("svd_lora_decode", W.codes if quantized else W)
+        if not launch or not (quantized or layer.factors) or layer.gelu:
             return False
         return (W.dtype in (torch.float32, torch.bfloat16) and (quantized or W.stride(1) == 1)
                 and (layer.factors is None or layer.factors[0].shape[1] <= fused.triton().DECODE_RANK))
@@ -159,9 +160,10 @@ class OneToken(nn.Module):
         self.d = torch.stack([d[:, 0] if d.ndim == 3 else d for d in ds]) if ds else None    # (layers, [B,] r)
 
     def forward(self, x):                                     # (B, T, d_in) -> (B, T, d_out), a tuple of several layers
-        if x.shape[1] == 1 and len(x) <= fused.triton().DECODE_ROWS and fused.use_kernels(x):
-            outputs = [y[:, None] for y in fused.triton().svd_lora_decode(
-                x[:, 0], self.W, self.V, self.d, self.U, self.bias, self.finished, **self.quantized)]
+        launch = fused.kernel("svd_lora_decode", x)
+        if launch and x.shape[1] == 1 and len(x) <= fused.triton().DECODE_ROWS:
+            outputs = [y[:, None] for y in launch(x[:, 0], self.W, self.V, self.d, self.U, self.bias, self.finished,
+                                                  **self.quantized)]
         else:
             outputs = [layer(x) for layer in self.layers]
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
@@ -267,10 +269,14 @@ class Decoder:
     def step(self, token):
         """token (B,): the last one of each row. Returns the next one's logits (B, V)."""
         self.token.copy_(token[:, None])
+        if self.wants_graph and self.graph is None:
+            try:
+                self._capture()
+            except Exception as e:                            # of torch, CUDA or Triton: the step below raises it again
+                fused.turn_off("CUDA graph", self.token.device, fused.first_line(e))      # where the step is at fault
+                self.wants_graph, self.cache.seen = False, self.prompts.shape[1]
         if not self.wants_graph:
             self.cache.seen += 1
-        if self.wants_graph and self.graph is None:
-            self._capture()
         if self.graph is None:
             logits = self._step()
         else:
@@ -391,7 +397,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     on_cpu, B = device.type == "cpu", len(prompts)
     pack = on_cpu and max_new_tokens >= PACK_STEPS if pack is None else pack
     models, weights = (model.models, model.weights) if isinstance(model, Mixture) else ([model], [1.0])
-    decoders = [Decoder(each, prompts, max_new_tokens, device.type == "cuda", pack) for each in models]
+    graph = device.type == "cuda" and fused.on("CUDA graph")
+    decoders = [Decoder(each, prompts, max_new_tokens, graph, pack) for each in models]
     mixed = lambda logits: sum(w * each for w, each in zip(weights, logits))          # (B, V): log-probs, but for a sum
     logits = mixed(decoder.prefill() for decoder in decoders)
     rows = torch.arange(B, device=device)                                             # those still in the batch

@@ -65,10 +65,10 @@ def _cells(device):
 
 @cache
 @torch.inference_mode(False)
-def _pairs():
+def _pairs(device):
     """(256,) int64: the two levels of every byte, two fp32 numbers side by side. One look-up finds both."""
-    byte = torch.arange(256)
-    return torch.stack([_levels("cpu")[byte % 16], _levels("cpu")[byte // 16]], dim=1).view(torch.int64)[:, 0]
+    byte = torch.arange(256, device=device)
+    return torch.stack([_levels(device)[byte % 16], _levels(device)[byte // 16]], dim=1).view(torch.int64)[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,16 +94,16 @@ class QuantizedWeight(nn.Module):
     def dense(self, dtype=None):
         """The matrix it stands for, (d_out, d_in), computed again at every call."""
         dtype, d_in = dtype or self.dtype, self.shape[1]
-        if fused.use_kernels(self.codes):
-            if self.kind == "int8":
-                return fused.triton().dequantize_int8(self.codes, self.scales, dtype)
-            return fused.triton().dequantize_4bit(self.codes, self.scales, _levels(self.device), GROUP, d_in, dtype)
+        name, more = (("dequantize_int8", ()) if self.kind == "int8" else
+                      ("dequantize_4bit", (_levels(self.device), GROUP, d_in)))
+        if launch := fused.kernel(name, self.codes):
+            return launch(self.codes, self.scales, *more, dtype)
         out, rows = torch.empty(self.shape, dtype=dtype, device=self.device), max(1, CHUNK // d_in)
         for codes, scales, part in zip(self.codes.split(rows), self.scales.split(rows), out.split(rows)):
             if self.kind == "int8":
                 part.copy_(codes * scales[:, None])                                   # the product is fp32
                 continue
-            values = _pairs().index_select(0, codes.flatten().int()).view(torch.float32)
+            values = _pairs(self.device).index_select(0, codes.flatten().int()).view(torch.float32)
             values = values.view(len(codes), -1)                                      # (n, d_in), or one more if odd
             short = GROUP * scales.shape[1] - values.shape[1]
             values = F.pad(values, (0, short)) if short else values

@@ -17,7 +17,7 @@ from runs.speed import report_speed
 from svd_lora import fingerprint
 
 # flags that change nothing of what is trained, but for the last bits
-UNTRAINED = {"out", "device", "log_every", "save_every", "snapshots", "eval", "checkpoint", "parallel"}
+UNTRAINED = {"out", "device", "plain", "log_every", "save_every", "snapshots", "eval", "checkpoint", "parallel"}
 # methods as tables and pictures call them
 LABELS = {"panacea": "Panacea", "rs": "Rewarded soups", "dps": "Discrete policy solutions", "prompt": "Prompted λ",
           "pama": "PAMA", "mgda": "MGDA"}

@@ -18,6 +18,8 @@ import torch.distributed as dist
 
 from runs.files import UserError
 
+PLAIN = "on a GPU: no Triton kernels and no CUDA graphs, but their plain definitions"
+
 
 def flag(default, text, valid=None, positional=False):
     """A dataclass field that is a command line flag.
@@ -37,6 +39,7 @@ class RunFlags:
 
     out: str | None = flag(None, "run directory (default out/<what this run is>)")
     device: str = flag("auto", "cpu, cuda, or auto")
+    plain: bool = flag(False, PLAIN)
     log_every: int = flag(20, "print a line every so many steps", 1)
     save_every: int = flag(200, "write a checkpoint every so many steps", 1)
     eval: bool = flag(True, "evaluate at the end")

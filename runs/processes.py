@@ -10,13 +10,18 @@ import os
 import torch
 import torch.distributed as dist
 
+from ops import fused
+from ops.check import replace_broken
 from ops.generation import generate
 from runs.files import UserError
 from svd_lora import some_values
 
 
-def pick_device(name, precision="auto"):
-    """"auto" is CUDA where there is a GPU. Returns (torch.device, dtype of the frozen base: "auto" is bf16 on CUDA)."""
+def pick_device(name, precision="auto", plain=False):
+    """"auto" is CUDA where there is a GPU. Returns (torch.device, dtype of the frozen base: "auto" is bf16 on CUDA).
+    plain: from here on this process launches no Triton kernel and records no CUDA graph."""
+    if plain:
+        fused.OFF.add("all")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -175,6 +180,7 @@ def shard(model, device):
     with it. What is trained, the adapter, stays whole everywhere. The base may come from the CPU's memory."""
     from torch.distributed.device_mesh import init_device_mesh  # here: slow to import, and few runs need it
     from torch.distributed.fsdp import fully_shard
+    replace_broken(device, model.embed.weight.dtype)                   # the base was read on a CPU, which has none
     mesh = init_device_mesh(device.type, (ranks()[1],))
     trained = {p for p in model.parameters() if p.requires_grad}
     # what a fingerprint (svd_lora.py) reads of a base is kept: no process has all of it later

@@ -1,5 +1,6 @@
 """fused.py against its own plain definitions in float64: values and every gradient, and what is kept in memory."""
 import os
+import time
 
 import pytest
 import torch
@@ -131,6 +132,44 @@ def test_linear(dtype):
     assert max(errors) < TOLERANCE[dtype], errors
     x.requires_grad_(True)
     assert [t.data_ptr() for t in saved_by(lambda: linear(x, W, b))] == [W.data_ptr()]          # frozen: no x
+
+
+@pytest.mark.skipif(KERNELS, reason="a way of CPUs")
+@pytest.mark.parametrize("T", [40, 5])                        # and too few tokens, for which nothing is converted
+def test_bf16_by_tiles(T, monkeypatch):
+    """A CPU without instructions for bf16. Wrong: a weight of another tile; a result that is rounded more than once."""
+    d_in, d_out, bf16, taken = 300, 2 * fused.TILE_ROWS + 90, torch.bfloat16, []
+    x, W, b = normal(3, T, d_in, dtype=bf16), normal(d_out, d_in, scale=0.05, dtype=bf16), normal(d_out, dtype=bf16)
+    U, V, d = normal(d_out, 10, scale=0.1), normal(d_in, 10, scale=0.1), normal(10)
+    native, _ = compare(linear, torch.nn.functional.linear, (x, W, b), dtype=bf16)
+    by_tiles = fused.by_tiles
+    monkeypatch.setattr(fused, "slow_bf16", lambda: True)
+    monkeypatch.setattr(fused, "by_tiles", lambda *a, **k: taken.append(a[1].shape) or by_tiles(*a, **k))
+    errors, (_, y64, _) = compare(linear, torch.nn.functional.linear, (x, W, b), dtype=bf16)
+    assert ((d_out, d_in) in taken) == ((d_in, d_out) in taken) == (3 * T >= fused.TILES_FROM)      # forward, backward
+    assert max(errors) < 2 ** -8 and all(a < 1.05 * b for a, b in zip(errors, native))
+    assert error(linear(x, W.roll(fused.TILE_ROWS, 0), b), y64) > 0.5
+    assert error(linear(x, W, b.roll(fused.TILE_ROWS, 0)), y64) > 0.1
+    errors, (_, y64, _) = compare(lambda x, *a: svd_lora_linear(x, W, *a, b), lambda x, *a: svd_lora_linear_plain(
+        x, W.double(), *a, b.double()), (x, U, V, d), dtype=bf16)
+    assert max(errors) < TOLERANCE[bf16], errors
+    assert error(svd_lora_linear(x, W, U.roll(fused.TILE_ROWS, 0), V, d, b), y64) > 0.05
+    h, y = x.flatten(0, 1), torch.randint(d_out, (3 * T,))
+    assert max(compare(linear_logprob, linear_logprob_plain, (h,), (W, y), bf16)[0]) < TOLERANCE[bf16]
+
+
+@pytest.mark.parametrize("native, tiles, slow", [(8e-3, 2e-3, True), (2e-3, 8e-3, False)])
+def test_the_faster_way_of_bf16_is_taken(native, tiles, slow, monkeypatch):
+    def working(seconds):
+        def way(x, W):
+            end = time.thread_time() + seconds
+            while time.thread_time() < end:
+                pass
+        return way
+
+    monkeypatch.setattr(fused.F, "linear", working(native))
+    monkeypatch.setattr(fused, "by_tiles", working(tiles))
+    assert fused.slow_bf16.__wrapped__() is slow
 
 
 # (N, D, V): fewer and more tokens than a chunk, vocabularies that are no multiple of a tile; one token
