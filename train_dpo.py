@@ -124,9 +124,9 @@ def astray(model, batch, states, logps, allowed):
     """
     counts, tokens = (torch.cat(x).to(states.device).long() for x in zip(*(allowed[j] for j in batch.rows)))
     edge = torch.arange(len(counts), device=states.device).repeat_interleave(counts)  # (M,), one for each allowed token
-    h, W = states.float(), model.head_weight.float()
-    log_Z = (h * W[batch.tree.targets]).sum(1) - logps                                # a target's logit less its log π
-    logits = (h.index_select(0, edge) * W[tokens]).sum(1)                             # (M,)
+    h, W = states.float(), model.head_weight
+    log_Z = (h * W[batch.tree.targets].float()).sum(1) - logps                        # a target's logit less its log π
+    logits = (h.index_select(0, edge) * W[tokens].float()).sum(1)                     # (M,)
     return sum_of_all(support_loss(logits - log_Z.index_select(0, edge), edge, len(counts)).sum())
 
 
