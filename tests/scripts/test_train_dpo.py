@@ -50,7 +50,7 @@ def test_run_directory(panacea):
     assert config["dims"] == ["helpful", "harmless"] and config["models"] == 1 and config["base"] == BASE
     assert (config["script"], config["method"], config["label"]) == ("train_dpo.py", "panacea", "Panacea")
     assert config["objective"] == {"name": "dpo", "beta": 1.0, "aggregate": "ls", "ideal": None}
-    assert config["flags"]["beta"] == 1.0 and config["flags"]["lr"] == 2e-3
+    assert config["flags"]["beta"] == 1.0 and config["flags"]["lr"] == 3e-3
 
 
 def test_the_losses_of_a_step_by_hand():
