@@ -14,7 +14,7 @@ from aggregate import denominators
 from data.trees import TreeBatch, edge_logprobs, pack, predicting_states, row_lengths
 from objectives import response_logprobs
 from ops.fused import ROWS
-from runs.processes import all_sum, gathered, ranks, with_value
+from runs.processes import gathered, share, sum_of_all
 from runs.randomness import epoch_batch
 from svd_lora import adapters_off
 
@@ -44,8 +44,8 @@ class Batch:
         linear scalarisation is additive, and with Tchebycheff no preference is split between micro-batches.
         """
         G, m = self.absent.shape
-        share = losses.new_zeros(G, m).index_add(0, self.item_group, losses * self.known) / self.counts
-        return with_value(share, all_sum(share.detach().clone())) + self.absent
+        own = losses.new_zeros(G, m).index_add(0, self.item_group, losses * self.known) / self.counts
+        return sum_of_all(own) + self.absent
 
     def over_preferences(self, values):
         """The mean over the G preferences. values: (G,), each one's losses aggregated  ->  ()
@@ -75,12 +75,12 @@ class Batches:
 
     def take(self, step, part=0):
         """The Batch of a step; with micro-batches one part of it, with several processes this one's rows of that."""
-        flags, (rank, processes) = self.flags, ranks()
+        flags = self.flags
         chosen = epoch_batch(len(self.rows), flags.batch_size, flags.seed, self.first + step, self.lengths)    # (B,)
         labels = torch.zeros(self.G, self.labels.shape[1]).index_add(0, self.group, self.labels[chosen])       # (G, m)
         counts, absent = denominators(labels.to(self.device), self.expected.to(self.device), flags.aggregate)
         whole = torch.arange(flags.batch_size).chunk(self.parts)[part]                # of all processes
-        here, mine = torch.isin(torch.arange(self.G), self.group[whole]), whole[rank::processes]
+        here, mine = torch.isin(torch.arange(self.G), self.group[whole]), whole[share()]
         rows, group = chosen[mine].tolist(), self.group[mine]
         tree, known = pack([self.rows[j] for j in rows], self.multiple), [self.known[j] for j in rows]
         item_group = group.repeat_interleave(torch.tensor([len(x) for x in known]))
@@ -96,15 +96,14 @@ def reference_logprobs(model, rows, batch_size, multiple, device, least=None):
     row (data/trees.py), the likeliest in any case: a list of (counts (edges,), tokens). Else None.
     Rows are taken in the order of their lengths, so that little is padding; each process takes its share.
     """
-    (rank, processes), n = ranks(), len(rows)
-    order = row_lengths(rows).argsort(stable=True).tolist()
+    n, order = len(rows), row_lengths(rows).argsort(stable=True).tolist()
     logps, counts, tokens = {}, {}, {}
     with adapters_off(model):
         for i in range(0, n, batch_size):
-            mine = order[i:i + batch_size][rank::processes] or order[:1]       # may be empty, but no forward pass is:
-            batch = pack([rows[j] for j in mine], multiple).to(device)     # with fsdp the processes make it together
+            own = order[i:i + batch_size][share()]
+            mine = own or order[:1]                 # no forward pass is empty: with fsdp the processes make it together
+            batch = pack([rows[j] for j in mine], multiple).to(device)
             states = predicting_states(model, batch)                                  # (N, D)
-            own = order[i:i + batch_size][rank::processes]
             pi = response_logprobs(edge_logprobs(model, batch, states), batch.paths)  # (R,)
             logps |= zip(own, pi.cpu().split([len(rows[j].responses) for j in mine]))
             if least is not None:

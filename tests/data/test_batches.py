@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from aggregate import linear_scalarization, tchebycheff
-from data import batches
 from data.batches import Batches, pad_to, reference_logprobs
 from data.tokenizers import TokenRow
 from data.trees import batch_logprobs, pack, predicting_states
@@ -107,8 +106,8 @@ def test_two_processes_have_the_value_of_all_and_the_gradients_of_their_own(monk
     values(aggregate, L).mean().backward()
 
     def process(rank, all_sum):
-        monkeypatch.setattr(batches, "ranks", lambda: (rank, 2))
-        monkeypatch.setattr(batches, "all_sum", all_sum)
+        monkeypatch.setattr(processes, "ranks", lambda: (rank, 2))
+        monkeypatch.setattr(processes, "all_sum", all_sum)
         weight = torch.tensor(2.0, requires_grad=True)
         batch = Batches(rows, known, flags, 2, CPU).take(2)
         mean = batch.mean(losses_of(batch, known, weight))
@@ -205,7 +204,7 @@ def test_reference_logprobs(tiny, monkeypatch):
     local = []
     monkeypatch.setattr(processes, "all_sum", lambda x: local.append(x) or x)
     for rank in range(2):
-        monkeypatch.setattr(batches, "ranks", lambda: (rank, 2))
+        monkeypatch.setattr(processes, "ranks", lambda: (rank, 2))
         reference_logprobs(model, rows, 3, 1, CPU)
     (sizes_0, logps_0, sizes_1, logps_1), sizes = local, [len(row.responses) for row in rows]
     assert (sizes_0 + sizes_1).tolist() == sizes and (sizes_0 * sizes_1 == 0).all() and sizes_0.any() and sizes_1.any()
