@@ -26,18 +26,19 @@ import torch
 import eval_front
 from aggregate import linear_scalarization, models_of, sample_preference, tchebycheff
 from data.base import find_base, load_base, usual_rate
-from data.batches import Batches, pad_to, reference_logprobs
+from data.batches import Batches, pad_to
 from data.prompts import written
+from data.reference import kept_file, reference_logprobs
 from data.sources import check_preferences, preference_rows
 from data.tokenizers import tokenize
-from data.trees import edge_logprobs, predicting_states, with_prefix
+from data.trees import edge_logprobs, predicting_states, row_lengths, with_prefix
 from objectives import dpo_loss, ipo_loss, losses_on_pairs, response_logprobs, support_loss
 from runs.directory import models_left, open_run, steps_each
 from runs.files import UserError
 from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, ProcessFlags, RunFlags, check_lam, flag, run_main
 from runs.loop import Run, adamw, add_adapter
 from runs.processes import check_shares, init_distributed, pick_device, shard, sharded, sum_of_all
-from runs.randomness import generator_for
+from runs.randomness import generator_for, items_of_steps
 from runs.speed import matmul_ceiling
 from svd_lora import orthogonality_penalty, save_adapter, set_preference
 
@@ -161,10 +162,13 @@ def main(flags):
     out, resume = open_run(
         "train_dpo.py", ["dpo", *files, flags.method, flags.aggregate], {"method", "aggregate", "data", "eval_data"},
         given, flags, dims, model, base, tokenizer_name, flags.method, objective=objective, models=len(models), cut=cut)
+    kept = kept_file(out, model, dtype, flags.quantize) if flags.data and not flags.keep else None
     if flags.parallel == "fsdp":
         shard(model, device)
+    used = items_of_steps(len(rows), flags.batch_size, flags.seed, steps * len(models),
+                          row_lengths(rows) if flags.data else None)
     reference, allowed = reference_logprobs(model, rows, flags.batch_size, pad_to(device), device,
-                                            LEAST if flags.keep else None)                             # once
+                                            LEAST if flags.keep else None, used, kept)                 # once
     for i, (name, lam), state in models_left(models, resume):
         if sharded(model):                                             # train() shards anew, with the adapter in place
             model, _ = load()

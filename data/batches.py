@@ -4,19 +4,14 @@ B: rows of a batch   G: preferences in a step   R: responses   P: compared pairs
 items: what a loss is a mean of: the P pairs (DPO), the R responses (SFT)
 known: (items, m) 1 where an item counts for a dimension: a pair with a label for it, a response that demonstrates it
 """
-import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from aggregate import denominators
-from data.trees import TreeBatch, edge_logprobs, pack, predicting_states, row_lengths
-from objectives import response_logprobs
-from ops.fused import ROWS
-from runs.processes import gathered, share, sum_of_all
+from data.trees import TreeBatch, pack, row_lengths
+from runs.processes import share, sum_of_all
 from runs.randomness import epoch_batch
-from svd_lora import adapters_off
 
 
 def pad_to(device):
@@ -86,43 +81,3 @@ class Batches:
         item_group = group.repeat_interleave(torch.tensor([len(x) for x in known]))
         return Batch(rows, group, tree.to(self.device), torch.cat(known).to(self.device), item_group.to(self.device),
                      counts, absent + torch.zeros_like(labels, device=self.device), here.to(self.device))
-
-
-@torch.no_grad()
-def reference_logprobs(model, rows, batch_size, multiple, device, least=None):
-    """log π_ref of every response, by the model with its adapter off: a list with one (responses,) CPU tensor per row.
-
-    Beside it, where `least` is given, the tokens to which π_ref gives at least this probability at the edges of each
-    row (data/trees.py), the likeliest in any case: a list of (counts (edges,), tokens). Else None.
-    Rows are taken in the order of their lengths, so that little is padding; each process takes its share.
-    """
-    n, order = len(rows), row_lengths(rows).argsort(stable=True).tolist()
-    logps, counts, tokens = {}, {}, {}
-    with adapters_off(model):
-        for i in range(0, n, batch_size):
-            own = order[i:i + batch_size][share()]
-            mine = own or order[:1]                 # no forward pass is empty: with fsdp the processes make it together
-            batch = pack([rows[j] for j in mine], multiple).to(device)
-            states = predicting_states(model, batch)                                  # (N, D)
-            pi = response_logprobs(edge_logprobs(model, batch, states), batch.paths)  # (R,)
-            logps |= zip(own, pi.cpu().split([len(rows[j].responses) for j in mine]))
-            if least is not None:
-                count, token = _likely(states, model.head_weight, least)
-                edges = (batch.parents // batch.tokens.shape[1]).bincount(minlength=len(mine)).tolist()    # of each row
-                counts |= zip(own, count.split(edges))
-                tokens |= zip(own, token.split([each.sum().item() for each in count.split(edges)]))
-    logps = gathered(logps, n, torch.float32, device)
-    return logps, least and list(zip(*(gathered(x, n, torch.int32, device) for x in (counts, tokens))))
-
-
-def _likely(states, head_weight, least):
-    """The tokens with a probability of at least `least`, and the likeliest: how many for each of the states (N, D), and
-    which, in their order. int32, on the CPU."""
-    counts, tokens = [], []
-    for h in states.split(ROWS):
-        logits = F.linear(h, head_weight).float()                                     # (n, V)
-        least_logit = torch.minimum(logits.logsumexp(1) + math.log(least), logits.amax(1))
-        likely = logits >= least_logit[:, None]
-        counts.append(likely.sum(1).int().cpu())
-        tokens.append(likely.nonzero()[:, 1].int().cpu())
-    return torch.cat(counts), torch.cat(tokens)

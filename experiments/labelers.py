@@ -20,7 +20,8 @@ import torch
 
 from aggregate import linear_scalarization
 from data import toy
-from data.batches import Batches, pad_to, reference_logprobs
+from data.batches import Batches, pad_to
+from data.reference import reference_logprobs
 from data.tokenizers import load_tokenizer, tokenize
 from data.trees import batch_logprobs
 from fronts import optimum

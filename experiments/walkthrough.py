@@ -14,7 +14,8 @@ import torch
 
 from aggregate import linear_scalarization
 from data import toy
-from data.batches import Batches, reference_logprobs
+from data.batches import Batches
+from data.reference import reference_logprobs
 from data.tokenizers import load_tokenizer, tokenize
 from data.trees import batch_logprobs, predicting_states
 from model import SIZES, Transformer

@@ -28,6 +28,11 @@ def epoch_batch(n, size, seed, step, lengths=None):
     return order[step * size - first * n:][:size]
 
 
+def items_of_steps(n, size, seed, steps, lengths=None):
+    """The items, in rising order, that the first `steps` batches of epoch_batch hold: all n from one epoch on."""
+    return sorted(_epoch_order(n, size, seed, 0, lengths)[:steps * size].tolist())
+
+
 @functools.lru_cache(maxsize=4)                         # a step asks for the epoch that the step before asked for
 def _epoch_order(n, size, seed, epoch, lengths):
     """The order of one epoch, (n,). With lengths: windows of 64 batches are sorted, each cut into batches."""

@@ -1,4 +1,4 @@
-"""test_batches.py - means of losses over rows, preferences, micro-batches and processes; the reference's log-probs."""
+"""test_batches.py - means of losses over rows, preferences, micro-batches and processes."""
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from aggregate import linear_scalarization, tchebycheff
-from data.batches import Batches, pad_to, reference_logprobs
+from data.batches import Batches, pad_to
 from data.tokenizers import TokenRow
-from data.trees import batch_logprobs, pack, predicting_states
+from data.trees import pack
 from runs import processes
 from runs.randomness import epoch_batch
-from svd_lora import adapters_off, inject_svd_lora, svd_lora_layers
 
 CPU = torch.device("cpu")
 
@@ -186,47 +185,3 @@ def test_batches_by_length_and_shapes():
     alike, mixed = Batches(rows, known, flags, 1, CPU, by_length=True), Batches(rows, known, flags, 1, CPU)
     assert spread(alike) < 0.7 * spread(mixed)
     assert pad_to(CPU) == 1 and pad_to(torch.device("cuda")) == 64
-
-
-def test_reference_logprobs(tiny, monkeypatch):
-    """Of the model without its adapter, each row's own; several processes share them."""
-    rows, _ = rows_of(7)
-    model = tiny()
-    with torch.no_grad():
-        alone = [batch_logprobs(model, pack([row])) for row in rows]
-    inject_svd_lora(model, 2, 0, generator=torch.Generator().manual_seed(0))
-    for layer in svd_lora_layers(model).values():
-        torch.nn.init.normal_(layer.sigma.data)
-    got, nothing = reference_logprobs(model, rows, 3, 1, CPU)
-    assert nothing is None
-    assert len(got) == 7 and all(torch.allclose(a, b, atol=1e-4) for a, b in zip(got, alone))
-    assert not any(x.requires_grad for x in got) and not torch.allclose(batch_logprobs(model, pack(rows[:1])), alone[0])
-    local = []
-    monkeypatch.setattr(processes, "all_sum", lambda x: local.append(x) or x)
-    for rank in range(2):
-        monkeypatch.setattr(processes, "ranks", lambda: (rank, 2))
-        reference_logprobs(model, rows, 3, 1, CPU)
-    (sizes_0, logps_0, sizes_1, logps_1), sizes = local, [len(row.responses) for row in rows]
-    assert (sizes_0 + sizes_1).tolist() == sizes and (sizes_0 * sizes_1 == 0).all() and sizes_0.any() and sizes_1.any()
-    assert len(logps_0) == sizes_0.sum() and len(logps_1) == sizes_1.sum()
-    whole = {}
-    for own, logps in ((sizes_0, logps_0), (sizes_1, logps_1)):
-        whole |= zip(own.nonzero()[:, 0].tolist(), logps.split(own[own > 0].tolist()))
-    assert all(torch.allclose(whole[j], alone[j], atol=1e-4) for j in range(7))
-
-
-def test_tokens_that_the_reference_allows(tiny):
-    """At every edge of a row those of probability 0.02 or more under the base, and always the likeliest."""
-    rows, _ = rows_of(5)
-    model = inject_svd_lora(tiny(), 2, 0, generator=torch.Generator().manual_seed(0))
-    for layer in svd_lora_layers(model).values():
-        torch.nn.init.normal_(layer.sigma.data)
-    for least in (0.02, 0.9):
-        _, allowed = reference_logprobs(model, rows, 2, 1, CPU, least)
-        for row, (counts, tokens) in zip(rows, allowed, strict=True):
-            tree = pack([row])
-            with torch.no_grad(), adapters_off(model):
-                p = (predicting_states(model, tree) @ model.head_weight.T).softmax(-1)                # (N, V)
-            want = (p >= least) | (p == p.amax(1, keepdim=True))
-            assert counts.tolist() == want.sum(1).tolist() and tokens.tolist() == want.nonzero()[:, 1].tolist()
-    assert (counts == 1).any()

@@ -5,7 +5,7 @@ import torch
 from data.tokenizers import TokenRow
 from data.trees import pack, row_lengths
 from runs import randomness
-from runs.randomness import epoch_batch, generator_for
+from runs.randomness import epoch_batch, generator_for, items_of_steps
 
 
 def test_every_stream_and_step_has_numbers_of_its_own():
@@ -27,6 +27,9 @@ def test_every_row_comes_once_an_epoch(n, size, by_length):
     assert all(torch.equal(epoch_batch(n, size, 0, step, lengths), batches[step]) for step in (len(batches) - 1, 0))
     assert n < 20 or not torch.equal(epoch_batch(n, size, 1, 0, lengths), batches[0])
     assert n < 20 or not torch.equal(batches[0], batches[n // size])                  # another epoch, another order
+    for steps in (1, 2, n // size, n // size + 1):
+        assert items_of_steps(n, size, 0, steps, lengths) == sorted(set(torch.cat(
+            [epoch_batch(n, size, 0, step, lengths) for step in range(steps)] or [torch.zeros(0)]).tolist()))
 
 
 def test_batches_are_of_one_length_and_in_no_order():

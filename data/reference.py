@@ -1,0 +1,103 @@
+"""reference.py - log π_ref(y|x), once: of the rows that a training will use, kept on disk for the next training.
+
+The reference is the model with its adapter off, so log π_ref depends on the base and on the tokens alone: a seed sweep,
+or another way to draw λ, asks for what is known. Two numbers are kept for each response: a hash of its tokens with its
+prompt's, and log π_ref.
+
+N: edges, predicted tokens   D: d_model   V: vocabulary   R: responses
+"""
+import hashlib
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from data.trees import edge_logprobs, pack, predicting_states, row_lengths
+from objectives import response_logprobs
+from ops.fused import ROWS
+from runs.files import UserError, write_whole
+from runs.processes import all_sum, gathered, ranks, share
+from svd_lora import adapters_off, fingerprint
+
+
+@torch.no_grad()
+def reference_logprobs(model, rows, batch_size, multiple, device, least=None, used=None, kept=None):
+    """log π_ref of every response, by the model with its adapter off: a list with one (responses,) CPU tensor per row.
+
+    Beside it, where `least` is given, the tokens to which π_ref gives at least this probability at the edges of each
+    row (data/trees.py), the likeliest in any case: a list of (counts (edges,), tokens). Else None.
+    used: the rows that are asked for, the others' tensors are empty (default: all rows)
+    kept: a file of this base (kept_file) that is read, and written with what is new; not together with `least`
+    Rows are taken in the order of their lengths, so that little is padding; each process takes its share.
+    """
+    n, used, old = len(rows), list(range(len(rows)) if used is None else used), {}
+    if kept:
+        known, hashes = _read(kept), {j: [_hash(rows[j].prompt, y) for y in rows[j].responses] for j in used}
+        there = torch.tensor([all(h in known for h in hashes[j]) for j in used], device=device).int()
+        there = all_sum(there) == ranks()[1]            # in every process: on several nodes some may see no file
+        old = {j: torch.tensor([known[h] for h in hashes[j]]) for j, here in zip(used, there.tolist()) if here}
+        print(f"log π_ref of {len(used) - len(old)} rows; {len(old)} more are in {kept}, {n - len(used)} are not used")
+
+    new = [j for j in used if j not in old]
+    order = [new[i] for i in row_lengths([rows[j] for j in new]).argsort(stable=True).tolist()]
+    logps, counts, tokens = {}, {}, {}
+    with adapters_off(model):
+        for i in tqdm(range(0, len(order), batch_size), "log π_ref", disable=ranks()[0] > 0 or None, leave=False):
+            own = order[i:i + batch_size][share()]
+            mine = own or order[:1]                 # no forward pass is empty: with fsdp the processes make it together
+            batch = pack([rows[j] for j in mine], multiple).to(device)
+            states = predicting_states(model, batch)                                  # (N, D)
+            pi = response_logprobs(edge_logprobs(model, batch, states), batch.paths)  # (R,)
+            logps |= zip(own, pi.cpu().split([len(rows[j].responses) for j in mine]))
+            if least is not None:
+                count, token = _likely(states, model.head_weight, least)
+                edges = (batch.parents // batch.tokens.shape[1]).bincount(minlength=len(mine)).tolist()    # of each row
+                counts |= zip(own, count.split(edges))
+                tokens |= zip(own, token.split([each.sum().item() for each in count.split(edges)]))
+    everywhere = lambda own, dtype: gathered(own, n, dtype, device)
+    logps = everywhere(logps, torch.float32)
+    if kept and new:
+        known |= {h: x for j in new for h, x in zip(hashes[j], logps[j].tolist())}
+        columns = {"hashes": torch.tensor(list(known), dtype=torch.int64), "log_pi": torch.tensor(list(known.values()))}
+        write_whole(kept, lambda f: save_file(columns, f))
+    allowed = least and list(zip(everywhere(counts, torch.int32), everywhere(tokens, torch.int32)))
+    return [old.get(j, logps[j]) for j in range(n)], allowed
+
+
+def kept_file(out, model, dtype, quantize):
+    """Where log π_ref of this base is kept, in this precision: beside the run directory `out`, for all runs there."""
+    return out.parent / "reference" / f"{fingerprint(model)}-{str(dtype).removeprefix('torch.')}-{quantize}.safetensors"
+
+
+def _hash(prompt, response):
+    """64 bits of token ids, as a signed integer."""
+    ids = np.array([len(prompt), *prompt, *response], np.int32)
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little", signed=True)
+
+
+def _read(path):
+    """{hash: log π_ref} of a file, or of none."""
+    if not path.exists():
+        return {}
+    try:
+        columns = load_file(path)
+        return dict(zip(columns["hashes"].tolist(), columns["log_pi"].tolist()))
+    except (SafetensorError, KeyError, OSError):
+        raise UserError(f"{path} is no file of log π_ref; delete it, and it is made anew") from None
+
+
+def _likely(states, head_weight, least):
+    """The tokens with a probability of at least `least`, and the likeliest: how many for each of the states (N, D), and
+    which, in their order. int32, on the CPU."""
+    counts, tokens = [], []
+    for h in states.split(ROWS):
+        logits = F.linear(h, head_weight).float()                                     # (n, V)
+        least_logit = torch.minimum(logits.logsumexp(1) + math.log(least), logits.amax(1))
+        likely = logits >= least_logit[:, None]
+        counts.append(likely.sum(1).int().cpu())
+        tokens.append(likely.nonzero()[:, 1].int().cpu())
+    return torch.cat(counts), torch.cat(tokens)
