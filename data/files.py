@@ -24,15 +24,24 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from runs.files import UserError
 
 
+class Message(NamedTuple):
+    """One turn of a conversation."""
+    role: str       # "system", "user" or "assistant"
+    content: str
+
+
 @dataclass
 class Row:
-    """One prompt with its responses, as the models see them. A row of a preference file has two responses and one pair;
-    the embedded world has many of both; prompts to sample from have none."""
-    prompt: str
+    """One prompt with its responses. A row of a preference file has two responses and one pair; the embedded world has
+    many of both; prompts to sample from have none.
+
+    prompt: a text that the model continues as it is, or turns, which a template (data/chat.py) writes as a text."""
+    prompt: str | tuple[Message, ...]
     responses: list[str] = field(default_factory=list)
     pairs: list[tuple[int, int]] = field(default_factory=list)  # indices into responses: (first, second)
     better: list[list[int]] = field(default_factory=list)  # (pairs, m): 0 first is better, 1 second, -1 no label
