@@ -196,8 +196,10 @@ def _turns_of_text(text):
     written = text.rstrip()
     if written.startswith("\n\nHuman:") and written.endswith("\n\nAssistant:"):
         parts = re.split(r"\n\n(Human|Assistant):", written)                 # "", who, text, who, text, …, who, ""
-        return tuple(Message("user" if who == "Human" else "assistant", said.removeprefix(" "))
-                     for who, said in zip(parts[1:-2:2], parts[2::2]))
+        # who speaks twice in a row has the marker in one text: a few dialogues have it, and templates want turns in turn
+        turns = groupby(zip(parts[1:-2:2], parts[2::2]), key=lambda turn: turn[0])
+        return tuple(Message("user" if who == "Human" else "assistant",
+                             f"\n\n{who}:".join(said for _, said in same).removeprefix(" ")) for who, same in turns)
     if written.endswith(ENDS):
         return text
     said = re.split(r"\n<extra_id_1>(User|Assistant)\n", text)               # text, who, text, …: the user begins
@@ -360,13 +362,13 @@ LAYOUTS = (  # (name, fields, reader): a row is read by the first layout whose f
     ("OpenAI", "input preferred_output", _openai),
     ("ShareGPT", "conversations chosen", lambda row: (_sharegpt(row), _answers(row, BEST), FIRST)),
     ("Alpaca", "instruction chosen", lambda row: (_alpaca(row), _answers(row, BEST), FIRST)),
-    ("trl; UltraFeedback, binarized", "prompt chosen", lambda row: _preferred(row, _turns(row, "prompt"))),
-    ("messages and two texts", "messages chosen", lambda row: _preferred(row, _turns(row, "messages"))),
-    ("HH-RLHF; trl, the prompt in the answers", "chosen rejected", lambda row: (*_dialogues(row, *BEST), FIRST)),
-    ("messages", "messages", lambda row: _conversation(_turns(row, "messages"))),
-    ("ShareGPT, one response", "conversations", lambda row: _conversation(_sharegpt(row))),
+    ("chosen and rejected", "prompt chosen", lambda row: _preferred(row, _turns(row, "prompt"))),
+    ("messages, chosen and rejected", "messages chosen", lambda row: _preferred(row, _turns(row, "messages"))),
+    ("two whole dialogues", "chosen rejected", lambda row: (*_dialogues(row, *BEST), FIRST)),
+    ("a conversation", "messages", lambda row: _conversation(_turns(row, "messages"))),
+    ("ShareGPT, a conversation", "conversations", lambda row: _conversation(_sharegpt(row))),
     ("Alpaca, one response", "instruction output", lambda row: (_alpaca(row), [_answer(row, "output")], None)),
-    ("prompt and completion", "prompt completion", lambda row: (
+    ("prompt, completion", "prompt completion", lambda row: (
         _turns(row, "prompt"), [_answer(row, "completion")], None)),
     ("prompt, response", "prompt", lambda row: (
         _turns(row, "prompt"), [_answer(row, "response")] if "response" in row else [], None)),

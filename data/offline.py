@@ -1,8 +1,8 @@
 """offline.py - offline sets: (prompt, response) pairs that exist before training, for methods that select among them.
 
 Rows of any layout with a response or more (data.layouts; all of them count, and labels do not), and .txt files of
-stories, each cut into its first words and the rest (data.files). A prompt may come with many responses; the same pair is kept
-once. The embedded world's set is drawn from what its base model was trained on.
+stories, each cut into its first words and the rest (data.files). A prompt may come with many responses; the same pair
+is kept once. The embedded world's set is drawn from what its base model was trained on.
 """
 import torch
 
