@@ -14,7 +14,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import combinations
 
-from data.files import Row
+from data.files import Row, as_json
 from data.preferences import read_compared
 from data.tokenizers import load_tokenizer, tokenize
 from runs.files import UserError
@@ -47,7 +47,7 @@ def main(flags):
     examples = {part: [x for file in read.values() for x in file.examples] for part, read in files.items()}
     if flags.json:
         for example in examples["training"] + examples["evaluation"]:
-            print("\n".join(map(json.dumps, as_json(example, flags.dims))))
+            print("\n".join(map(json.dumps, pairs_of(example, flags.dims))))
         return
     tokenizer = load_tokenizer(flags.init or "toy", flags.template, flags.system)
     for part, read in files.items():
@@ -117,10 +117,9 @@ def as_read(example, tokenizer, max_length):
         yield f"  {name}: {json.dumps(text, ensure_ascii=False)}"
 
 
-def as_json(example, dims):
+def pairs_of(example, dims):
     """The pairs of an example that have a label, as objects for --json; without any label, its first pair."""
-    prompt = ({"prompt": example.prompt} if isinstance(example.prompt, str) else
-              {"messages": [message._asdict() for message in example.prompt]})
+    prompt = {"prompt" if isinstance(example.prompt, str) else "messages": as_json(example.prompt)}
     every = [(pair, {d: x for d, x in labels.items() if not dims or d in dims}) for pair, labels in example.compared()]
     for (a, b), labels in [x for x in every if x[1]] or every[:1]:
         yield prompt | {"responses": [example.responses[a], example.responses[b]], "better": labels}

@@ -35,6 +35,11 @@ class Row:
     better: list[list[int]] = field(default_factory=list)  # (pairs, m): 0 first is better, 1 second, -1 no label
 
 
+def as_json(prompt):
+    """A prompt as JSON has it: a text, or a list of messages."""
+    return prompt if isinstance(prompt, str) else [message._asdict() for message in prompt]
+
+
 def paths_of(paths):
     """One path or several of them -> a list."""
     return [paths] if isinstance(paths, (str, Path)) else list(paths)

@@ -196,7 +196,7 @@ def _turns_of_text(text):
     written = text.rstrip()
     if written.startswith("\n\nHuman:") and written.endswith("\n\nAssistant:"):
         parts = re.split(r"\n\n(Human|Assistant):", written)                 # "", who, text, who, text, …, who, ""
-        # who speaks twice in a row has the marker in one text: a few dialogues have it, and templates want turns in turn
+        # a few dialogues have somebody speak twice in a row; templates want turns in turn, so that is one with a marker
         turns = groupby(zip(parts[1:-2:2], parts[2::2]), key=lambda turn: turn[0])
         return tuple(Message("user" if who == "Human" else "assistant",
                              f"\n\n{who}:".join(said for _, said in same).removeprefix(" ")) for who, same in turns)

@@ -140,9 +140,9 @@ def test_dialogues_share_all_up_to_their_last_answer(tmp_path):
         (example,) = read(tmp_path, dict(chosen=HH + answers[0], rejected=HH + answers[1]))
         assert example.prompt == TURNS and example.responses == [x[1:] for x in answers]
     more = "\n\nHuman: Go on.\n\nAssistant: B"
-    for a, b in ((HH + " A\n\nAssistant: more", HH + " B"), (HH + " A" + more, HH + " A"),
+    for a, b in ((HH + " A\n\nAssistant: more", HH + " B"), (HH + " A" + more, HH + " A"), ([], []),
                  (HH + " A" + more, HH + " C" + more), ("\n\nHuman: x" + HH, HH),
-                 ([*ASK, said("A"), *ASK], [*ASK, said("B"), *ASK]), ([*ASK, said("A")], [ASK[0], said("A")]), ([], [])):
+                 ([*ASK, said("A"), *ASK], [*ASK, said("B"), *ASK]), ([*ASK, said("A")], [ASK[0], said("A")])):
         with pytest.raises(UserError, match='row 1: "chosen" and "rejected" part before their last answers'):
             read(tmp_path, dict(chosen=a, rejected=b))
 
