@@ -70,8 +70,8 @@ def test_lines_of_json(files, capsys, monkeypatch):
     assert len(lines) == 25 and lines[3] == dict(
         messages=[dict(role="user", content="How do I boil an egg?")], responses=["In water.", "Seven minutes."],
         better=dict(helpful=1))
-    write(Path("uf.jsonl"), [dict(instruction="Human: x\n\nAssistant:", completions=[
-        dict(response=text, annotations=dict(kind=dict(Rating=n))) for text, n in (("A", "1"), ("B", "1"), ("C", "2"))])])
+    said = [dict(response=x, annotations=dict(kind=dict(Rating=n))) for x, n in (("A", "1"), ("B", "1"), ("C", "2"))]
+    write(Path("uf.jsonl"), [dict(instruction="Human: x\n\nAssistant:", completions=said)])
     assert [json.loads(line) for line in run(capsys, "uf.jsonl", "--json").splitlines()] == [
         dict(prompt="Human: x\n\nAssistant:", responses=[x, "C"], better=dict(kind=1)) for x in "AB"]
 
@@ -82,7 +82,8 @@ def test_json_of_the_material(shared, capsys):
         lines = run(capsys, str(shared("formats", name)), "--json").splitlines()
         assert list(map(json.loads, lines)) == file["rows"], name
         said = run(capsys, str(shared("formats", name)))
-        assert f"{len(file['rows'])} labels" in said and ("helpful=FILE" in said) == file["dimension_named_by_the_command"]
+        assert f"{len(file['rows'])} labels" in said
+        assert ("helpful=FILE" in said) == file["dimension_named_by_the_command"]
 
 
 def test_long_texts_are_shortened(tmp_path, capsys):
