@@ -154,6 +154,11 @@ def question(prompt):
     return prompt if isinstance(prompt, str) else next((x.content for x in prompt[::-1] if x.role == "user"), "")
 
 
+def turns(prompt):
+    """A prompt that went through JSON, as it was before."""
+    return prompt if isinstance(prompt, str) else tuple(Message(*turn) for turn in prompt)
+
+
 def announce(template, prompts):
     """Says in a line how turns are written, and how many prompts stay what they are. Nothing where all are texts."""
     turns = [x for x in prompts if not isinstance(x, str)]
