@@ -160,6 +160,17 @@ def test_a_real_chat_model():
         assert row.prompt + row.responses[0] + peer.encode("\n") == whole
 
 
+@pytest.mark.parametrize("name, prompt, answer", [
+    ("zephyr", [529, 29989, 1792, 29989, 29958, 13, 18567, 2, 29871, 13, 29966, 29989, 465, 22137, 29989, 29958, 13],
+     [2177, 275, 29889, 2]),
+    ("llama2", [1, 518, 25580, 29962, 6324, 518, 29914, 25580, 29962], [3681, 29889, 2])])
+def test_stored_tokens_of_transformers(tmp_path, shared, name, prompt, answer):
+    """Paris is [2177, 275] behind a line break, and [3681] behind a space. Wrong: the same in both places."""
+    tokenizer = load_tokenizer(of_llama2(tmp_path, shared, *TEMPLATES[name][:2]))
+    (row,), _ = tokenize([Row((user("Hi"),), ["Paris."])], tokenizer, 1000)
+    assert (row.prompt, row.responses) == (prompt, [answer])
+
+
 def test_tokens_by_hand(tmp_path):
     """Without transformers. Wrong: the markers as letters, no prompt to answer, EOS behind the answer."""
     tokenizer = load_tokenizer(directory(tmp_path, CHATML, ["<|im_start|>", "<|im_end|>"]))
@@ -167,6 +178,8 @@ def test_tokens_by_hand(tmp_path):
     (row,), _ = tokenize([Row((user("Hi"),), ["Yes", " Yes"])], tokenizer, 1000)
     assert row.prompt == ids(tokenizer, 2, "user\nHi", 3, "\n", 2, "assistant\n")       # no BOS: it writes none
     assert row.responses == [ids(tokenizer, "Yes", 3), ids(tokenizer, " Yes", 3)]       # nothing in front
+    (cut,), _ = tokenize([Row((user("Hi"),))], tokenizer, 1000, max_prompt=11)
+    assert cut.prompt == ids(tokenizer, 2, "assistant\n")                               # nor here a BOS
 
 
 def test_bos_once(tmp_path):

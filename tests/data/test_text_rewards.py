@@ -115,7 +115,7 @@ def test_text_rewards_is_one_column_a_name():
     table = text_rewards(["dialogue", "happy", "narrative"], prompts, responses)
     assert table.dtype == torch.float64 and table.shape == (2, 3)
     assert torch.allclose(table, torch.tensor([[0.3, 0, 1.5], [0.5, 1, 0]], dtype=torch.float64))
-    # of turns the last user's words count, and a speech that is open there; wrong: of all turns, or of the answer before
+    # of turns the last user's words count; wrong: a speech that an earlier turn has left open
     turns = (Message("user", 'He said "I'), Message("assistant", 'see" a'), Message("user", 'Mom said, "I see'))
     assert torch.equal(text_rewards(["dialogue", "happy", "narrative"], ["", turns], responses), table)
     assert text_rewards(["happy", "length"], [], []).shape == (0, 2)
