@@ -20,7 +20,6 @@ import runs.waiting  # noqa: F401  # isort: skip
 import json
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -31,7 +30,7 @@ from data import toy
 from data.base import find_base, load_base, usual_rate
 from data.batches import pad_to
 from data.chat import announce, turns
-from data.files import Row
+from data.files import Row, plain_name
 from data.offline import distinct, draw_world, read_offline
 from data.prompts import split
 from data.rewards import of_world
@@ -72,7 +71,7 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, RewardFlags):
     parts: int | None = flag(None, "the simplex is cut into so many parts (default 10 for m = 2: 11 preferences; 4 for "
                                    "m = 3; else 2)", 1)
     lam: list[float] | None = flag(None, "these preferences instead, one after the other: 0.3 0.7 0.5 0.5 are two")
-    data: list[str] | None = flag(None, "offline set: JSONL with prompt and response, or response_0 and response_1, or "
+    data: list[str] | None = flag(None, "offline set: rows of any layout of data/README.md that have responses, or "
                                         "stories in .txt (default: the embedded world's); a tenth of the prompts is "
                                         "held out for the evaluation")
     pool: int = flag(10_000, "embedded world: pairs drawn from what its base was trained on, equal ones among them", 1)
@@ -165,7 +164,7 @@ def main(flags):
         raise UserError("--parts and --lam both say which preferences are trained: give one of them")
     matmul_ceiling(device, dtype)                                      # now, while nothing else runs
     rows, dropped = (draw_world(flags.pool, generator_for(flags.seed, "pool")) if on_world else
-                     read_offline(flags.data, flags.prompt_words))
+                     read_offline(flags.data, flags.prompt_words, flags.fields))
     base, tokenizer_name = find_base(flags.init, flags.size, flags.tokenizer, device)
     model, tokenizer = load_base(base, tokenizer_name, device, dtype, flags)
     rewards = rewards_in(flags, flags.data, None, model, device)
@@ -189,11 +188,12 @@ def main(flags):
     # the selection has its own scale, from the lowest to the highest score of its pool; this one is for the evaluation
     rewards.measure(pool.scores, "in the offline set")
 
-    parts = [Path(f.partition(":")[0]).stem for f in (flags.data or []) + [r for r in flags.rewards or [] if "/" in r]]
+    rewards_of_models = [r.partition(":")[0] for r in flags.rewards or [] if "/" in r]
+    parts = [plain_name(f) for f in (flags.data or []) + rewards_of_models]
     label = "ParetoHqD" if flags.select == "directions" else f"HqD, {flags.select}"
     out, resume = open_run(
-        "train_hqd.py", ["hqd", *parts, flags.select], {"select", "data", "rewards"}, given, flags, rewards.dims, model,
-        base, tokenizer_name, "hqd", label=label, models=len(lams), rewards=rewards.description(),
+        "train_hqd.py", ["hqd", *parts, flags.select], {"select", "data", "rewards", "fields"}, given, flags,
+        rewards.dims, model, base, tokenizer_name, "hqd", label=label, models=len(lams), rewards=rewards.description(),
         objective={"name": "scores", "beta": 0.0, "aggregate": "ls", "ideal": None}, prompts=flags.data, cut=cut,
         dropped=dropped)
     train(model, out, lams, pool, rewards, tokens_of, tokenizer, flags, resume, device)

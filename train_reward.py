@@ -19,7 +19,6 @@ standard deviation over responses that the frozen base gives to training prompts
 import runs.waiting  # noqa: F401  # isort: skip
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -28,7 +27,7 @@ from data import toy
 from data.base import find_base, load_base, usual_rate
 from data.batches import pad_to
 from data.chat import announce
-from data.files import Row
+from data.files import Row, plain_name
 from data.rewards import raw_rewards
 from data.sources import check_preferences, preference_rows, room_for_prompts
 from data.tokenizers import spoken, tokenize
@@ -68,8 +67,9 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, ProcessFlags):
     reward_scale: list[float] | None = flag(
         None, "factors on the normalised rewards, one per dimension (default 1 each; the paper has 5 on harmless)",
         "positive")
-    data: list[str] | None = flag(None, "preference JSONL files (default: the embedded world)")
-    eval_data: list[str] | None = flag(None, "preference JSONL files for the held-out accuracy (required with --data)")
+    data: list[str] | None = flag(None, "preference files of any layout of data/README.md, dimension=file where one "
+                                        "has a single label without a name (default: the embedded world)")
+    eval_data: list[str] | None = flag(None, "the same for the held-out accuracy (required with --data)")
     rows: int = flag(1920, "embedded world: data rows, each a prompt with some responses, all compared", 1)
     responses: int = flag(12, "embedded world: responses in a row", 2)
     epochs: float = flag(1.0, "passes over --data, where --steps is not given", "positive")
@@ -140,9 +140,9 @@ def main(flags):
     token_rows, cut = tokenize(rows, tokenizer, max_length)
     print("data: {prompts} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut".format(**cut))
 
-    files = [Path(f).stem for f in flags.data or []]
-    out, resume = open_run("train_reward.py", ["reward", *files], {"data", "eval_data"}, given, flags, dims, backbone,
-                           base, tokenizer_name, max_length=max_length, cut=cut)
+    files = [plain_name(f) for f in flags.data or []]
+    out, resume = open_run("train_reward.py", ["reward", *files], {"data", "eval_data", "fields"}, given, flags, dims,
+                           backbone, base, tokenizer_name, max_length=max_length, cut=cut)
     inject_svd_lora(backbone, flags.lora_dim, 0, flags.lora_scaling, generator=generator_for(flags.seed, "adapter"))
     if flags.parallel == "fsdp":
         shard(backbone, device)

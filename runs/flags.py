@@ -47,7 +47,7 @@ class RunFlags:
 
 @dataclasses.dataclass
 class BaseFlags:
-    """Which base model, and how it is kept. Without --init it is the embedded world's own."""
+    """Which base model, how it is kept, and what it reads. Without --init it is the embedded world's own."""
 
     init: str | None = flag(None, "Hugging Face directory of the base model (default: the embedded world's)")
     size: str | None = flag(None, "size of the embedded world's base model (default tiny, which ships)")
@@ -57,6 +57,8 @@ class BaseFlags:
                                  "Jinja, or auto: the tokenizer's own chat template, else hh")
     system: str | None = flag(None, "a system turn in front of conversations that have none")
     max_length: int = flag(512, "tokens of prompt and response together; longer ones are cut and counted", 2)
+    fields: list[str] | None = flag(None, "files of a layout that data/README.md does not list: what they call our "
+                                          "fields, as prompt=question response_0=a response_1=b helpful=label")
     precision: Literal["auto", "fp32", "bf16"] = flag(
         "auto", "of the frozen base (auto: bf16 on a GPU, else fp32); what is trained is fp32 always")
     quantize: Literal["none", "int8", "nf4"] = flag(
