@@ -30,7 +30,7 @@ from data import toy
 from data.base import find_base, load_base, usual_rate
 from data.batches import pad_to
 from data.chat import announce, turns
-from data.files import Row, plain_name
+from data.files import Row, as_json, plain_name
 from data.offline import distinct, draw_world, read_offline
 from data.prompts import split
 from data.rewards import of_world
@@ -289,7 +289,7 @@ def answers(model, out, lams, pool, rewards, tokens_of, tokenizer, resumed, flag
             said += [{"adapter": g, "prompt": x, "response": text, "ended": end, "collapsed": collapsed(y)}
                      for x, y, text, end in zip(prompts[i:], new, *spoken(new, tokenizer))]
             tokens, read = tokens + sum(map(len, new)), read + sum(map(len, part))
-    write_jsonl(file, said)
+    write_jsonl(file, [s | {"prompt": as_json(s["prompt"])} for s in said])
     log, seconds = Log(out / "metrics.jsonl", 1, desc="answers"), time.time() - t0
     log.step({"step": 0, "member": len(lams), "stage": 2, "tokens": tokens,
               "flops": model_flops(model.config, tokens + read, tokens, base=2),

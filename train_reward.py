@@ -27,7 +27,7 @@ from data import toy
 from data.base import find_base, load_base, usual_rate
 from data.batches import pad_to
 from data.chat import announce
-from data.files import Row, plain_name
+from data.files import Row, as_json, plain_name
 from data.rewards import raw_rewards
 from data.sources import check_preferences, preference_rows, room_for_prompts
 from data.tokenizers import spoken, tokenize
@@ -156,7 +156,7 @@ def main(flags):
         report |= held_out_accuracy(model, held_out, dims, tokenizer, max_length, flags.batch_size, on_world)
     # mean and standard deviation on reference responses, by the same route that rewards take ever after: from texts
     samples = reference_samples(backbone, rows, tokenizer, max_length, flags)
-    write_jsonl(out / "reference.jsonl", samples)
+    write_jsonl(out / "reference.jsonl", [s | {"prompt": as_json(s["prompt"])} for s in samples])
     raw = in_shares(partial(raw_rewards, model, tokenizer, max_length),
                     [[s[key] for s in samples] for key in samples[0]], device)
     if not (raw.std(0, correction=0) > 1e-6).all():

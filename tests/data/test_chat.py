@@ -11,7 +11,7 @@ import pytest
 
 from data import chat, render
 from data.chat import announce, find_template, hide, question, shown, turns, write
-from data.files import Message, Row
+from data.files import Message, Row, as_json
 from data.tokenizers import load_tokenizer, spoken, tokenize
 from runs.files import UserError
 
@@ -258,7 +258,7 @@ def test_hidden_and_shown():
 
 def test_questions_and_json():
     assert question(CHATS[1]) == CHATS[1][2].content and question("once") == "once"
-    assert turns(json.loads(json.dumps(CHATS[1]))) == CHATS[1] and turns("once") == "once"
+    assert turns(json.loads(json.dumps(as_json(CHATS[1])))) == CHATS[1] and turns("once") == "once"
 
 
 # ---- templates of strangers ----
