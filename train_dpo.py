@@ -26,6 +26,7 @@ import eval_front
 from aggregate import linear_scalarization, models_of, sample_preference, tchebycheff
 from data.base import find_base, load_base, usual_rate
 from data.batches import Batches, pad_to, reference_logprobs
+from data.chat import announce
 from data.files import plain_name
 from data.prompts import written
 from data.sources import check_preferences, preference_rows
@@ -147,10 +148,11 @@ def main(flags):
     check_lam(flags, dims)
     # a base to be sharded is read into main memory: it may be too large for one GPU
     load = lambda: load_base(base, tokenizer_name, torch.device("cpu") if flags.parallel == "fsdp" else device, dtype,
-                             flags.quantize, flags.checkpoint)
+                             flags)
     model, tokenizer = load()
     flags.lr = flags.lr or (3e-3 if on_world else usual_rate(on_world, model.config))
     flags.steps = flags.steps or (300 if on_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
+    announce(tokenizer.template, [row.prompt for row in rows])
     rows, cut = tokenize(rows, tokenizer, min(flags.max_length, model.config.context_length))
     print("data: {prompts} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut".format(**cut))
 

@@ -37,6 +37,7 @@ from aggregate import (
 from data import toy
 from data.base import find_base, load_base
 from data.batches import pad_to
+from data.chat import announce
 from data.files import plain_name
 from data.prompts import read_prompts, split
 from data.rewards import of_world, world_ideal
@@ -206,8 +207,8 @@ def add_critic(model, m, n, flags, member, device):
 def rollout(model, rows, tokenizer, flags, draw, run):
     """Samples --samples responses to each row's prompt from the model as it is: a list of R token lists."""
     prompts = [row.prompt for row in rows for _ in range(flags.samples)]
-    responses = generate_all(model, prompts, flags.max_new_tokens, tokenizer.eos_id,
-                             generator_for(flags.seed, "rollout", draw))
+    responses = generate_all(model, prompts, flags.max_new_tokens, tokenizer.ends,
+                             generator_for(flags.seed, "rollout", draw), tokenizer.vocab_size)
     drawn = sum(map(len, responses[share()]))
     run.work(drawn + sum(map(len, prompts[share()])), drawn, base=2)
     return responses
@@ -392,13 +393,14 @@ def main(flags):
     check(flags)
     matmul_ceiling(device, dtype)                                      # now, while nothing else runs
     base, tokenizer_name = find_base(flags.init, flags.size, flags.tokenizer, device)
-    load = lambda: load_base(base, tokenizer_name, device, dtype, flags.quantize, flags.checkpoint, flags.eos_id)
+    load = lambda: load_base(base, tokenizer_name, device, dtype, flags)
     model, tokenizer = load()
     rewards = rewards_in(flags, flags.prompts, flags.reward_scale, model, device)
     check_lengths(flags, rewards.dims)
     defaults(flags, rewards, processes)
     prompts, weights = training_prompts(flags)
     length = room_for_prompts(flags, model.config)
+    announce(tokenizer.template, [row.prompt for row in prompts])
     rows, cut = tokenize(prompts, tokenizer, length, max_prompt=length - flags.max_new_tokens)
     print("prompts: {prompts}, {prompts_cut} cut".format(**cut))
     if flags.ptx_coeff and not all(row.responses for row in rows):
@@ -492,7 +494,7 @@ def measure_rewards(rewards, model, prompts, rows, tokenizer, flags, device):
     order, responses = [j % len(rows) for j in range(REFERENCE_SAMPLES)], []
     for i in range(0, len(order), flags.batch_size):
         responses += generate_all(model, [rows[j].prompt for j in order[i:i + flags.batch_size]], flags.max_new_tokens,
-                                  tokenizer.eos_id, generator_for(flags.seed, "reference", i))
+                                  tokenizer.ends, generator_for(flags.seed, "reference", i), tokenizer.vocab_size)
     raw = in_shares(rewards.raw, [[prompts[j].prompt for j in order], *spoken(responses, tokenizer)], device)
     rewards.measure(raw, "of the base model")
     print("rewards of the base model: " + ", ".join(

@@ -28,6 +28,7 @@ from aggregate import linear_scalarization, models_of, sample_preference, tcheby
 from data import toy
 from data.base import find_base, load_base, usual_rate
 from data.batches import Batches
+from data.chat import announce
 from data.files import named, plain_name
 from data.prompts import read_demonstrations
 from data.tokenizers import tokenize
@@ -110,10 +111,11 @@ def main(flags):
     m = len(dims)
     # a base to be sharded is read into main memory: it may be too large for one GPU
     load = lambda: load_base(base, tokenizer_name, torch.device("cpu") if flags.parallel == "fsdp" else device, dtype,
-                             flags.quantize, flags.checkpoint)
+                             flags)
     model, tokenizer = load()
     flags.lr = flags.lr or usual_rate(on_world, model.config)
     flags.steps = flags.steps or (400 if on_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
+    announce(tokenizer.template, [row.prompt for row in rows])
     rows, cut = tokenize(rows, tokenizer, min(flags.max_length, model.config.context_length))
     print("data: {prompts} prompts, {prompts_cut} cut, and {responses_cut} of {responses} responses cut".format(**cut))
     scale = torch.ones(m) if on_world else 1 / mean_lengths(rows, kinds, m)

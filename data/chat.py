@@ -92,12 +92,13 @@ def _tokens(directory):
 
 def tried(template):
     """What a template makes of a question and its answer: (the prompt, the white space in front of the answer, what
-    follows the question, what follows the answer). Raises UserError where it cannot write a question; an answer it may
+    follows the question, what follows the answer). Raises UserError where it refuses the question; an answer it may
     refuse."""
     if template.source is None:
         return "", template.before, template.asks, ""
     user, assistant = Message("user", QUESTION), Message("assistant", ANSWER)
-    (prompt,), (whole,) = _texts(template, [(user,)]), _texts(template, [(user, assistant)], ask=False, refuse=True)
+    asked, answered = _rendered(template, [(user,), (user, assistant)], [True, False])
+    prompt, whole = _text(template, (user,), asked), answered.get("text", "")
     opening, said, after = whole.rpartition(ANSWER)
     before = opening.removeprefix(prompt)
     return prompt, before if before.isspace() else "", prompt.rpartition(QUESTION)[2], after if said else ""
@@ -154,6 +155,11 @@ def question(prompt):
     return prompt if isinstance(prompt, str) else next((x.content for x in prompt[::-1] if x.role == "user"), "")
 
 
+def turns(prompt):
+    """A prompt as data.files.as_json wrote it -> a text or turns."""
+    return prompt if isinstance(prompt, str) else tuple(Message(**turn) for turn in prompt)
+
+
 def announce(template, prompts):
     """Says in a line how turns are written, and how many prompts stay what they are. Nothing where all are texts."""
     turns = [x for x in prompts if not isinstance(x, str)]
@@ -166,28 +172,41 @@ def announce(template, prompts):
                if as_they_are else ""))
 
 
-def _texts(template, chats, ask=True, refuse=False):
-    """The conversations as texts. ask: up to where an answer begins. refuse: one that the template refuses is ""."""
-    if template.system is not None:
-        chats = [x if x[:1] and x[0].role == "system" else (Message("system", template.system), *x) for x in chats]
+def _texts(template, chats):
+    """The conversations as texts, up to where an answer begins. Raises UserError for one that the template refuses."""
     if template.name == "none":
-        return ["\n\n".join(turn.content for turn in chat) for chat in chats]
+        return ["\n\n".join(turn.content for turn in _begun(template, chat)) for chat in chats]
     if template.source is None:
         heads = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
-        return ["".join(heads.get(turn.role, "") + turn.content for turn in chat) + template.asks for chat in chats]
+        return ["".join(heads.get(turn.role, "") + turn.content for turn in _begun(template, chat)) + template.asks
+                for chat in chats]
+    return [_text(template, *pair) for pair in zip(chats, _rendered(template, chats, [True] * len(chats)))]
+
+
+def _begun(template, chat):
+    """The conversation with the system turn of --system, where it has none."""
+    started = template.system is None or chat[:1] and chat[0].role == "system"
+    return chat if started else (Message("system", template.system), *chat)
+
+
+def _rendered(template, chats, ask):
+    """What data/render.py answers: {"text": …} or {"error": …} for each conversation. ask: for each of them, whether an
+    answer is to begin behind it."""
     if not chats:
         return []
-    hidden = [[{"role": turn.role, "content": hide(turn.content, template.control)} for turn in chat] for chat in chats]
-    job = {"template": template.source, "variables": template.tokens, "chats": [[chat, ask] for chat in hidden]}
+    hidden = [[{"role": turn.role, "content": hide(turn.content, template.control)} for turn in _begun(template, chat)]
+              for chat in chats]
+    job = {"template": template.source, "variables": template.tokens, "chats": list(zip(hidden, ask))}
     done = subprocess.run([sys.executable, "-P", str(RENDER)], input=json.dumps(job), capture_output=True, text=True)
     if done.returncode:
         why = done.stderr.strip().splitlines()[-1:] or ["it takes too long, or too much memory"]
         raise UserError(f"chat template {template.name}: {why[0]}")
-    texts = []
-    for chat, answer in zip(chats, json.loads(done.stdout)):
-        if "error" in answer and not refuse:
-            roles = ", ".join(turn.role for turn in chat)
-            why = " ".join(answer["error"].split())
-            raise UserError(f"chat template {template.name}: {why}; the turns were: {roles}")
-        texts.append(answer.get("text", ""))
-    return texts
+    return json.loads(done.stdout)
+
+
+def _text(template, chat, answer):
+    """The text of an answer of _rendered. Raises UserError for an error."""
+    if "error" in answer:
+        roles = ", ".join(turn.role for turn in _begun(template, chat))
+        raise UserError(f"chat template {template.name}: {' '.join(answer['error'].split())}; the turns were: {roles}")
+    return answer["text"]

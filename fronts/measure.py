@@ -253,8 +253,8 @@ class Samples:
         [0, 1], that ended by themselves and that fell into a loop; own_text_loss: nats per token on the texts that the
         prompts were cut from; raw (R, m) and texts, the samples themselves."""
         prompts, asked = ([x for x in each for _ in range(self.per_prompt)] for each in (self.prompts, self.texts))
-        responses = generate(model, prompts, self.new, eos_id=self.tokenizer.eos_id,
-                             generator=generator_for(0, "evaluation"))
+        responses = generate(model, prompts, self.new, eos_id=self.tokenizer.ends,
+                             generator=generator_for(0, "evaluation"), vocab_size=self.tokenizer.vocab_size)
         texts, finished = spoken(responses, self.tokenizer)
         raw = self.rewards.raw(asked, texts, finished)                                                 # (R, m)
         kl = 0.0
