@@ -106,8 +106,8 @@ def test_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lr=3.jsonl").write_text("{}")
     assert named("lr=3.jsonl") == (None, "lr=3.jsonl") and named("a=lr=3.jsonl") == ("a", "lr=3.jsonl")
-    assert [plain_name(x) for x in ("helpful=d/train.v2.jsonl.gz", "d/train.json", "out/run", "lr=3.jsonl")] == [
-        "train.v2", "train", "run", "lr=3"]
+    assert [plain_name(x) for x in ("a=d/train.v2.jsonl.gz", "d/train.json", "out/run", "a=run", "lr=3.jsonl")] == [
+        "train.v2", "train", "run", "run", "lr=3"]
     assert is_text("a/s.txt") and is_text("s.txt.gz") and not is_text("txt.jsonl")
 
 
