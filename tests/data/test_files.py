@@ -91,14 +91,14 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
 def test_a_line_of_ten_megabytes(tmp_path, value):
     for text in ('{"a": "' + value + '"}', '[{}, {"a": "' + value + '"}]'):
         (tmp_path / "a").write_text(text)
-        start = time.time()
-        assert len(read(tmp_path / "a")) == 1 + (text[0] == "[") and time.time() - start < 2
+        start = time.process_time()
+        assert len(read(tmp_path / "a")) == 1 + (text[0] == "[") and time.process_time() - start < 2
 
 
 def test_an_array_takes_time_in_proportion(tmp_path):
     (tmp_path / "a").write_text("[" + ", ".join(['{"a": "' + "x" * 400 + '"}'] * 20000) + "]")
-    start = time.time()
-    assert len(read(tmp_path / "a")) == 20000 and time.time() - start < 2    # wrong: the rest is copied, 80 GB
+    start = time.process_time()
+    assert len(read(tmp_path / "a")) == 20000 and time.process_time() - start < 2    # wrong: the rest is copied, 80 GB
 
 
 def test_names(tmp_path, monkeypatch):
