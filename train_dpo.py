@@ -18,7 +18,6 @@ data/batches.py).
 import runs.waiting  # noqa: F401  # isort: skip
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -27,6 +26,8 @@ import eval_front
 from aggregate import linear_scalarization, models_of, sample_preference, tchebycheff
 from data.base import find_base, load_base, usual_rate
 from data.batches import Batches, pad_to
+from data.chat import announce
+from data.files import plain_name
 from data.prompts import written
 from data.reference import kept_file, reference_logprobs
 from data.sources import check_preferences, preference_rows
@@ -56,8 +57,9 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags, ProcessFlags):
     loss: Literal["dpo", "ipo"] = flag("dpo", "of a pair: DPO's, Eq. (2), or IPO's")
     beta: float | None = flag(None, "β, the paper's scale_coeff; IPO's τ "
                                     "(default 1 on the embedded world, 0.1 otherwise)", "positive")
-    data: list[str] | None = flag(None, "preference JSONL files (default: the embedded world)")
-    eval_data: list[str] | None = flag(None, "preference JSONL files for the evaluation (required with --data)")
+    data: list[str] | None = flag(None, "preference files of any layout of data/README.md, dimension=file where one "
+                                        "has a single label without a name (default: the embedded world)")
+    eval_data: list[str] | None = flag(None, "the same for the evaluation (required with --data)")
     rows: int = flag(960, "embedded world: data rows, each a prompt with some responses, all compared", 1)
     responses: int = flag(24, "embedded world: responses in a row; 24 make 276 pairs", 2)
     epochs: float = flag(1.0, "passes over --data, where --steps is not given", "positive")
@@ -147,10 +149,11 @@ def main(flags):
     check_lam(flags, dims)
     # a base to be sharded is read into main memory: it may be too large for one GPU
     load = lambda: load_base(base, tokenizer_name, torch.device("cpu") if flags.parallel == "fsdp" else device, dtype,
-                             flags.quantize, flags.checkpoint)
+                             flags)
     model, tokenizer = load()
     flags.lr = flags.lr or (3e-3 if on_world else usual_rate(on_world, model.config))
     flags.steps = flags.steps or (300 if on_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
+    announce(tokenizer.template, [row.prompt for row in rows])
     rows, cut = tokenize(rows, tokenizer, min(flags.max_length, model.config.context_length))
     print("data: {prompts} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut".format(**cut))
 
@@ -158,10 +161,11 @@ def main(flags):
     text_of = (lambda lams: written(lams, tokenizer)) if flags.method == "prompt" else None
     steps = steps_each(flags, models)
     objective = {"name": flags.loss, "beta": flags.beta, "aggregate": flags.aggregate, "ideal": flags.ideal}
-    files = [Path(f).stem for f in flags.data or []]
+    files = [plain_name(f) for f in flags.data or []]
     out, resume = open_run(
-        "train_dpo.py", ["dpo", *files, flags.method, flags.aggregate], {"method", "aggregate", "data", "eval_data"},
-        given, flags, dims, model, base, tokenizer_name, flags.method, objective=objective, models=len(models), cut=cut)
+        "train_dpo.py", ["dpo", *files, flags.method, flags.aggregate],
+        {"method", "aggregate", "data", "eval_data", "fields"}, given, flags, dims, model, base, tokenizer_name,
+        flags.method, objective=objective, models=len(models), cut=cut)
     kept = kept_file(out, model, dtype, flags.quantize) if flags.data and not flags.keep else None
     if flags.parallel == "fsdp":
         shard(model, device)

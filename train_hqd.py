@@ -20,7 +20,6 @@ import runs.waiting  # noqa: F401  # isort: skip
 import json
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -30,7 +29,8 @@ from aggregate import simplex_lattice
 from data import toy
 from data.base import find_base, load_base, usual_rate
 from data.batches import pad_to
-from data.files import Row
+from data.chat import announce, turns
+from data.files import Row, as_json, plain_name
 from data.offline import distinct, draw_world, read_offline
 from data.prompts import split
 from data.rewards import of_world
@@ -71,7 +71,7 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, RewardFlags):
     parts: int | None = flag(None, "the simplex is cut into so many parts (default 10 for m = 2: 11 preferences; 4 for "
                                    "m = 3; else 2)", 1)
     lam: list[float] | None = flag(None, "these preferences instead, one after the other: 0.3 0.7 0.5 0.5 are two")
-    data: list[str] | None = flag(None, "offline set: JSONL with prompt and response, or response_0 and response_1, or "
+    data: list[str] | None = flag(None, "offline set: rows of any layout of data/README.md that have responses, or "
                                         "stories in .txt (default: the embedded world's); a tenth of the prompts is "
                                         "held out for the evaluation")
     pool: int = flag(10_000, "embedded world: pairs drawn from what its base was trained on, equal ones among them", 1)
@@ -164,9 +164,9 @@ def main(flags):
         raise UserError("--parts and --lam both say which preferences are trained: give one of them")
     matmul_ceiling(device, dtype)                                      # now, while nothing else runs
     rows, dropped = (draw_world(flags.pool, generator_for(flags.seed, "pool")) if on_world else
-                     read_offline(flags.data, flags.prompt_words))
+                     read_offline(flags.data, flags.prompt_words, flags.fields))
     base, tokenizer_name = find_base(flags.init, flags.size, flags.tokenizer, device)
-    model, tokenizer = load_base(base, tokenizer_name, device, dtype, flags.quantize, flags.checkpoint, flags.eos_id)
+    model, tokenizer = load_base(base, tokenizer_name, device, dtype, flags)
     rewards = rewards_in(flags, flags.data, None, model, device)
     lams = preferences(flags, rewards.dims)                            # (G, m)
     flags.max_new_tokens = flags.max_new_tokens or min(64 if on_world else 256, flags.max_length // 2,
@@ -181,17 +181,19 @@ def main(flags):
     if len(rows) < flags.near:
         raise UserError(f"--near {flags.near}: the offline set has only {len(rows)} pairs to train on")
     tokens_of = lambda rows: tokenize(rows, tokenizer, length, length - flags.max_new_tokens)
+    announce(tokenizer.template, [row.prompt for row in rows])
     token_rows, cut = tokens_of(rows)
     print("tokens: {prompts_cut} prompts and {responses_cut} of {responses} responses cut".format(**cut))
     pool = Pool(rows, token_rows, score(rewards, rows, device))
     # the selection has its own scale, from the lowest to the highest score of its pool; this one is for the evaluation
     rewards.measure(pool.scores, "in the offline set")
 
-    parts = [Path(f.partition(":")[0]).stem for f in (flags.data or []) + [r for r in flags.rewards or [] if "/" in r]]
+    rewards_of_models = [r.partition(":")[0] for r in flags.rewards or [] if "/" in r]
+    parts = [plain_name(f) for f in (flags.data or []) + rewards_of_models]
     label = "ParetoHqD" if flags.select == "directions" else f"HqD, {flags.select}"
     out, resume = open_run(
-        "train_hqd.py", ["hqd", *parts, flags.select], {"select", "data", "rewards"}, given, flags, rewards.dims, model,
-        base, tokenizer_name, "hqd", label=label, models=len(lams), rewards=rewards.description(),
+        "train_hqd.py", ["hqd", *parts, flags.select], {"select", "data", "rewards", "fields"}, given, flags,
+        rewards.dims, model, base, tokenizer_name, "hqd", label=label, models=len(lams), rewards=rewards.description(),
         objective={"name": "scores", "beta": 0.0, "aggregate": "ls", "ideal": None}, prompts=flags.data, cut=cut,
         dropped=dropped)
     train(model, out, lams, pool, rewards, tokens_of, tokenizer, flags, resume, device)
@@ -270,7 +272,8 @@ def answers(model, out, lams, pool, rewards, tokens_of, tokenizer, resumed, flag
     generated.jsonl, which is read again by a run that was killed after stage 2's first checkpoint (`resumed`)."""
     file = out / "generated.jsonl"
     if resumed and file.exists():
-        return [json.loads(line) for line in file.read_text().splitlines()]
+        said = [json.loads(line) for line in file.read_text().splitlines()]
+        return [s | {"prompt": turns(s["prompt"])} for s in said]
     prompts = list(dict.fromkeys(row.prompt for row in pool.rows))
     order = torch.randperm(len(prompts), generator=generator_for(flags.seed, "prompts2"))
     prompts = [prompts[i] for i in order[:MOST_PROMPTS].tolist() for _ in range(flags.samples2)]
@@ -281,12 +284,12 @@ def answers(model, out, lams, pool, rewards, tokens_of, tokenizer, resumed, flag
         load_adapter(twin, stage1_file(out, g), rewards.dims)
         for i in range(0, len(ids), GEN_BATCH):
             part = ids[i:i + GEN_BATCH]
-            new = generate_all(twin, part, flags.max_new_tokens, tokenizer.eos_id,
-                               generator_for(flags.seed, f"answers {g}", i))
+            new = generate_all(twin, part, flags.max_new_tokens, tokenizer.ends,
+                               generator_for(flags.seed, f"answers {g}", i), tokenizer.vocab_size)
             said += [{"adapter": g, "prompt": x, "response": text, "ended": end, "collapsed": collapsed(y)}
                      for x, y, text, end in zip(prompts[i:], new, *spoken(new, tokenizer))]
             tokens, read = tokens + sum(map(len, new)), read + sum(map(len, part))
-    write_jsonl(file, said)
+    write_jsonl(file, [s | {"prompt": as_json(s["prompt"])} for s in said])
     log, seconds = Log(out / "metrics.jsonl", 1, desc="answers"), time.time() - t0
     log.step({"step": 0, "member": len(lams), "stage": 2, "tokens": tokens,
               "flops": model_flops(model.config, tokens + read, tokens, base=2),

@@ -21,7 +21,6 @@ means are over all of them (runs/processes.py). A killed run continues from its 
 import runs.waiting  # noqa: F401  # isort: skip
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -38,6 +37,8 @@ from aggregate import (
 from data import toy
 from data.base import find_base, load_base
 from data.batches import pad_to
+from data.chat import announce
+from data.files import plain_name
 from data.prompts import read_prompts, split
 from data.rewards import of_world, world_ideal
 from data.sources import check_rewards, rewards_in, room_for_prompts
@@ -98,7 +99,8 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags, RewardFlags, Pro
               "a prompt has several responses, gae for pama and mgda)")
     pama_reading: Literal["V", "T", "S"] = flag(
         "V", "what PAMA minimises: the norm of the vector over tokens, each token alone, or the batch means")
-    prompts: list[str] | None = flag(None, "prompt files, JSONL or stories in .txt (default: the embedded world's)")
+    prompts: list[str] | None = flag(None, "prompt files: rows of any layout of data/README.md, or stories in .txt "
+                                           "(default: the embedded world's)")
     max_new_tokens: int = flag(64, "a response that has not ended by then is cut off there, and counted", 1)
     # Table 1
     kl_coeff: float | None = flag(
@@ -205,8 +207,8 @@ def add_critic(model, m, n, flags, member, device):
 def rollout(model, rows, tokenizer, flags, draw, run):
     """Samples --samples responses to each row's prompt from the model as it is: a list of R token lists."""
     prompts = [row.prompt for row in rows for _ in range(flags.samples)]
-    responses = generate_all(model, prompts, flags.max_new_tokens, tokenizer.eos_id,
-                             generator_for(flags.seed, "rollout", draw))
+    responses = generate_all(model, prompts, flags.max_new_tokens, tokenizer.ends,
+                             generator_for(flags.seed, "rollout", draw), tokenizer.vocab_size)
     drawn = sum(map(len, responses[share()]))
     run.work(drawn + sum(map(len, prompts[share()])), drawn, base=2)
     return responses
@@ -391,13 +393,14 @@ def main(flags):
     check(flags)
     matmul_ceiling(device, dtype)                                      # now, while nothing else runs
     base, tokenizer_name = find_base(flags.init, flags.size, flags.tokenizer, device)
-    load = lambda: load_base(base, tokenizer_name, device, dtype, flags.quantize, flags.checkpoint, flags.eos_id)
+    load = lambda: load_base(base, tokenizer_name, device, dtype, flags)
     model, tokenizer = load()
     rewards = rewards_in(flags, flags.prompts, flags.reward_scale, model, device)
     check_lengths(flags, rewards.dims)
     defaults(flags, rewards, processes)
     prompts, weights = training_prompts(flags)
     length = room_for_prompts(flags, model.config)
+    announce(tokenizer.template, [row.prompt for row in prompts])
     rows, cut = tokenize(prompts, tokenizer, length, max_prompt=length - flags.max_new_tokens)
     print("prompts: {prompts}, {prompts_cut} cut".format(**cut))
     if flags.ptx_coeff and not all(row.responses for row in rows):
@@ -406,7 +409,7 @@ def main(flags):
     m, single = len(rewards.dims), flags.aggregate in ("pama", "mgda")  # single: one policy, without a preference
     if single:
         flags.method, flags.lam = "dps", [1 / m] * m
-    parts = [Path(f.partition(":")[0]).stem for f in (flags.prompts or []) + (flags.rewards or []) if "/" in f]
+    parts = [plain_name(f.partition(":")[0]) for f in (flags.prompts or []) + (flags.rewards or []) if "/" in f]
     models = models_of(flags.method, rewards.dims, flags.dps_parts, flags.lam)
     steps = steps_each(flags, models)
     if None in rewards.mean:
@@ -415,9 +418,10 @@ def main(flags):
     objective = {"name": "rlhf", "beta": flags.kl_coeff, "aggregate": "tche" if flags.aggregate == "tche" else "ls",
                  "ideal": flags.ideal}
     out, resume = open_run(
-        "train_ppo.py", ["ppo", *parts, flags.method, flags.aggregate], {"method", "aggregate", "prompts", "rewards"},
-        given, flags, rewards.dims, model, base, tokenizer_name, method, objective=objective, models=len(models),
-        rewards=rewards.description(), prompts=flags.prompts)
+        "train_ppo.py", ["ppo", *parts, flags.method, flags.aggregate],
+        {"method", "aggregate", "prompts", "rewards", "fields"}, given, flags, rewards.dims, model, base,
+        tokenizer_name, method, objective=objective, models=len(models), rewards=rewards.description(),
+        prompts=flags.prompts)
     for i, (name, lam), state in models_left(models, resume):
         if sharded(model):                                             # by the adapter before
             model, _ = load()
@@ -475,7 +479,7 @@ def training_prompts(flags):
         world = toy.prompts("train")
         return ([toy.as_row(x, toy.responses(x) if flags.ptx_coeff else []) for x in world],
                 [toy.base_probs(x) for x in world])
-    prompts, dropped = read_prompts(flags.prompts, flags.prompt_words)
+    prompts, dropped = read_prompts(flags.prompts, flags.prompt_words, flags.fields)
     prompts, held_out = split(prompts)
     print(f"{' '.join(flags.prompts)}: {len(prompts)} prompts to train on, {len(held_out)} held out; dropped: "
           + ", ".join(f"{n} {why}" for why, n in dropped.items()))
@@ -490,7 +494,7 @@ def measure_rewards(rewards, model, prompts, rows, tokenizer, flags, device):
     order, responses = [j % len(rows) for j in range(REFERENCE_SAMPLES)], []
     for i in range(0, len(order), flags.batch_size):
         responses += generate_all(model, [rows[j].prompt for j in order[i:i + flags.batch_size]], flags.max_new_tokens,
-                                  tokenizer.eos_id, generator_for(flags.seed, "reference", i))
+                                  tokenizer.ends, generator_for(flags.seed, "reference", i), tokenizer.vocab_size)
     raw = in_shares(rewards.raw, [[prompts[j].prompt for j in order], *spoken(responses, tokenizer)], device)
     rewards.measure(raw, "of the base model")
     print("rewards of the base model: " + ", ".join(

@@ -19,7 +19,6 @@ standard deviation over responses that the frozen base gives to training prompts
 import runs.waiting  # noqa: F401  # isort: skip
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -27,7 +26,8 @@ from safetensors.torch import save_file
 from data import toy
 from data.base import find_base, load_base, usual_rate
 from data.batches import pad_to
-from data.files import Row
+from data.chat import announce
+from data.files import Row, as_json, plain_name
 from data.rewards import raw_rewards
 from data.sources import check_preferences, preference_rows, room_for_prompts
 from data.tokenizers import spoken, tokenize
@@ -67,8 +67,9 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, ProcessFlags):
     reward_scale: list[float] | None = flag(
         None, "factors on the normalised rewards, one per dimension (default 1 each; the paper has 5 on harmless)",
         "positive")
-    data: list[str] | None = flag(None, "preference JSONL files (default: the embedded world)")
-    eval_data: list[str] | None = flag(None, "preference JSONL files for the held-out accuracy (required with --data)")
+    data: list[str] | None = flag(None, "preference files of any layout of data/README.md, dimension=file where one "
+                                        "has a single label without a name (default: the embedded world)")
+    eval_data: list[str] | None = flag(None, "the same for the held-out accuracy (required with --data)")
     rows: int = flag(1920, "embedded world: data rows, each a prompt with some responses, all compared", 1)
     responses: int = flag(12, "embedded world: responses in a row", 2)
     epochs: float = flag(1.0, "passes over --data, where --steps is not given", "positive")
@@ -131,16 +132,17 @@ def main(flags):
         raise UserError(f"--reward_scale has {len(flags.reward_scale)} factors; the dimensions are {' '.join(dims)}")
     # a base to be sharded is read into main memory: it may be too large for one GPU
     backbone, tokenizer = load_base(base, tokenizer_name, torch.device("cpu") if flags.parallel == "fsdp" else device,
-                                    dtype, flags.quantize, flags.checkpoint)
+                                    dtype, flags)
     flags.lr = flags.lr or usual_rate(on_world, backbone.config)
     flags.steps = flags.steps or (200 if on_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
     max_length = room_for_prompts(flags, backbone.config)
+    announce(tokenizer.template, [row.prompt for row in rows])
     token_rows, cut = tokenize(rows, tokenizer, max_length)
     print("data: {prompts} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut".format(**cut))
 
-    files = [Path(f).stem for f in flags.data or []]
-    out, resume = open_run("train_reward.py", ["reward", *files], {"data", "eval_data"}, given, flags, dims, backbone,
-                           base, tokenizer_name, max_length=max_length, cut=cut)
+    files = [plain_name(f) for f in flags.data or []]
+    out, resume = open_run("train_reward.py", ["reward", *files], {"data", "eval_data", "fields"}, given, flags, dims,
+                           backbone, base, tokenizer_name, max_length=max_length, cut=cut)
     inject_svd_lora(backbone, flags.lora_dim, 0, flags.lora_scaling, generator=generator_for(flags.seed, "adapter"))
     if flags.parallel == "fsdp":
         shard(backbone, device)
@@ -154,7 +156,7 @@ def main(flags):
         report |= held_out_accuracy(model, held_out, dims, tokenizer, max_length, flags.batch_size, on_world)
     # mean and standard deviation on reference responses, by the same route that rewards take ever after: from texts
     samples = reference_samples(backbone, rows, tokenizer, max_length, flags)
-    write_jsonl(out / "reference.jsonl", samples)
+    write_jsonl(out / "reference.jsonl", [s | {"prompt": as_json(s["prompt"])} for s in samples])
     raw = in_shares(partial(raw_rewards, model, tokenizer, max_length),
                     [[s[key] for s in samples] for key in samples[0]], device)
     if not (raw.std(0, correction=0) > 1e-6).all():
@@ -220,7 +222,8 @@ def reference_samples(backbone, rows, tokenizer, max_length, flags):
     with adapters_off(backbone):
         for i in range(0, len(prompts), 64):
             out += generate_all(backbone, [row.prompt for row in ids[i:i + 64]], flags.max_new_tokens,
-                                tokenizer.eos_id, generator_for(flags.seed, "reference samples", i))
+                                tokenizer.ends, generator_for(flags.seed, "reference samples", i),
+                                tokenizer.vocab_size)
     return [{"prompt": x, "response": y, "finished": end} for x, y, end in zip(prompts, *spoken(out, tokenizer))]
 
 

@@ -19,7 +19,6 @@ more than terse ones. A killed run continues from its last checkpoint, bit for b
 import runs.waiting  # noqa: F401  # isort: skip
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +28,8 @@ from aggregate import linear_scalarization, models_of, sample_preference, tcheby
 from data import toy
 from data.base import find_base, load_base, usual_rate
 from data.batches import Batches
+from data.chat import announce
+from data.files import named, plain_name
 from data.prompts import read_demonstrations
 from data.tokenizers import tokenize
 from data.trees import batch_logprobs
@@ -48,8 +49,8 @@ from svd_lora import save_adapter, set_preference
 class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags, ProcessFlags):
     """The script's flags, with defaults and --help texts; more in runs/flags.py."""
 
-    data: list[str] | None = flag(None, "JSONL files with prompt and response, one per dimension; --dims names these "
-                                        "(default: the files' names)")
+    data: list[str] | None = flag(None, "files with prompt and response (data/README.md), one per dimension, as "
+                                        "dimension=file (default: the files' names; or --dims)")
     eval_data: list[str] | None = flag(None, "the same for the evaluation, in the same order (required with --data)")
     rows: int = flag(1920, "embedded world: data rows, each a prompt with responses by every dimension's writer", 1)
     responses: int | None = flag(
@@ -110,10 +111,11 @@ def main(flags):
     m = len(dims)
     # a base to be sharded is read into main memory: it may be too large for one GPU
     load = lambda: load_base(base, tokenizer_name, torch.device("cpu") if flags.parallel == "fsdp" else device, dtype,
-                             flags.quantize, flags.checkpoint)
+                             flags)
     model, tokenizer = load()
     flags.lr = flags.lr or usual_rate(on_world, model.config)
     flags.steps = flags.steps or (400 if on_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
+    announce(tokenizer.template, [row.prompt for row in rows])
     rows, cut = tokenize(rows, tokenizer, min(flags.max_length, model.config.context_length))
     print("data: {prompts} prompts, {prompts_cut} cut, and {responses_cut} of {responses} responses cut".format(**cut))
     scale = torch.ones(m) if on_world else 1 / mean_lengths(rows, kinds, m)
@@ -123,8 +125,8 @@ def main(flags):
     steps = steps_each(flags, models)
     objective = {"name": "sft", "beta": None, "aggregate": flags.aggregate, "ideal": flags.ideal}
     out, resume = open_run(
-        "train_sft.py", ["sft", flags.method, flags.aggregate], {"method", "aggregate", "data", "eval_data"}, given,
-        flags, dims, model, base, tokenizer_name, flags.method, objective=objective, models=len(models), cut=cut,
+        "train_sft.py", ["sft", flags.method, flags.aggregate], {"method", "aggregate", "data", "eval_data", "fields"},
+        given, flags, dims, model, base, tokenizer_name, flags.method, objective=objective, models=len(models), cut=cut,
         loss_scale=scale.tolist())
     for i, (name, lam), state in models_left(models, resume):
         if sharded(model):                                             # by the adapter before
@@ -156,7 +158,7 @@ def check(flags, processes):
         raise UserError("--data needs --init: the embedded world's base model knows no other text")
     if flags.eval and (flags.eval_data is None or len(flags.eval_data) != m):
         raise UserError(f"--data needs as many --eval_data files, {m}, in the same order (or --no-eval)")
-    names = flags.dims or [Path(f).stem for f in flags.data]
+    names = flags.dims or [named(f)[0] or plain_name(f) for f in flags.data]
     if len(names) != m or len(set(names)) < m:
         raise UserError(f"{m} files need {m} different names: --dims, or the names of the files; got {' '.join(names)}")
 
@@ -167,10 +169,10 @@ def demonstrations(flags):
         dims = toy.choose_dims(flags.dims, flags.pref_dim)
         each = flags.responses or max(2, 8 // len(dims))
         return *toy.sample_demonstrations("train", dims, flags.rows, each, generator_for(flags.seed, "demos")), dims
-    rows, kinds = read_demonstrations(flags.data)
+    rows, kinds = read_demonstrations(flags.data, flags.fields)
     if flags.eval:
-        read_demonstrations(flags.eval_data)                   # now, so that a bad file is not found after the training
-    dims = flags.dims or [Path(f).stem for f in flags.data]
+        read_demonstrations(flags.eval_data, flags.fields)     # now, so that a bad file is not found after the training
+    dims = flags.dims or [named(f)[0] or plain_name(f) for f in flags.data]
     print(f"{len(rows)} prompts; responses: " + ", ".join(f"{d} {sum(k.count(i) for k in kinds)}"
                                                           for i, d in enumerate(dims)))
     return rows, kinds, dims

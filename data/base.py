@@ -2,7 +2,6 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from data.tokenizers import load_tokenizer
@@ -42,16 +41,16 @@ def _world_base(size, device):
     return out
 
 
-def load_base(base, tokenizer_name, device, dtype, quantize="none", checkpoint=False, eos_id=None):
-    """The frozen base model and its tokenizer (eos_id: another end of responses than its own). Raises UserError where
-    the tokenizer has ids that the model has not."""
-    model = Transformer.from_pretrained(base, dtype=dtype, device=device, quantize=quantize).requires_grad_(False)
-    model.checkpoint_blocks = checkpoint
-    tokenizer = load_tokenizer(tokenizer_name)
+def load_base(base, tokenizer_name, device, dtype, flags):
+    """The frozen base model and its tokenizer, as a training's flags say. Raises UserError where the tokenizer has ids
+    that the model has not."""
+    model = Transformer.from_pretrained(base, dtype=dtype, device=device, quantize=flags.quantize).requires_grad_(False)
+    model.checkpoint_blocks = flags.checkpoint
+    tokenizer = load_tokenizer(tokenizer_name, flags.template, flags.system, getattr(flags, "eos_id", None))
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the base model {base} only "
                         f"{model.config.vocab_size}: name the model's own with --tokenizer")
-    return model, tokenizer if eos_id is None else replace(tokenizer, eos_id=eos_id)
+    return model, tokenizer
 
 
 def usual_rate(on_world, config):

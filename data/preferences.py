@@ -1,55 +1,67 @@
 """preferences.py - human preference files, read to one form: a prompt, its responses, a label per pair and dimension.
 
-data.files lists the layouts of files that are understood.
+data.layouts lists what is understood.
 m: number of dimensions   label: 0 the first response of the pair is better, 1 the second, -1 missing
 """
-import json
 import random
+from dataclasses import replace
 
-from data.files import Row, paths_of, read_rows
+from data.files import Row, paths_of
+from data.layouts import Broken, read_examples
 from runs.files import UserError
 
 CANONICAL = ("helpful", "harmless", "concise")  # the papers' order; other dimensions follow as they appear
 
 
-def read_preferences(paths, dims=None, pref_dim=None, seed=0):
-    """paths: one JSONL file or a list of them -> (rows, dims, dropped): list[Row], list[str], int.
+def read_preferences(paths, dims=None, pref_dim=None, seed=0, fields=None):
+    """paths: one file or a list of them, "dimension=file" for a file whose one label has no name -> (rows, dims,
+    dropped): list[Row], list[str], int. fields: what the files call our fields (data.layouts.read_examples).
 
     dims: these dimensions, in this order (pref_dim is then ignored); else the first `pref_dim` that the files have
     (None: all), ordered helpful, harmless, concise, then others by first appearance. dropped: how many rows had no
-    label in any of them. Files often put the better response second. So the two responses of each row, and its labels,
-    are swapped with probability 1/2 by a generator of this `seed` (None: never), the same rows whatever the dimensions.
-    Raises UserError for a file, row, field or dimension that is not as it should be.
+    label in any of them. Of more than two responses all pairs with a label count. Files often put the better response
+    first. So the responses of each row are turned round with probability 1/2 by a generator of this `seed` (None:
+    never), the same rows whatever the dimensions.
+    Raises UserError for a file or dimension that is not as it should be.
     """
     paths = paths_of(paths)
     if not paths:
-        raise UserError("no preference file given; name at least one JSONL file")
-    coin = None if seed is None else random.Random(seed)
-    read, names = [], {}  # names: a dict keeps the order of first appearance
-    for example in (example for path in paths for example in read_rows(path, "preference")):
-        responses, labels = example.responses, _labels(example)
-        if coin and coin.random() < 0.5:
-            responses, labels = responses[::-1], {dim: 1 - label for dim, label in labels.items()}
-        read.append((example.prompt, responses, labels))
-        names.update(dict.fromkeys(labels))
+        raise UserError("no preference file given; name at least one")
+    coin, rows = random.Random(seed), []
+    for path in paths:
+        examples = read_compared(path, fields).examples
+        if any("*" in example.ratings for example in examples):
+            raise UserError(f"{path}: its label has no name; give the dimension, as in --data helpful={path}")
+        for example in examples:
+            rows.append(_turned(example) if seed is not None and coin.random() < 0.5 else example)
+    names = dict.fromkeys(dim for example in rows for _, labels in example.compared() for dim in labels)
     found = [dim for dim in CANONICAL if dim in names] + [dim for dim in names if dim not in CANONICAL]
     dims = _choose(found, dims, pref_dim, ", ".join(map(str, paths)))
-    rows = [Row(prompt, responses, [(0, 1)], [[labels.get(dim, -1) for dim in dims]])
-            for prompt, responses, labels in read if any(dim in labels for dim in dims)]
-    return rows, dims, len(read) - len(rows)
+    labelled = [row for row in (_row(example, dims) for example in rows) if row.pairs]
+    return labelled, dims, len(rows) - len(labelled)
 
 
-def _labels(example):
-    """{dimension: 0 or 1} of an example of two responses: the labels that are there."""
-    if len(example.responses) != 2:
-        raise UserError(f'{example.where}: field "response_0" is missing; a preference needs two responses')
-    if example.labels is None:
-        raise UserError(f'{example.where}: field with labels is missing; give "better": {{"helpful": 0, '
-                        f'"harmless": 1}}, or better_response_id and safer_response_id, or higher')
-    for name, value in example.labels.values():
-        if type(value) is not int and value is not None or value not in (0, 1, None):  # True == 1, so look at the type
-            raise UserError(f'{example.where}: field "{name}" must be 0, 1 or null, not {json.dumps(value)[:40]}')
-    return {dim: value for dim, (_, value) in example.labels.items() if value is not None}
+def read_compared(path, fields=None):
+    """A data.layouts.File whose examples all have two responses or more, and a place for labels."""
+    def use(example):
+        if len(example.responses) < 2:
+            raise Broken("one response or none: a preference needs two; name the fields of other layouts with --fields")
+        if example.ratings is None:
+            raise Broken('no field with labels; give "better": {"helpful": 0, "harmless": 1}, or name it with --fields')
+    return read_examples(path, fields, use)
+
+
+def _turned(example):
+    """The example with its responses in the other order."""
+    ratings = {dim: x[::-1] for dim, x in example.ratings.items()}
+    return replace(example, responses=example.responses[::-1], ratings=ratings)
+
+
+def _row(example, dims):
+    """The Row of an example: its pairs that have a label in one of dims."""
+    better = {pair: [labels.get(dim, -1) for dim in dims] for pair, labels in example.compared()
+              if any(dim in labels for dim in dims)}
+    return Row(example.prompt, example.responses, list(better), list(better.values()))
 
 
 def _choose(found, dims, pref_dim, where):

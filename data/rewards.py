@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import load_file
 
 from data import toy
-from data.base import load_base
 from data.preferences import Row
 from data.text_rewards import TEXT_REWARDS, is_concise, text_rewards
-from data.tokenizers import load_tokenizer, tokenize
+from data.tokenizers import tokenize, tokenizer_of
 from data.trees import pack_ends
+from model import Transformer
 from ops.heads import RewardModel
 from runs.files import UserError, read_json
 from runs.processes import pick_device
@@ -141,7 +141,8 @@ def named_rewards(names, scale, policy, device):
 @torch.no_grad()
 def raw_rewards(model, tokenizer, max_length, prompts, responses, finished, batch_size=32):
     """A reward model's rewards before normalisation, (R, m) fp32 on the CPU, of R texts: tokenised as training rows
-    are, with EOS behind the response where it is finished. Three lists of length R: str, str, bool."""
+    are, with EOS behind the response where it is finished. Three lists of length R: prompts as data.files.Row has them,
+    str, bool."""
     rows = tokenize([Row(x, [y], [], []) for x, y in zip(prompts, responses, strict=True)], tokenizer, max_length)[0]
     for row, done in zip(rows, finished, strict=True):
         if not done and row.responses[0][-1] == tokenizer.eos_id:
@@ -158,8 +159,8 @@ def load_reward_model(path, policy=None, device="cpu"):
     """The rewards of a finished run directory of train_reward.py -> (rewards, dims).
 
     rewards(prompts, responses, finished) -> (R, m) fp32 on the CPU: reward_scale_i · (raw_i − mean_i) / std_i, columns
-    as dims. Prompts are whole model inputs, as data.files.Row has them (the embedded world's end in a line break,
-    the others' in "Assistant:"); responses are without EOS, finished says whether it followed.
+    as dims. Prompts are as data.files.Row has them, and of turns the reward model's own template makes a
+    text; responses are without EOS, finished says whether it followed.
     policy: a Transformer, with or without an adapter. Where its base is the reward model's own, that base is used, its
     weights frozen and its adapter left alone: there is no second copy of it, and `device` is the policy's. Else the
     base is read from the directory it was trained from. Raises UserError for a directory that is not a finished run.
@@ -172,11 +173,11 @@ def load_reward_model(path, policy=None, device="cpu"):
         backbone = shared_base(policy)
     else:
         device, dtype = pick_device(str(device), config["flags"]["precision"])
-        backbone, _ = load_base(config["base"], config["tokenizer"], device, dtype, config["flags"]["quantize"])
+        backbone = Transformer.from_pretrained(config["base"], dtype, device, config["flags"]["quantize"])
     load_adapter(backbone, path / "adapter.safetensors", config["dims"])
     model = RewardModel(backbone, len(config["dims"]))
     model.load_state_dict(load_file(path / "heads.safetensors"), strict=False)
     model.requires_grad_(False)
-    raw = partial(raw_rewards, model, load_tokenizer(config["tokenizer"]), config["max_length"])
+    raw = partial(raw_rewards, model, tokenizer_of(config), config["max_length"])
     mean, std, scale = (torch.tensor(report[key]) for key in ("mean", "std", "reward_scale"))
     return lambda *texts: scale * (raw(*texts) - mean) / std, list(config["dims"])

@@ -25,9 +25,9 @@ def preference_rows(flags, eval_rows=0):
         draw = lambda split, n, g: toy.sample_pairs(split, dims, n, flags.responses, g)
         held_out = draw("new_verbs", eval_rows, generator_for(0, "eval pairs")) if eval_rows else []
         return draw("train", flags.rows, generator_for(flags.seed, "pairs")), held_out, dims
-    rows, dims, dropped = read_preferences(flags.data, flags.dims, flags.pref_dim, flags.seed)
+    rows, dims, dropped = read_preferences(flags.data, flags.dims, flags.pref_dim, flags.seed, flags.fields)
     # read now, so that a bad file is not found after the training
-    held_out = read_preferences(flags.eval_data, dims)[0] if flags.eval else []
+    held_out = read_preferences(flags.eval_data, dims, fields=flags.fields)[0] if flags.eval else []
     print(f"{' '.join(flags.data)}: {len(rows)} rows with a label for {', '.join(dims)}; {dropped} without dropped")
     return rows, held_out, dims
 

@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 
+from data.chat import question
 from runs.files import UserError
 
 # A lexicon: the forms of one word stand between bars. Each form is listed, because a search by beginnings would take
@@ -101,7 +102,8 @@ def narrative(prompt, response):
     The best: five or more different full sentences, and no speech, which would take their room. Sentences with one word
     exchanged ("Tom saw a cat. Tom saw a dog.") do count as different; only KL keeps the policy from them.
     """
-    ended = [sentence for part in _speech(prompt, response)[1] for sentence in re.findall(r"[^.!?\n]+[.!?]", part)]
+    ended = [sentence for part in _speech(prompt, response)[1]
+             for sentence in re.findall(r"(?<![^.!?\n])[^.!?\n]++[.!?]", part)]         # linear time
     return _tens(ended, 4, 6.0)
 
 
@@ -114,16 +116,15 @@ def is_concise(name):
 
 
 def text_rewards(names, prompts, responses):
-    """names: keys of TEXT_REWARDS; prompts, responses: B texts each -> (B, len(names)) float64.
-
-    Raises UserError for an unknown name.
+    """names: keys of TEXT_REWARDS; prompts, responses: B each -> (B, len(names)) float64. Of a prompt that is
+    turns the last user's text counts. Raises UserError for an unknown name.
     """
     for name in names:
         if name not in TEXT_REWARDS and not is_concise(name):
             raise UserError(f"unknown reward {name!r}; the text rewards are: {' '.join(TEXT_REWARDS)}")
     functions = [partial(concise, c=int(name.partition(":")[2])) if is_concise(name) else TEXT_REWARDS[name]
                  for name in names]
-    rows = [[f(x, y) for f in functions] for x, y in zip(prompts, responses, strict=True)]
+    rows = [[f(question(x), y) for f in functions] for x, y in zip(prompts, responses, strict=True)]
     return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(names))
 
 

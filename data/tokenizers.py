@@ -2,16 +2,19 @@
 
 Three sources, one small wrapper: ranks files in tiktoken's format (`toy.tiktoken` of the embedded world, or the user's
 own), GPT-2 through tiktoken, and `tokenizer.json` of a Hugging Face directory.
-ids: token ids   BOS, EOS: the special tokens that begin and end a text (EOS always exists, BOS need not)
-row: one prompt, its responses and their labels (data.files.Row)
+ids: token ids   BOS, EOS: the special tokens that begin a text and end a response (EOS always exists, BOS need not)
+row: one prompt, its responses and their labels (data.files.Row); a prompt of turns is written by a template (data.chat)
 """
 import base64
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
 import tiktoken
 
+from data.chat import Template, find_template, shown, tried, write
 from runs.files import UserError, read_json
 
 # GPT-2's split into words, numbers, punctuation and spaces, before the byte pairs are merged. The toy BPE uses it too.
@@ -24,14 +27,23 @@ USUAL = {"bos": ("<s>", "<|begin_of_text|>"), "eos": ("</s>", "<|endoftext|>", "
 @dataclass(frozen=True)
 class Tokenizer:
     """encode(text) -> ids: never BOS, EOS or another special token, even where the text spells one. decode(ids) ->
-    text: special ids are spelled out. `prefix_space`: encode puts one more space in front (as SentencePiece)."""
+    text: special ids are spelled out. encode_marked: encode for what a template wrote, whose special tokens are ids.
+    `prefix_space`: encode puts one more space in front (as SentencePiece)."""
     name: str  # what load_tokenizer was given
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
-    vocab_size: int
-    eos_id: int
+    vocab_size: int  # all ids are smaller
+    eos_id: int  # what training appends to a response
     bos_id: int | None = None
     prefix_space: bool = False
+    more_ends: tuple[int, ...] = ()  # other tokens that end a response when the model says them
+    template: Template = Template()
+    encode_marked: Callable[[str], list[int]] | None = None
+
+    @property
+    def ends(self):
+        """All tokens that end a response, EOS first."""
+        return (self.eos_id, *self.more_ends)
 
 
 @dataclass
@@ -43,33 +55,42 @@ class TokenRow:
     better: list[list[int]] = field(default_factory=list)
 
 
-def load_tokenizer(where):
+def load_tokenizer(where, template=None, system=None, eos_id=None):
     """-> Tokenizer. `where`: "toy", "gpt2", a `*.tiktoken` ranks file (text is split by PATTERN), or a Hugging Face
-    directory. Raises UserError where it is none of these, or cannot be read."""
+    directory. template, system, eos_id: the flags of these names; with eos_id no other token ends a response.
+    Raises UserError where it is none of these, or cannot be read."""
     path = Path(where)
+    choice, end = (template or "auto", system), {} if eos_id is None else {"eos_id": eos_id, "more_ends": ()}
     if where == "toy":
-        return _from_ranks("toy", Path(__file__).with_name("toy.tiktoken"))
+        return replace(_from_ranks("toy", Path(__file__).with_name("toy.tiktoken"), choice), **end)
     if where == "gpt2":
         try:
-            return _from_tiktoken("gpt2", tiktoken.get_encoding("gpt2"))
+            encoding = tiktoken.get_encoding("gpt2")
         except Exception as error:  # offline and not cached: several packages' errors, no common base
             raise UserError(f'tokenizer "gpt2": its ranks are not in tiktoken\'s cache and could not be downloaded '
                             f'({type(error).__name__}); go online once, or give a gpt2.tiktoken file, a Hugging Face '
                             f'directory with tokenizer.json, or "toy"') from None
+        return replace(_from_tiktoken("gpt2", encoding, choice), **end)
     if path.suffix == ".tiktoken":
-        return _from_ranks(str(where), path)
+        return replace(_from_ranks(str(where), path, choice), **end)
     if (path / "tokenizer.json").is_file():
-        return _from_huggingface(str(where), path)
+        return replace(_from_huggingface(str(where), path, choice), **end)
     raise UserError(f'tokenizer "{where}": no such tokenizer; give "toy", "gpt2", a *.tiktoken ranks file, or a '
                     f'directory that holds tokenizer.json')
+
+
+def tokenizer_of(config):
+    """The Tokenizer that a run was trained with. config: config.json of its directory."""
+    return load_tokenizer(config["tokenizer"], *(config["flags"].get(key) for key in ("template", "system", "eos_id")))
 
 
 def tokenize(rows, tokenizer, max_length, max_prompt=None):
     """rows: list[Row] (data.files) -> (list[TokenRow], counts), in order.
 
-    prompt   = BOS (where there is one) + encoded prompt. Without BOS an empty prompt is one EOS, so that the first
-               response token has something to condition on.
-    response = encoded response + one EOS; no EOS can come from text.
+    prompt   = BOS (where there is one) + encoded prompt; of turns what a chat template writes, with its own special
+               tokens alone. An empty one is one EOS, so that the first response token has something to condition on.
+    response = encoded response + one EOS; no EOS can come from text. To turns it begins with the white space that the
+               template has in front of an answer, and no other.
     Prompt and response together take at most `max_length` tokens:
       1. the prompt is cut to its last `max_prompt` tokens, if that is given (BOS is kept);
       2. each response is cut to the first tokens that the prompt leaves room for, at least half of `max_length`. A cut
@@ -80,12 +101,13 @@ def tokenize(rows, tokenizer, max_length, max_prompt=None):
     assert max_length >= 2 and (max_prompt is None or max_prompt >= 1), (max_length, max_prompt)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     token_rows, prompts_cut, responses_cut = [], 0, 0
-    for row in rows:
-        prompt = (bos + _encode(tokenizer, row.prompt)) or [tokenizer.eos_id]
+    for row, (text, marked, before) in zip(rows, write(tokenizer.template, [row.prompt for row in rows])):
+        prompt = (tokenizer.encode_marked(text) if marked else bos + _encode(tokenizer, text)) or [tokenizer.eos_id]
         full_prompt = len(prompt)
         prompt = _cut_left(prompt, max_prompt or full_prompt, bos)
         room = max(max_length // 2, max_length - len(prompt))
-        full = [_encode(tokenizer, text, continues=True) + [tokenizer.eos_id] for text in row.responses]
+        texts = row.responses if before is None else [before + text.lstrip(before) for text in row.responses]
+        full = [_encode(tokenizer, text, True, marked) + [tokenizer.eos_id] for text in texts]
         responses = [ids[:room] for ids in full]  # EOS is the last id, so a cut loses it
         prompt = _cut_left(prompt, max_length - max(map(len, responses), default=0), bos)
         prompts_cut += len(prompt) < full_prompt
@@ -96,28 +118,34 @@ def tokenize(rows, tokenizer, max_length, max_prompt=None):
 
 
 def spoken(responses, tokenizer):
-    """Sampled token lists -> (their texts without EOS, list[bool]: whether each ended in EOS)."""
-    finished = [y[-1] == tokenizer.eos_id for y in responses]
+    """Sampled token lists -> (their texts without EOS, list[bool]: whether each ended in EOS or another end)."""
+    finished = [y[-1] in tokenizer.ends for y in responses]
     return [tokenizer.decode(y[:-1] if end else y) for y, end in zip(responses, finished)], finished
 
 
-def _encode(tokenizer, text, continues=False):
-    """ids of text. `continues`: it follows a prompt, so the space that SentencePiece adds replaces its first one."""
-    if continues and tokenizer.prefix_space:
-        text = text.removeprefix(" ")
+def _encode(tokenizer, text, continues=False, marked=False):
+    """ids of text. continues: it follows a prompt, so the space that SentencePiece adds replaces its first one. marked:
+    a template wrote that prompt, so there is no space where the text begins with none. Raises UserError for EOS."""
+    if continues and tokenizer.prefix_space and text.startswith(" "):
+        text = text[1:]
+    elif marked and tokenizer.prefix_space:
+        return _encode(tokenizer, "\n" + text)[len(tokenizer.encode("\n")):]
     ids = tokenizer.encode(text)
-    assert tokenizer.eos_id not in ids, f"EOS inside a text: {text[:80]!r}"
+    if tokenizer.eos_id in ids:
+        raise UserError(f"token {tokenizer.eos_id} ends a response, and this text has it inside: {text[:80]!r}; give "
+                        f"another --eos_id")
     return ids
 
 
 def _cut_left(prompt, length, bos):
-    """The last `length` ids of the prompt, the first of them replaced by BOS where there is one."""
+    """The last `length` ids of the prompt, the first of them replaced by BOS where it begins with that."""
     if len(prompt) <= length:
         return prompt
-    return bos + prompt[len(prompt) - length + len(bos):]
+    begin = prompt[:1] if prompt[:1] == bos else []
+    return begin + prompt[len(prompt) - length + len(begin):]
 
 
-def _from_ranks(name, path):
+def _from_ranks(name, path, choice):
     """A file of lines "base64(token bytes) rank", ranks 0, 1, 2, … and every single byte among the tokens."""
     try:  # read here, not by tiktoken's loader: that caches by path, and would not see that a file has changed
         pairs = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
@@ -130,37 +158,81 @@ def _from_ranks(name, path):
         raise UserError(f"tokenizer {path}: the ranks must be 0, 1, 2, …, each once, and all 256 single bytes among "
                         f"the tokens; train or copy the file anew")
     return _from_tiktoken(name, tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks,
-                                                  special_tokens={EOS: len(ranks)}))
+                                                  special_tokens={EOS: len(ranks)}), choice)
 
 
-def _from_tiktoken(name, encoding):
-    return Tokenizer(name, encode=encoding.encode_ordinary, decode=encoding.decode,  # ordinary: no special tokens
-                     vocab_size=encoding.n_vocab, eos_id=encoding.eot_token)
+def _from_tiktoken(name, encoding, choice):
+    tokenizer = Tokenizer(name, encode=encoding.encode_ordinary, decode=encoding.decode,  # ordinary: no special tokens
+                          vocab_size=encoding.n_vocab, eos_id=encoding.eot_token)
+    control = {token: encoding.encode_single_token(token) for token in encoding.special_tokens_set}
+    template = find_template(choice[0], None, choice[1])
+    return _templated(tokenizer, template, tried(template), control, partial(encoding.encode, allowed_special="all"))
 
 
-def _from_huggingface(name, path):
+def _from_huggingface(name, path, choice):
     """tokenizer.json through the `tokenizers` package; BOS and EOS from the JSON files beside it, or the usual ones."""
     import tokenizers  # only here: the embedded world does without
     try:
         model = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
     except Exception as error:  # the package raises bare Exceptions
         raise UserError(f"tokenizer {path / 'tokenizer.json'}: cannot be read ({error})") from None
-    model.encode_special_tokens = True  # "</s>" in a text is four characters, not the end
     model.no_truncation()  # a saved setting would cut silently; tokenize() cuts and counts
     model.no_padding()
-
-    def encode(text):
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half an emoji: U+FFFD, as tiktoken
-        return model.encode(text, add_special_tokens=False).ids  # no BOS from the post-processor
-
     bos, eos = (_special_id(model, path, kind) for kind in ("bos", "eos"))
     if eos is None:
         raise UserError(f"tokenizer {path}: no EOS token found; name eos_token in its tokenizer_config.json")
     if bos == eos:  # GPT-2's one special token: it ends texts, so it must not begin prompts
         bos = None
-    return Tokenizer(name, encode, decode=lambda ids: model.decode(ids, skip_special_tokens=False),
-                     vocab_size=model.get_vocab_size(), eos_id=eos, bos_id=bos,
-                     prefix_space=model.encode("a", add_special_tokens=False).tokens[0][0] in "▁Ġ")
+    template = find_template(choice[0], path, choice[1])
+    trial = tried(template)
+    # special tokens: those that say so, BOS and EOS, and what a template writes around a question
+    ends = [eos, *_stops(path)]
+    vocabulary, added = model.get_vocab(), model.get_added_tokens_decoder()
+    control = {token.content: number for number, token in added.items()
+               if token.special or number in (bos, *ends) or token.content.strip() and token.content in trial[0]}
+    control |= {model.id_to_token(number): number for number in (bos, eos) if number is not None}
+    model.add_special_tokens(list(control))
+
+    def encode(text, special=False):
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half an emoji: U+FFFD, as tiktoken
+        model.encode_special_tokens = not special  # True: "</s>" in a text is four characters, not the end
+        ids = model.encode(text, add_special_tokens=False).ids  # no BOS from the post-processor
+        return ids if special else [number for number in ids if number not in numbers]  # a vocabulary of whole words
+
+    numbers, first = set(control.values()), model.encode("a", add_special_tokens=False).tokens[:1]
+    tokenizer = Tokenizer(name, encode, decode=lambda ids: model.decode(ids, skip_special_tokens=False),
+                          vocab_size=max(vocabulary.values()) + 1, eos_id=eos, bos_id=bos,
+                          prefix_space=bool(first) and first[0][0] in "▁Ġ", more_ends=tuple(ends[1:]))
+    return _templated(tokenizer, template, trial, control, partial(encode, special=True))
+
+
+def _templated(tokenizer, template, trial, control, marked):
+    """The tokenizer with a template. trial: what data.chat.tried says of it   control: {special token: id}
+    marked: encode, but special tokens are ids."""
+    prompt, before, asks, after = trial
+    found = "|".join(map(re.escape, sorted(control, key=len, reverse=True)))
+    spelled, bos = tuple(control), template.tokens.get("bos_token", "")
+
+    def encode_marked(text):
+        if shown(text, spelled) == text:
+            return marked(text)
+        parts = [part for part in re.split(f"({found})", text) if part]    # what is hidden in a part is a text
+        return [number for part in parts
+                for number in ([control[part]] if part in control else tokenizer.encode(shown(part, spelled)))]
+
+    end = re.search(found, after)  # what the template writes behind an answer
+    eos, *more = dict.fromkeys([control[end[0]] if end else tokenizer.eos_id, *tokenizer.ends])
+    template = replace(template, before=before, asks=asks, control=spelled, opens=bos if prompt.startswith(bos) else "")
+    return replace(tokenizer, eos_id=eos, more_ends=tuple(more), template=template, encode_marked=encode_marked)
+
+
+def _stops(path):
+    """The ids of all tokens at which generation stops, as generation_config.json or else config.json says."""
+    for file in ("generation_config.json", "config.json"):
+        number = read_json(path / file).get("eos_token_id") if (path / file).is_file() else None
+        if number is not None:
+            return number if isinstance(number, list) else [number]
+    return []
 
 
 def _special_id(model, path, kind):

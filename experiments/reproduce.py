@@ -29,6 +29,7 @@ import numpy as np
 
 import eval_front
 from data.base import is_world_base
+from data.files import as_json
 from data.preferences import read_preferences
 from experiments import labelers
 from fronts.comparison import compare
@@ -249,7 +250,7 @@ def styles(flags):
         rows, *_ = read_preferences(Path(flags.styles_data) / f"helpsteer2_{part}.jsonl", ["concise"])
         for style in (0, 1):                                           # better: 0 where the first is the terser one
             files.append(Path(flags.out) / "styles" / f"{('concise', 'verbose')[style]}_{part}.jsonl")
-            lines = [json.dumps({"prompt": row.prompt, "response": row.responses[row.better[0][0] ^ style]})
+            lines = [json.dumps({"prompt": as_json(row.prompt), "response": row.responses[row.better[0][0] ^ style]})
                      for row in rows]
             write_whole(files[-1], lambda f: Path(f).write_text("\n".join(lines) + "\n"))
     r = run(flags, "sft-styles-seed0", "sft", "--init", flags.stories_init, "--data", *files[:2], "--eval_data",

@@ -8,14 +8,12 @@ the run was trained for, Eq. (6) or (7).
 policy has more; for m > 3 no lattice is dense. Beside it stands the same divided by what the optimal policies have at
 the very preferences of the run (at_lams): few points, so that a run can have more.
 """
-from dataclasses import replace
-
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from aggregate import linear_scalarization, tchebycheff
-from data.tokenizers import load_tokenizer
+from data.tokenizers import tokenizer_of
 from fronts.dominance import nondominated
 from fronts.exact import (
     best,
@@ -51,9 +49,7 @@ def evaluate(run, device, known, parts=None, adapters=None, splits=SPLITS, **mix
     model = base_of(config, device)
     if fingerprint(model) != config["fingerprint"]:
         raise UserError(f"{config['base']} is not the base model that {run} was trained on")
-    tokenizer = load_tokenizer(config["tokenizer"])
-    if flags.get("eos_id") is not None:
-        tokenizer = replace(tokenizer, eos_id=flags["eos_id"])
+    tokenizer = tokenizer_of(config)
 
     # 1. what the base reaches, and the run at every preference: exactly on every split, and by what is held out
     worlds, held_out = measured_on(config, model, tokenizer, device, splits)

@@ -190,7 +190,8 @@ class PreferenceFiles:
 
     def __init__(self, loss, config, model, tokenizer, device, rewards=None):
         """loss: objectives.dpo_loss, or another of its kind. rewards plays no part."""
-        rows, *_ = read_preferences(config["flags"]["eval_data"], dims=config["dims"], seed=config["flags"]["seed"])
+        flags = config["flags"]
+        rows, *_ = read_preferences(flags["eval_data"], config["dims"], seed=flags["seed"], fields=flags.get("fields"))
         self.loss, self.batches = loss, held_out_batches(rows, config, tokenizer, model, device)
         self.ref = [batch_logprobs(model, batch) for batch in self.batches]
 
@@ -209,7 +210,7 @@ class DemonstrationFiles:
 
     def __init__(self, config, model, tokenizer, device, rewards=None):
         """rewards plays no part."""
-        rows, kinds = read_demonstrations(config["flags"]["eval_data"])
+        rows, kinds = read_demonstrations(config["flags"]["eval_data"], config["flags"].get("fields"))
         self.batches = held_out_batches(rows, config, tokenizer, model, device)
         self.kinds = torch.tensor([i for kind in kinds for i in kind])                                 # (R,)
         self.scale = torch.tensor(config["loss_scale"], dtype=torch.float64)                           # (m,)
@@ -235,7 +236,8 @@ class Samples:
     def __init__(self, config, model, tokenizer, device, rewards):
         """model: still without an adapter. At most `most` prompts, `per_prompt` responses to each."""
         flags = config["flags"]
-        rows = (split(read_prompts(config["prompts"], flags["prompt_words"])[0])[1] if config["prompts"] else
+        rows = (split(read_prompts(config["prompts"], flags["prompt_words"], flags.get("fields"))[0])[1]
+                if config["prompts"] else
                 [toy.as_row(x, []) for x in toy.prompts("new_verbs")])
         self.texts = [row.prompt for row in rows[:self.most]]
         self.new, self.tokenizer, self.rewards = flags["max_new_tokens"], tokenizer, rewards
@@ -251,8 +253,8 @@ class Samples:
         [0, 1], that ended by themselves and that fell into a loop; own_text_loss: nats per token on the texts that the
         prompts were cut from; raw (R, m) and texts, the samples themselves."""
         prompts, asked = ([x for x in each for _ in range(self.per_prompt)] for each in (self.prompts, self.texts))
-        responses = generate(model, prompts, self.new, eos_id=self.tokenizer.eos_id,
-                             generator=generator_for(0, "evaluation"))
+        responses = generate(model, prompts, self.new, eos_id=self.tokenizer.ends,
+                             generator=generator_for(0, "evaluation"), vocab_size=self.tokenizer.vocab_size)
         texts, finished = spoken(responses, self.tokenizer)
         raw = self.rewards.raw(asked, texts, finished)                                                 # (R, m)
         kl = 0.0

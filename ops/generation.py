@@ -347,7 +347,7 @@ class Mixture(nn.Module):
 def sample_token(logits, temperature, top_p, uniform=None):
     """One token per row from logits (B, V): the best for temperature 0, else from the nucleus of mass top_p. -> (B,)
 
-    uniform: (B,) random numbers in [0, 1); not needed for temperature 0.
+    uniform: (B,) random numbers in [0, 1); not needed for temperature 0. Logits that are not finite give some token.
     """
     assert temperature >= 0 and 0 < top_p <= 1
     if temperature == 0:
@@ -362,27 +362,30 @@ def sample_token(logits, temperature, top_p, uniform=None):
     last = (mass < top_p).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1) if top_p < 1 else None
     total = mass[:, -1:] if top_p == 1 else mass.gather(-1, last)
     drawn = torch.searchsorted(mass, total * uniform[:, None], right=True)            # (B, 1)
+    drawn = drawn.clamp(max=mass.shape[-1] - 1)                                       # V, where the masses are NaN
     return (drawn if top_p == 1 else ids.gather(-1, drawn))[:, 0]
 
 
 @torch.inference_mode()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, generator=None, pack=None,
-             own=None):
+             own=None, vocab_size=None):
     """Continues every prompt until EOS or max_new_tokens. temperature 0 is greedy.
 
     model: a Transformer, or a Mixture: every model of it keeps its own KV cache and reads the one token that is drawn.
-    prompts: list of token lists, of any lengths >= 1; a row's logits do not depend on the others. eos_id: default the
-    config's; -1 never stops. generator: on any device; the same seed gives the same tokens.
+    prompts: list of token lists, of any lengths >= 1; a row's logits do not depend on the others. eos_id: one
+    or several; default the config's; -1 never stops. generator: on any device; the same seed gives the same tokens.
     pack: copy the weights into a faster layout for this call, which takes their memory once more, for a quantised base
     that of the dense weights (None: on a CPU, if max_new_tokens is large enough to gain by it).
     own: indices of prompts: these alone are continued, by the random numbers that they have among all. So several
     processes that share the prompts out sample what one would.
+    vocab_size: only smaller ids are drawn. Models have more where their matrices are padded: no text has those.
     Returns a list of token lists, the new tokens alone; one that ends in EOS stopped by itself. Raises ValueError where
-    prompt and new tokens exceed the context.
+    prompt and new tokens exceed the context, FloatingPointError where the model's logits are not finite.
     """
     config, device = model.config, model.embed.weight.device
     if eos_id is None:
         eos_id = -1 if config.eos_id is None else config.eos_id
+    ends = [i for i in ([eos_id] if isinstance(eos_id, int) else eos_id) if i >= 0]
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     if shortest < 1 or longest + max_new_tokens > config.context_length:
         raise ValueError(f"{max_new_tokens} new tokens in a context of {config.context_length} need prompts of 1 to "
@@ -405,15 +408,18 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     own = torch.tensor(own, device=device)                                            # (B,)
     out = torch.zeros(B, max_new_tokens, dtype=torch.int64, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
+    stop, finite = torch.tensor(ends, device=device), torch.ones((), dtype=torch.bool, device=device)
     for i in range(max_new_tokens):
         # a number for every prompt in every step, also for rows that were dropped: so dropping rows changes no sample
         uniform = torch.rand(drawn, generator=generator, device=device)[own[rows]] if temperature > 0 else None
+        logits = logits[:, :vocab_size]
+        finite &= logits.amax(-1).isfinite().all()                                    # read when all is done
         token = sample_token(logits, temperature, top_p, uniform)
         out[rows, i] = token
         if i + 1 == max_new_tokens:
             break
-        done |= token == eos_id
-        if eos_id >= 0 and (on_cpu or i % SYNC_EVERY == SYNC_EVERY - 1):
+        done |= (token[:, None] == stop).any(-1)
+        if ends and (on_cpu or i % SYNC_EVERY == SYNC_EVERY - 1):
             left = len(done) - int(done.sum())
             if left == 0:
                 break
@@ -423,4 +429,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
                     decoder.keep(going)
                 token, rows, done = token[going], rows[going], done[going]
         logits = mixed(decoder.step(token) for decoder in decoders)
-    return [row[:row.index(eos_id) + 1] if eos_id in row else row for row in out.tolist()]
+    if not finite:
+        raise FloatingPointError("the model's logits are not finite: its weights are damaged, or too large for their "
+                                 "precision (--precision fp32), or a training has diverged")
+    return [row[:next((i + 1 for i, token in enumerate(row) if token in ends), None)] for row in out.tolist()]

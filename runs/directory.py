@@ -30,7 +30,7 @@ def run_name(parts, flags, named):
     for f in dataclasses.fields(flags):
         value, default = getattr(flags, f.name), f.default
         if f.name not in named and value != default:
-            parts.append(f"{f.name}{Path(value).name if isinstance(value, str) else value}")
+            parts.append(f"{f.name}{Path(value).name[:40] if isinstance(value, str) else value}")
     return "out/" + "-".join(parts).replace(" ", "").replace("/", "_")
 
 

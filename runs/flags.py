@@ -47,13 +47,18 @@ class RunFlags:
 
 @dataclasses.dataclass
 class BaseFlags:
-    """Which base model, and how it is kept. Without --init it is the embedded world's own."""
+    """Which base model, how it is kept, and what it reads. Without --init it is the embedded world's own."""
 
     init: str | None = flag(None, "Hugging Face directory of the base model (default: the embedded world's)")
     size: str | None = flag(None, "size of the embedded world's base model (default tiny, which ships)")
     tokenizer: str | None = flag(
         None, "toy, gpt2, a *.tiktoken file or a directory with tokenizer.json (default: --init's)")
+    template: str = flag("auto", "how the turns of a prompt become a text: hh (Human: … Assistant: …), none, a file of "
+                                 "Jinja, or auto: the tokenizer's own chat template, else hh")
+    system: str | None = flag(None, "a system turn in front of conversations that have none")
     max_length: int = flag(512, "tokens of prompt and response together; longer ones are cut and counted", 2)
+    fields: list[str] | None = flag(None, "files of a layout that data/README.md does not list: what they call our "
+                                          "fields, as prompt=question response_0=a response_1=b helpful=label")
     precision: Literal["auto", "fp32", "bf16"] = flag(
         "auto", "of the frozen base (auto: bf16 on a GPU, else fp32); what is trained is fp32 always")
     quantize: Literal["none", "int8", "nf4"] = flag(
@@ -121,7 +126,8 @@ class RewardFlags:
                                            "(directory:dimension for one of several), or, on the embedded world, its "
                                            "dimensions and concise:WORDS")
     prompt_words: int = flag(12, "stories are cut into a prompt of so many words and the rest, its response", 1)
-    eos_id: int | None = flag(None, "the token that ends a response (default: the tokenizer's EOS)")
+    eos_id: int | None = flag(None, "the token that ends a response (default: the one of the chat template, else the "
+                                     "tokenizer's EOS; sampling also stops at other ends that the model names)")
 
 
 def check_valid(flags):
@@ -196,7 +202,8 @@ def cli(cls, doc, argv=None):
 
 
 def run_main(main, cls, doc, several=False):
-    """Parses the flags, runs main(flags); a UserError becomes one line on stderr and exit status 2.
+    """Parses the flags, runs main(flags); a UserError, or generate()'s FloatingPointError, becomes one line on stderr
+    and exit status 2.
 
     several: the script may be started by torchrun, as several processes; then the first one alone prints. A process
     that fails ends at once: torchrun then ends the others, wherever they wait for it.
@@ -210,7 +217,7 @@ def run_main(main, cls, doc, several=False):
         main(cli(cls, doc))
         if dist.is_initialized():
             dist.destroy_process_group()
-    except UserError as e:
+    except (UserError, FloatingPointError) as e:
         if rank > 0:
             time.sleep(5)       # the first process found the same and said it: torchrun ends this one before it speaks
         print(f"error: {e}", file=sys.stderr, flush=True)

@@ -139,13 +139,14 @@ def in_shares(work, columns, device):
     return whole_rows(part[:len(mine)], mine, n, device)
 
 
-def generate_all(model, prompts, max_new_tokens, eos_id, generator):
+def generate_all(model, prompts, max_new_tokens, eos_id, generator, vocab_size=None):
     """generate(), the prompts shared out: each process has all responses, the tokens that one process would sample.
 
     Where each prompt has a λ of its own, those of prompts[share()] are to be set before.
     """
     n, mine = len(prompts), range(len(prompts))[share()]
-    new = generate(whole(model), prompts, max_new_tokens, eos_id=eos_id, generator=generator, own=mine)
+    new = generate(whole(model), prompts, max_new_tokens, eos_id=eos_id, generator=generator, own=mine,
+                   vocab_size=vocab_size)
     own = {j: torch.tensor(y) for j, y in zip(mine, new)}
     return [y.tolist() for y in gathered(own, n, torch.int64, model.embed.weight.device)]
 

@@ -15,18 +15,18 @@ def write(path, rows):
     return str(path)
 
 
-def test_pairs_of_both_schemas(tmp_path):
+def test_pairs_of_several_layouts(tmp_path):
     file = write(tmp_path / "a.jsonl", [
         {"prompt": "How?", "response": "So."}, {"prompt": "How?", "response": "Not so."},            # one prompt twice
-        {"prompt": "How?", "response": "So.", "source": "again"}, {"prompt": "Why?", "response": " \n"},
+        {"prompt": "How?", "response": "So.", "source": "again"},
         {"prompt": "Why?", "response_0": "Because.", "response_1": "So."},                            # no label needed
-        {"prompt": "\n\nHuman: Who?\n\nAssistant:", "response_0": " I.", "response_1": " You.", "better": {"warm": 1}}])
+        {"prompt": "\n\nHuman: Who?\n\nAssistant:", "response_0": " I.", "response_1": " You.", "better": {"warm": 1}},
+        {"chosen": "\n\nHuman: Who?\n\nAssistant: We.", "rejected": "\n\nHuman: Who?\n\nAssistant: I."}])
     rows, dropped = read_offline([file])
-    dialogue = "\n\nHuman: {}\n\nAssistant:".format
-    assert [(row.prompt, *row.responses) for row in rows] == [
-        (dialogue("How?"), " So."), (dialogue("How?"), " Not so."), (dialogue("Why?"), " Because."),
-        (dialogue("Why?"), " So."), (dialogue("Who?"), " I."), (dialogue("Who?"), " You.")]
-    assert dropped == {"short": 0, "empty": 1, "duplicate": 1}           # wrong: by the prompt alone, as for rollouts
+    assert [(row.prompt[0].content, *row.responses) for row in rows] == [
+        ("How?", "So."), ("How?", "Not so."), ("Why?", "Because."), ("Why?", "So."), ("Who?", "I."), ("Who?", "You."),
+        ("Who?", "We.")]
+    assert dropped == {"short": 0, "duplicate": 2}                       # wrong: by the prompt alone, as for rollouts
 
 
 def test_stories_are_cut_into_pairs(tmp_path):
@@ -34,36 +34,23 @@ def test_stories_are_cut_into_pairs(tmp_path):
     rows, dropped = read_offline([tmp_path / "s.txt"], prompt_words=2)
     assert [(row.prompt, *row.responses) for row in rows] == [("One two", " three four."),
                                                               ("Five six", " seven eight nine.")]
-    assert dropped == {"short": 1, "empty": 0, "duplicate": 1}
+    assert dropped == {"short": 1, "duplicate": 1}
 
 
-@pytest.mark.parametrize("line, message", [
-    ('{"prompt": "x"', "row 2: not JSON"), ("[1]", "row 2: not a JSON object"),
-    ('{"response": "y"}', 'row 2: field "prompt" is missing'),
-    ('{"prompt": "x"}', 'row 2: field "response" is missing'),
-    ('{"prompt": "x", "response_0": "y"}', 'row 2: field "response_1" is missing'),
-    ('{"prompt": "x", "response": 3}', 'row 2: field "response" must be a string, not 3')])
-def test_what_is_no_pair(tmp_path, line, message):
-    (tmp_path / "a.jsonl").write_text('{"prompt": "x", "response": "y"}\n' + line + "\n")
-    with pytest.raises(UserError) as error:
-        read_offline([tmp_path / "a.jsonl"])
-    assert f"a.jsonl, {message}" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_files_that_hold_no_pairs(tmp_path):
-    for name, text, message in [("a.jsonl", "\n", "no pair"), ("a.txt", "short", "no pair"), ("a.csv", "x", "give")]:
-        (tmp_path / name).write_text(text)
-        with pytest.raises(UserError, match=message):
-            read_offline([tmp_path / name], 12)
-    with pytest.raises(UserError, match="cannot be read"):
-        read_offline([tmp_path / "nowhere.jsonl"])
+@pytest.mark.parametrize("name, text, message", [
+    ("a.jsonl", '{"prompt": "x"}', "a.jsonl, row 1: no response"), ("a.jsonl", "\n", "a.jsonl: the file is empty"),
+    ("a.txt", "short", "a.txt: no story in it has 24 words")])
+def test_files_that_hold_no_pairs(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_offline([tmp_path / name], 12)
 
 
 def test_the_world_s_offline_set_is_what_its_base_was_trained_on():
     prompts = toy.prompts("train")
     rows, dropped = draw_world(25 * len(prompts), torch.Generator().manual_seed(0))
     assert len(rows) + dropped["duplicate"] == 25 * len(prompts)
-    assert dropped["empty"] == 0 and dropped["duplicate"] > 200
+    assert dropped["duplicate"] > 200
     pairs = {(row.prompt, row.responses[0]) for row in rows}
     assert len(pairs) == len(rows) and {x for x, _ in pairs} == {x + "\n" for x in prompts}
     # how often a pair is among the distinct ones: 1 − (1 − p)^25, because each prompt came 25 times

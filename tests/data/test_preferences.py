@@ -1,13 +1,11 @@
-"""test_preferences.py - each schema by hand, the real files' counts, the swap, and what bad input says."""
+"""test_preferences.py - dimensions and labels, the real files' counts, the swap, and what bad input says. The layouts
+are in test_layouts.py."""
 import json
 
 import pytest
 
-from data import files
-from data.files import Row
-from data.offline import read_offline
+from data.files import Message, Row
 from data.preferences import read_preferences
-from data.prompts import read_prompts
 from runs.files import UserError
 
 PAIR = dict(prompt="hi", response_0="A", response_1="B")
@@ -22,7 +20,7 @@ def better(rows):
     return [row.better[0] for row in rows]
 
 
-# ---- the schemas, by hand ----
+# ---- dimensions ----
 
 def test_our_own_schema(tmp_path):
     path = jsonl(tmp_path / "own.jsonl",
@@ -31,7 +29,7 @@ def test_our_own_schema(tmp_path):
                  PAIR | dict(better=dict(formal=0)))
     rows, dims, dropped = read_preferences(path, seed=None)
     assert dims == ["helpful", "harmless", "formal"] and dropped == 0  # canonical order first
-    assert rows[0] == Row("\n\nHuman: hi\n\nAssistant:", [" A", " B"], [(0, 1)], [[1, 0, 1]])
+    assert rows[0] == Row((Message("user", "hi"),), ["A", "B"], [(0, 1)], [[1, 0, 1]])
     assert better(rows) == [[1, 0, 1], [-1, 1, -1], [-1, -1, 0]]
     rows, dims, dropped = read_preferences(path, pref_dim=2, seed=None)
     assert (dims, dropped, better(rows)) == (["helpful", "harmless"], 1, [[1, 0], [-1, 1]])
@@ -47,28 +45,6 @@ def test_saferlhf_schema(tmp_path):
     assert dims == ["helpful", "harmless"] and better(rows) == [[0, 1], [-1, 0]]
 
 
-def test_dialogues_are_kept(tmp_path):
-    dialogue = "\n\nHuman: hi\n\nAssistant: Hi.\n\nHuman: well?\n\nAssistant:"
-    path = jsonl(tmp_path / "hh.jsonl",
-                 dict(prompt=dialogue, response_0=" A", response_1="B", safer_response_id=1),
-                 dict(prompt="hi", response_0="  A ", response_1="\nB", safer_response_id=1))
-    rows, dims, _ = read_preferences(path, seed=None)
-    assert dims == ["harmless"]
-    assert (rows[0].prompt, rows[0].responses) == (dialogue, [" A", "B"])
-    assert (rows[1].prompt, rows[1].responses) == ("\n\nHuman: hi\n\nAssistant:", [" A ", " \nB"])  # one space
-
-
-def test_helpsteer2_schema(tmp_path):
-    prompt = "one\n<extra_id_1>Assistant\ntwo\n<extra_id_1>User\nthree"
-    higher = dict(correctness=0, verbosity=1, helpfulness=1)
-    path = jsonl(tmp_path / "hs2.jsonl",
-                 PAIR | dict(prompt=prompt, higher=higher, concise_response_id=0, better_response_id=1, scores={}))
-    rows, dims, _ = read_preferences(path, seed=None)
-    assert dims == ["helpful", "concise", "correctness", "verbosity"]
-    assert rows == [Row("\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant:", [" A", " B"],
-                        [(0, 1)], [[1, 0, 0, 1]])]
-
-
 def test_several_files_and_blank_lines(tmp_path):
     one = jsonl(tmp_path / "one.jsonl", PAIR | dict(better_response_id=0))
     two = tmp_path / "two.jsonl"
@@ -77,24 +53,13 @@ def test_several_files_and_blank_lines(tmp_path):
     assert dims == ["helpful", "harmless"] and better(rows) == [[0, -1], [-1, 1]]
 
 
-def test_a_layout_is_one_line_of_a_table(tmp_path, monkeypatch):
-    path = jsonl(tmp_path / "new.jsonl", dict(question="hi", good="A", bad="B"), PAIR | dict(better=dict(helpful=1)))
-    new = lambda row, where: (row["question"], [row["good"], row["bad"]], {"helpful": ("good", 0)})
-    monkeypatch.setattr(files, "LAYOUTS", ((("question", "good"), new), *files.LAYOUTS))
-    rows, dims, _ = read_preferences(path, seed=None)
-    assert dims == ["helpful"] and better(rows) == [[0], [1]]
-    assert rows[0] == Row("hi", ["A", "B"], [(0, 1)], [[0]])
-    assert [row.prompt for row in read_prompts(path)[0]] == ["hi", rows[1].prompt]       # all readers know it
-    assert [row.responses for row in read_offline(path)[0]] == [["A"], ["B"], [" A"], [" B"]]
-
-
 # ---- the swap ----
 
 def test_swap(tmp_path):
     path = jsonl(tmp_path / "own.jsonl", *[PAIR | dict(prompt=str(i), better=dict(helpful=0, formal=1) if i % 3 else
                                                        dict(helpful=0)) for i in range(300)])
     rows, _, _ = read_preferences(path, dims=["helpful", "formal"], seed=0)
-    swapped = {row.prompt: row.responses == [" B", " A"] for row in rows}
+    swapped = {row.prompt: row.responses == ["B", "A"] for row in rows}
     assert 120 <= sum(swapped.values()) <= 180  # 150 expected, standard deviation 8.7
     for number, row in enumerate(rows):
         expected = [1, 0 if number % 3 else -1] if swapped[row.prompt] else [0, 1 if number % 3 else -1]
@@ -102,7 +67,7 @@ def test_swap(tmp_path):
     assert rows == read_preferences(path, dims=["helpful", "formal"], seed=0)[0]
     assert rows != read_preferences(path, dims=["helpful", "formal"], seed=1)[0]
     other, _, dropped = read_preferences(path, dims=["formal"], seed=0)  # the same rows, whatever the dimensions
-    assert dropped == 100 and all((row.responses == [" B", " A"]) == swapped[row.prompt] for row in other)
+    assert dropped == 100 and all((row.responses == ["B", "A"]) == swapped[row.prompt] for row in other)
 
 
 # ---- the real files ----
@@ -118,8 +83,7 @@ def test_pku_saferlhf(shared):
     for row, given in zip(rows, as_given, strict=True):
         assert row.prompt == given.prompt
         assert row.responses[row.better[0][1]] == given.responses[given.better[0][1]]  # the safer one, swapped or not
-        assert row.prompt.startswith("\n\nHuman: ") and row.prompt.endswith("\n\nAssistant:")
-        assert all(text.startswith(" ") and not text.startswith("  ") for text in row.responses)
+        assert [message.role for message in row.prompt] == ["user"]
 
 
 def test_pku_safer_only(shared):
@@ -133,11 +97,13 @@ def test_pku_safer_only(shared):
 def test_hh_helpful_and_harmless_together(shared):
     paths = [shared("hh_safe", f"hh_{kind}_train.jsonl") for kind in ("harmless", "helpful")]
     rows, dims, dropped = read_preferences(paths, pref_dim=2)
-    assert (len(rows), dims, dropped) == (1476 + 1304, ["helpful", "harmless"], 0)
+    assert (len(rows), dims, dropped) == (1476 + 1303, ["helpful", "harmless"], 0)      # one ends in an answer
     assert all(helpful == -1 and harmless in (0, 1) for helpful, harmless in better(rows)[:1476])
     assert all(helpful in (0, 1) and harmless == -1 for helpful, harmless in better(rows)[1476:])
     first = json.loads(paths[0].read_text(encoding="utf-8").split("\n", 1)[0])
-    assert rows[0].prompt == first["prompt"] and set(rows[0].responses) == {first["response_0"], first["response_1"]}
+    text = "".join("\n\n" + {"user": "Human: ", "assistant": "Assistant: "}[role] + x for role, x in rows[0].prompt)
+    assert text + "\n\nAssistant:" == first["prompt"]
+    assert {" " + x for x in rows[0].responses} == {first["response_0"], first["response_1"]}
 
 
 @pytest.mark.parametrize("split, count, both, conflict, neither, five", [
@@ -149,7 +115,7 @@ def test_helpsteer2(shared, split, count, both, conflict, neither, five):
     dims = ["helpful", "correctness", "coherence", "complexity", "verbosity", "concise"]
     rows, _, dropped = read_preferences(path, dims)
     labels = better(rows)
-    assert (len(rows), dropped) == (count, 0) and not any("<extra_id_1>" in row.prompt for row in rows)
+    assert (len(rows), dropped) == (count, 0) and not any("<extra_id_1>" in str(row.prompt) for row in rows)
     assert [sum(x[i] != -1 for x in labels) for i in range(5)] == five
     pairs = [(x[0], x[5]) for x in labels]
     assert sum(pair == (-1, -1) for pair in pairs) == neither and sum(-1 not in pair for pair in pairs) == both
@@ -166,13 +132,11 @@ GOOD = json.dumps(PAIR | dict(better=dict(helpful=0)))
 
 
 @pytest.mark.parametrize("line, says", [
-    ("{", "not JSON"),
-    ("[1]", "not a JSON object"),
     (json.dumps(dict(prompt="p", response_0="A", better={})), 'field "response_1" is missing'),
     (json.dumps(PAIR | dict(prompt=3, better={})), 'field "prompt" must be a string, not 3'),
     (json.dumps(PAIR | dict(response_0=None, better={})), 'field "response_0" must be a string, not null'),
-    (json.dumps(PAIR), "field with labels is missing"),
-    (json.dumps(dict(prompt="p", response="A")), 'field "response_0" is missing'),
+    (json.dumps(PAIR), "no field with labels"),
+    (json.dumps(dict(prompt="p", response="A")), "one response or none: a preference needs two"),
     (json.dumps(PAIR | dict(better=[0])), 'field "better" must be an object like {"helpful": 0}, not [0]'),
     (json.dumps(PAIR | dict(better=dict(helpful=2))), 'field "better.helpful" must be 0, 1 or null, not 2'),
     (json.dumps(PAIR | dict(better=dict(helpful=True))), 'field "better.helpful" must be 0, 1 or null, not true'),
@@ -183,26 +147,25 @@ GOOD = json.dumps(PAIR | dict(better=dict(helpful=0)))
     (json.dumps(PAIR | dict(better_response_id=[])), 'field "better_response_id" must be 0, 1 or null, not []'),
     (json.dumps(PAIR | dict(safer_response_id=3)), 'field "safer_response_id" must be 0, 1 or null, not 3'),
 ])
-def test_bad_row(tmp_path, line, says):
+def test_bad_row(tmp_path, line, says, capsys):
+    """Alone among few it stops; among many it is left out and counted."""
     path = tmp_path / "bad.jsonl"
     path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")  # the blank line counts: an editor shows it as row 2
     with pytest.raises(UserError) as error:
         read_preferences(path)
     assert str(error.value).startswith(f"{path}, row 3: {says}") and "\n" not in str(error.value)
+    path.write_text(f"{line}\n" + 19 * f"{GOOD}\n")
+    assert len(read_preferences(path)[0]) == 19
+    assert capsys.readouterr().out.startswith(f"{path}: 1 of 20 rows left out: {says}")
 
 
 def test_bad_file(tmp_path):
     path = tmp_path / "file.jsonl"
     with pytest.raises(UserError, match="file.jsonl: cannot be read .*; check the path"):
         read_preferences(path)
-    path.write_text(" \n\n")
-    with pytest.raises(UserError, match="file.jsonl: the file is empty"):
+    path.write_text(f"{GOOD}\n" * 50 + "{\n")
+    with pytest.raises(UserError, match="file.jsonl, row 51: not JSON"):      # one row or not: the file is broken
         read_preferences(path)
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="file.jsonl: not UTF-8"):
-        read_preferences(path)
-    with pytest.raises(UserError, match="cannot be read"):
-        read_preferences(tmp_path)
     with pytest.raises(UserError, match="no preference file given"):
         read_preferences([])
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data import toy
-from data.files import Row
+from data.files import Message, Row
 from data.prompts import read_demonstrations, read_prompts, split, written
 from data.tokenizers import load_tokenizer
 from runs.files import UserError
@@ -31,19 +31,15 @@ def test_stories_are_cut_after_their_first_words(tmp_path):
                                                      Row("five", [" six seven"])]
 
 
-def test_prompts_of_jsonl_take_the_form_of_preference_files(tmp_path):
-    lines = [dict(prompt="hi"), dict(prompt="ho", response="A"), dict(prompt="Human: x\n\nAssistant:", response="B")]
+def test_prompts_of_rows_take_the_form_of_preference_files(tmp_path):
+    lines = [dict(prompt="hi"), dict(prompt="ho", response="A"), dict(prompt="Human: x\n\nAssistant:", response="B"),
+             dict(messages=[dict(role="user", content="he"), dict(role="assistant", content="C")]),
+             dict(prompt="ha", chosen="A", rejected="B")]                # of two, none is the prompt's own
     path = write(tmp_path / "p.jsonl", "".join(json.dumps(line) + "\n\n" for line in lines))
+    ask = lambda text: (Message("user", text),)
     rows, dropped = read_prompts(path)
-    assert rows == [Row("\n\nHuman: hi\n\nAssistant:"),
-                    Row("\n\nHuman: ho\n\nAssistant:", [" A"]),
-                    Row("Human: x\n\nAssistant:", ["B"])] and dropped == {"short": 0, "duplicate": 0}
-
-
-def test_prompts_of_preference_files_have_no_response_of_their_own(tmp_path):
-    pair = dict(prompt="one\n<extra_id_1>Assistant\ntwo\n<extra_id_1>User\nthree", response_0="A", response_1="B")
-    path = write(tmp_path / "p.jsonl", json.dumps(pair | dict(higher={})) + "\n")
-    assert read_prompts(path)[0] == [Row("\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant:")]
+    assert rows == [Row(ask("hi")), Row(ask("ho"), ["A"]), Row("Human: x\n\nAssistant:", ["B"]), Row(ask("he"), ["C"]),
+                    Row(ask("ha"))] and dropped == {"short": 0, "duplicate": 0}
 
 
 def test_equal_prompts_are_kept_once(tmp_path):
@@ -57,14 +53,13 @@ def test_equal_prompts_are_kept_once(tmp_path):
 
 @pytest.mark.parametrize("name, text, message", [
     ("p.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', r'p.jsonl, row 2: field "prompt" must be a string, not 3'),
-    ("p.jsonl", '{"prompt": "a"}\n\n{"response": "x"}\n', r'p.jsonl, row 3: field "prompt" is missing'),
+    ("p.jsonl", '{"prompt": "a"}\n\n{"response": "x"}\n', r"p.jsonl, row 3: its fields are of no known layout"),
     ("p.jsonl", '{"prompt": "a", "response": ["b"]}\n', r'p.jsonl, row 1: field "response" must be a string'),
-    ("p.jsonl", "[1]\n", r"p.jsonl, row 1: not a JSON object"),
     ("p.jsonl", '{"prompt": "a"}\n{"prompt"', r"p.jsonl, row 2: not JSON"),
-    ("p.jsonl", "\n", r"p.jsonl: the file is empty, there is no prompt in it"),
-    ("s.txt", "too short\n", r"s.txt: there is no prompt in it"),
+    ("p.jsonl", "\n", r"p.jsonl: the file is empty"),
+    ("s.txt", "too short\n", r"s.txt: no story in it has 4 words"),
     ("s.txt", b"\xff\xfe", r"s.txt: not UTF-8 text"),
-    ("s.csv", "a", r"s.csv: give a .txt file of stories or a .jsonl file"),
+    ("s.csv", "a", r"s.csv, row 1: not JSON"),
 ])
 def test_bad_files_name_file_row_and_field(tmp_path, name, text, message):
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -89,6 +84,8 @@ def test_split_is_by_the_prompt_alone():
     assert split(rows[::-1])[1] == held_out[::-1]
     assert split(rows[500:600])[1] == [row for row in held_out if row in rows[500:600]]
     assert [] in split([Row("prompt 0", ["a"]), Row("prompt 0", ["b"])])     # together, whatever their responses
+    turns = [Row((Message("system", "s"), Message("user", f"prompt {i}"))) for i in range(40)]
+    assert [turns.index(r) for r in split(turns)[1]] == [3, 7, 13, 25, 29]   # wrong: repr(), the last turn alone
 
 
 @pytest.mark.parametrize("prompt_words", [4, 12])
@@ -108,10 +105,12 @@ def test_demonstrations_are_one_file_per_dimension(tmp_path):
     put("short.jsonl", [{"prompt": "Hi?", "response": "Yes."}, {"prompt": "Who?", "response": "Me."}])
     put("long.jsonl", [{"prompt": "Hi?", "response": "Good day to you."}, {"prompt": "Hi?", "response": "Well met."}])
     rows, kinds = read_demonstrations([tmp_path / "short.jsonl", tmp_path / "long.jsonl"])
-    assert [row.responses for row in rows] == [[" Yes.", " Good day to you.", " Well met."], [" Me."]]
-    assert kinds == [[0, 1, 1], [0]] and rows[0].prompt == "\n\nHuman: Hi?\n\nAssistant:"
+    assert [row.responses for row in rows] == [["Yes.", "Good day to you.", "Well met."], ["Me."]]
+    assert kinds == [[0, 1, 1], [0]] and rows[0].prompt == (Message("user", "Hi?"),)
+    put("talk.jsonl", [{"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yo."}]}])
+    assert read_demonstrations(["a=" + str(tmp_path / "talk.jsonl")])[0] == [Row(rows[0].prompt, ["Yo."])]
     put("bad.jsonl", [{"prompt": "Hi?", "response": "Yes."}, {"prompt": "Who?"}])
-    with pytest.raises(UserError, match='bad.jsonl, row 2: field "response" is missing'):
+    with pytest.raises(UserError, match="bad.jsonl, row 2: 0 responses: a demonstration has one"):
         read_demonstrations([tmp_path / "bad.jsonl"])
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="empty.jsonl: the file is empty"):

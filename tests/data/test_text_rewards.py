@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from data.files import Message
 from data.text_rewards import TEXT_REWARDS, collapsed, text_rewards, words
 from runs.files import UserError
 
@@ -114,6 +115,9 @@ def test_text_rewards_is_one_column_a_name():
     table = text_rewards(["dialogue", "happy", "narrative"], prompts, responses)
     assert table.dtype == torch.float64 and table.shape == (2, 3)
     assert torch.allclose(table, torch.tensor([[0.3, 0, 1.5], [0.5, 1, 0]], dtype=torch.float64))
+    # of turns the last user's words count; wrong: a speech that an earlier turn has left open
+    turns = (Message("user", 'He said "I'), Message("assistant", 'see" a'), Message("user", 'Mom said, "I see'))
+    assert torch.equal(text_rewards(["dialogue", "happy", "narrative"], ["", turns], responses), table)
     assert text_rewards(["happy", "length"], [], []).shape == (0, 2)
     with pytest.raises(ValueError):
         text_rewards(["happy"], prompts, responses[:1])

@@ -242,5 +242,5 @@ def test_prefix_space():
 
 
 def test_eos_inside_a_text_is_refused():
-    with pytest.raises(AssertionError, match="EOS inside a text"):
+    with pytest.raises(UserError, match="token 0 ends a response, and this text has it inside"):
         tokenize([row("ask", "y\0s")], letters(), max_length=20)

@@ -179,6 +179,57 @@ def test_generation_stops_at_eos(family, talker):
     assert generate(model, PROMPTS, 20, temperature=0, eos_id=-1) == full
 
 
+@families
+def test_any_of_several_ends_stops(family, talker):
+    model = talker(family)
+    full = generate(model, PROMPTS, 20, temperature=0)
+    ends = (full[1][4], full[2][6], full[0][2])
+    expected = [row[:min([row.index(end) for end in ends if end in row], default=20) + 1] for row in full]
+    assert len({row[-1] for row in expected}) > 1 and expected != [cut(row, ends[0]) for row in full]
+    assert generate(model, PROMPTS, 20, temperature=0, eos_id=ends) == expected
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("temperature, top_p", [(0, 1.0), (1.0, 1.0), (1.0, 0.9)])
+def test_no_padded_row_of_the_vocabulary_is_drawn(talker, temperature, top_p, graph, monkeypatch):
+    """Ids from 40 on are those that no text has; here they are the likeliest. Also where the step is replayed, as on a
+    GPU."""
+    if graph:
+        monkeypatch.setattr(generation, "Decoder", lambda *args: replayed(Decoder(*args)))
+    model = talker("llama")
+    model.head_weight.data[40:] = 3 * model.head_weight.data[:21]
+    draw = lambda **more: generate(model, PROMPTS * 8, 12, temperature, top_p, eos_id=-1, generator=seeded(0), **more)
+    assert max(map(max, draw(vocab_size=40))) < 40 < max(map(max, draw()))
+    assert draw(vocab_size=61) == draw()
+
+
+def replayed(decoder):
+    """The decoder with what stands for a graph: a step that writes its logits into one tensor."""
+    def replay():
+        decoder.logits.copy_(decoder._step())
+
+    def capture():
+        decoder.logits, decoder.graph = decoder._step(), types.SimpleNamespace(replay=replay)
+    decoder.wants_graph, decoder._capture, decoder.cache.seen = True, capture, decoder.cache.k.shape[3]
+    return decoder
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_an_error(talker, bad):
+    """Wrong: ids of a damaged model, or an index past the vocabulary, which a GPU dies of."""
+    logits = torch.zeros(2, 7)
+    logits[0, 3] = bad
+    for temperature, top_p in ((0, 1.0), (1.0, 1.0), (1.0, 0.9)):
+        assert all(0 <= token < 7 for token in sample_token(logits, temperature, top_p, torch.rand(2)).tolist())
+        model = talker("llama")
+        model.head_weight.data[3] = bad
+        with pytest.raises(FloatingPointError, match="the model's logits are not finite"):
+            generate(model, PROMPTS, 20, temperature, top_p)
+    model.head_weight.data[3] = 0
+    assert generate(model, PROMPTS, 20)                                               # -inf alone would be no error
+    assert sample_token(torch.tensor([[0.0, -torch.inf]]), 1.0, 1.0, torch.tensor([0.9])).tolist() == [0]
+
+
 def test_dropping_rows_changes_no_sample(talker, monkeypatch):
     """Rows that have ended leave the batch; the others continue with their own random numbers, keys and values.
     Wrong: as many numbers per step as rows are left; the cache, padding or last tokens not cut down alike."""

@@ -99,7 +99,11 @@ def test_errors_of_users_are_one_line(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     assert ends(monkeypatch, lambda flags: None) == 0
+    def damaged(flags):
+        raise FloatingPointError("the model's logits are not finite")
+
     assert ends(monkeypatch, bad) == 2 and capsys.readouterr().err == "error: x is no run\n"
+    assert ends(monkeypatch, damaged) == 2 and capsys.readouterr().err == "error: the model's logits are not finite\n"
     assert ends(monkeypatch, bad, ["x", "--count", "0"]) == 2
     assert capsys.readouterr().err == "error: --count 0: must be at least 1\n"
     assert ends(monkeypatch, stopped) == 130 and capsys.readouterr().err == "stopped\n"

@@ -20,6 +20,7 @@ from running import (
 import train_reward
 from data import rewards as data_rewards
 from data import toy
+from data.files import Message
 from data.rewards import load_reward_model, raw_rewards
 from data.tokenizers import load_tokenizer
 from model import Transformer
@@ -158,6 +159,10 @@ def test_texts_are_tokenised_as_training_rows_are(close):
     want = torch.cat([model(torch.tensor([t]), torch.tensor([len(t) - 1])) for t in ids])
     assert close(got, want, 1e-5) and got.dtype == torch.float32
     assert close(raw_rewards(model, tokenizer, 128, prompts, responses, finished, batch_size=1), want, 1e-5)
+    turns = [(Message("user", "Hm?"),)]                                # by the reward model's own template
+    text = raw_rewards(model, tokenizer, 128, ["\n\nHuman: Hm?\n\nAssistant:"], [" Start"], [True])
+    assert torch.equal(raw_rewards(model, tokenizer, 128, turns, ["Start"], [True]), text)
+    assert raw_rewards(model, tokenizer, 128, turns, [""], [False]).isfinite().all()             # nothing was said
     other = raw_rewards(model, tokenizer, 128, prompts, responses, [not end for end in finished])
     assert ((other - want).abs() > 1e-3 * want.abs().max()).any(1).all()
 

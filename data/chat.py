@@ -1,0 +1,212 @@
+r"""chat.py - turns of a conversation (data.files.Message) as one text: by a chat template, or in a plain form.
+
+A template is Jinja in the model's directory: chat_template.jinja, or "chat_template" in tokenizer_config.json. It says
+which markers, special tokens of the tokenizer, stand around a turn. Two plain forms do without:
+
+    hh      \n\nHuman: {question}\n\nAssistant: {answer}\n\nHuman: {question}\n\nAssistant:     as the papers' data
+    none    the contents alone, with a blank line between them
+
+Templates come from strangers: data/render.py runs them, a process of its own with limits of time and memory.
+What a template writes are special tokens; the same letters in somebody's turn are text. So a turn's are *hidden* while
+it is part of the whole (hide, shown), and data.tokenizers encodes both, each as what it is.
+"""
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from data.files import Message
+from runs.files import UserError, read_json
+
+RENDER = Path(__file__).with_name("render.py")
+QUESTION, ANSWER = "Which day is it?", "It is a Monday."    # what a template is tried on
+TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")     # that templates know by name
+
+
+@dataclass(frozen=True)
+class Template:
+    """How turns become a text."""
+    name: str = "hh"                # hh, none, or the file that the Jinja text is from
+    source: str | None = None       # Jinja; None: one of the plain forms
+    system: str | None = None       # a first turn for conversations that have none
+    tokens: dict = field(default_factory=dict)      # {"bos_token": "<s>", …}
+    before: str = " "               # white space in front of an answer
+    asks: str = "\n\nAssistant:"    # what follows a last question
+    opens: str = ""                 # BOS, where the template writes it
+    control: tuple[str, ...] = ()   # special tokens, which are none in a turn
+    known: dict = field(default_factory=dict, compare=False, repr=False)       # what was written already
+
+
+class Written(NamedTuple):
+    """A prompt as a text. marked: by a template, special tokens and all. before: what its answers begin with; None:
+    they follow as they are."""
+    text: str
+    marked: bool
+    before: str | None
+
+
+def find_template(choice, directory=None, system=None):
+    """The Template that --template names: auto (the directory's own, else hh), hh, none, or a Jinja file.
+    directory: the tokenizer's. Raises UserError for what cannot be read."""
+    if choice == "none":
+        return Template("none", None, system, before="", asks="")
+    name, source = (None, None) if choice == "hh" else _own(directory) if choice == "auto" else (choice, _read(choice))
+    if source is None:
+        return Template(system=system)
+    return Template(str(name), source, system, _tokens(directory), before="", asks="")
+
+
+def _own(directory):
+    """(file, Jinja text) of a model's directory; (None, None) where it has none."""
+    if directory is None:
+        return None, None
+    if (directory / "chat_template.jinja").is_file():
+        return directory / "chat_template.jinja", _read(directory / "chat_template.jinja")
+    path = directory / "tokenizer_config.json"
+    source = read_json(path).get("chat_template") if path.is_file() else None
+    if isinstance(source, list):                            # several, by name
+        source = {each["name"]: each["template"] for each in source}.get("default")
+    return path, source
+
+
+def _read(path):
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat template {path}: cannot be read ({error}); --template takes auto, none, hh or a file of "
+                        f"Jinja") from None
+
+
+def _tokens(directory):
+    named = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        if directory is not None and (directory / file).is_file():
+            named |= read_json(directory / file)
+    spelled = {key: named[key]["content"] if isinstance(named[key], dict) else named[key] for key in TOKENS
+               if named.get(key)}
+    return spelled
+
+
+def tried(template):
+    """What a template makes of a question and its answer: (the prompt, the white space in front of the answer, what
+    follows the question, what follows the answer). Raises UserError where it refuses the question; an answer it may
+    refuse."""
+    if template.source is None:
+        return "", template.before, template.asks, ""
+    user, assistant = Message("user", QUESTION), Message("assistant", ANSWER)
+    asked, answered = _rendered(template, [(user,), (user, assistant)], [True, False])
+    prompt, whole = _text(template, (user,), asked), answered.get("text", "")
+    opening, said, after = whole.rpartition(ANSWER)
+    before = opening.removeprefix(prompt)
+    return prompt, before if before.isspace() else "", prompt.rpartition(QUESTION)[2], after if said else ""
+
+
+def hide(text, control):
+    """The text without the tokens `control`: their numbers instead, between characters that are free for such uses."""
+    text = text.replace("\ufdd0", "\ufffd")
+    if not any(token in text for token in control):
+        return text
+    found = "|".join(map(re.escape, sorted(control, key=len, reverse=True)))
+    return re.sub(found, lambda match: f"\ufdd0{control.index(match[0])}\ufdd1", text)
+
+
+def shown(text, control):
+    """hide() undone."""
+    return re.sub("\ufdd0(\\d+)\ufdd1", lambda match: control[int(match[1])], text)
+
+
+def write(template, prompts):
+    """prompts: texts or turns -> [Written, …]. Turns are written by the template, up to where an answer begins; a text
+    stays what it is, and so does a question that is a whole prompt (is_text).
+
+    Raises UserError for turns that the template refuses, and for a template that does not end.
+    """
+    new = [x for x in dict.fromkeys(prompts) if not is_text(template, x) and x not in template.known]
+    template.known.update(zip(new, _texts(template, new)))
+    written, jinja = [], template.source is not None
+    for prompt in prompts:
+        if not is_text(template, prompt):
+            written.append(Written(template.known[prompt], jinja, template.before))
+            continue
+        text = prompt if isinstance(prompt, str) else prompt[0].content
+        marked = jinja and _ends_in(text, template.asks)
+        bos = "" if not marked or text.startswith(template.opens) else template.opens
+        written.append(Written(bos + text, marked, None))
+    return written
+
+
+def is_text(template, prompt):
+    """Whether the model continues a prompt as it is: a text, or a single question that ends where an answer begins, by
+    the template's own markers or by "Assistant:"."""
+    return isinstance(prompt, str) or (
+        len(prompt) == 1 and prompt[0].role == "user"
+        and (_ends_in(prompt[0].content, "Assistant:") or _ends_in(prompt[0].content, template.asks)))
+
+
+def _ends_in(text, end):
+    return bool(end.strip()) and text.rstrip().endswith(end.strip())
+
+
+def question(prompt):
+    """The text that an answer is to: a text prompt itself, of turns the last user's."""
+    return prompt if isinstance(prompt, str) else next((x.content for x in prompt[::-1] if x.role == "user"), "")
+
+
+def turns(prompt):
+    """A prompt as data.files.as_json wrote it -> a text or turns."""
+    return prompt if isinstance(prompt, str) else tuple(Message(**turn) for turn in prompt)
+
+
+def announce(template, prompts):
+    """Says in a line how turns are written, and how many prompts stay what they are. Nothing where all are texts."""
+    turns = [x for x in prompts if not isinstance(x, str)]
+    as_they_are = sum(is_text(template, x) for x in turns)
+    if turns:
+        print({"hh": "prompts: in the plain form, Human: … Assistant: (the tokenizer has no chat template, or "
+                     "--template hh)", "none": "prompts: the contents alone"}.get(
+            template.name, f"prompts: by the chat template of {template.name}")
+            + (f"; {as_they_are} of {len(prompts)} are whole prompts already and stay what they are"
+               if as_they_are else ""))
+
+
+def _texts(template, chats):
+    """The conversations as texts, up to where an answer begins. Raises UserError for one that the template refuses."""
+    if template.name == "none":
+        return ["\n\n".join(turn.content for turn in _begun(template, chat)) for chat in chats]
+    if template.source is None:
+        heads = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
+        return ["".join(heads.get(turn.role, "") + turn.content for turn in _begun(template, chat)) + template.asks
+                for chat in chats]
+    return [_text(template, *pair) for pair in zip(chats, _rendered(template, chats, [True] * len(chats)))]
+
+
+def _begun(template, chat):
+    """The conversation with the system turn of --system, where it has none."""
+    started = template.system is None or chat[:1] and chat[0].role == "system"
+    return chat if started else (Message("system", template.system), *chat)
+
+
+def _rendered(template, chats, ask):
+    """What data/render.py answers: {"text": …} or {"error": …} for each conversation. ask: for each of them, whether an
+    answer is to begin behind it."""
+    if not chats:
+        return []
+    hidden = [[{"role": turn.role, "content": hide(turn.content, template.control)} for turn in _begun(template, chat)]
+              for chat in chats]
+    job = {"template": template.source, "variables": template.tokens, "chats": list(zip(hidden, ask))}
+    done = subprocess.run([sys.executable, "-P", str(RENDER)], input=json.dumps(job), capture_output=True, text=True)
+    if done.returncode:
+        why = done.stderr.strip().splitlines()[-1:] or ["it takes too long, or too much memory"]
+        raise UserError(f"chat template {template.name}: {why[0]}")
+    return json.loads(done.stdout)
+
+
+def _text(template, chat, answer):
+    """The text of an answer of _rendered. Raises UserError for an error."""
+    if "error" in answer:
+        roles = ", ".join(turn.role for turn in _begun(template, chat))
+        raise UserError(f"chat template {template.name}: {' '.join(answer['error'].split())}; the turns were: {roles}")
+    return answer["text"]
