@@ -222,7 +222,9 @@ def fingerprint(model):
     """A short hash of the base: its config and 64 values from every frozen tensor. They are hashed as bf16, so that it
     does not depend on the dtype in use. Two different checkpoints of one architecture get different fingerprints."""
     adapter = set(adapter_state(model))
-    digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
+    # a switch that is off counts as absent: one that model.py gets later changes no older fingerprint
+    config = {name: value for name, value in asdict(model.config).items() if value not in (False, ())}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, p in model.state_dict().items():
         if name not in adapter:
             digest.update(name.encode() + some_values(p).bfloat16().view(torch.int16).cpu().numpy().tobytes())
