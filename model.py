@@ -228,11 +228,11 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.norm1, self.attn, self.norm2, self.mlp = Norm(config), Attention(config), Norm(config), MLP(config)
-        self.post1, self.post2 = (Norm(config) if config.post_norms else nn.Identity() for _ in range(2))
+        self.post_norm1, self.post_norm2 = (Norm(config) if config.post_norms else nn.Identity() for _ in range(2))
 
     def forward(self, x, rope, mask, cache):
-        x = x + self.post1(self.attn(self.norm1(x), rope, mask, cache))
-        return x + self.post2(self.mlp(self.norm2(x)))
+        x = x + self.post_norm1(self.attn(self.norm1(x), rope, mask, cache))
+        return x + self.post_norm2(self.mlp(self.norm2(x)))
 
 
 class Transformer(nn.Module):
@@ -341,7 +341,7 @@ class Transformer(nn.Module):
                 if tensor.shape != shape:
                     raise UserError(f"{file}: tensor {key!r} has shape {tuple(tensor.shape)}, config.json asks {shape}")
                 if not torch.linalg.vector_norm(tensor, torch.inf).isfinite():        # the largest, or NaN: one pass
-                    raise UserError(f"{file}: tensor {key!r} holds values that are not finite")
+                    raise UserError(f"{file}: tensor {key!r} holds NaN or infinite values")
                 tensor = tensor.T if transposed else tensor
                 for name, part in zip(names, tensor.chunk(len(names))):               # q, k, v of GPT-2's c_attn
                     owner, _, leaf = name.rpartition(".")
@@ -405,8 +405,9 @@ _HF_NAMES = {
               "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj",
               "attn.o": "self_attn.o_proj", "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
               "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"}}
-_HF_NAMES["gemma3"] = _HF_NAMES["llama"] | {
-    "post1": "post_attention_layernorm", "norm2": "pre_feedforward_layernorm", "post2": "post_feedforward_layernorm"}
+_HF_NAMES["gemma3"] = _HF_NAMES["llama"] | {"norm2": "pre_feedforward_layernorm",
+                                            "post_norm1": "post_attention_layernorm",
+                                            "post_norm2": "post_feedforward_layernorm"}
 _CONSTANTS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")              # not weights, but in some files
 
 
