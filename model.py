@@ -17,12 +17,12 @@ theirs: the two halves of a head are rotated against each other, not neighbourin
 A new family needs in this file (elsewhere: CONTRIBUTING.md): a line in the table above; where it computes something
 new, a switch in Config and its branch in Norm, Attention, MLP or Transformer.forward (one product may stand in the
 place of Attention.project and MLP.inner: generation.fast_copy); its names on disk in _HF_NAMES and in Config.family, if
-they are neither GPT-2's nor Llama's; its config.json in config_from_hf and config_to_hf. Then a test like
-test_golden_forward.
+they are neither GPT-2's nor Llama's; its config.json in _DEFAULTS, config_from_hf and config_to_hf. Then a row of CASES
+in bench/bench_families.py, whose logits tests/test_model.py compares.
 """
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import torch
@@ -57,11 +57,12 @@ class Config:
     rope_scaling: dict | None = None    # "rope_type" and its numbers, as rope_scaling_from_hf makes it
     activation: str = "gelu_tanh"       # "gelu_tanh" | "gelu" | "swiglu" | "geglu": silu(gate) or gelu(gate) times up
     qkv_bias: bool = True
-    out_bias: bool = True               # of the attention's output
+    out_bias: bool = True               # the biases of the attention output and of the MLP
     tied: bool = True                   # the head is the embedding matrix
     bos_id: int | None = None
     eos_id: int | None = None
-    mlp_bias: bool | None = None        # None: out_bias
+    _: KW_ONLY                          # at their defaults, what follows is no part of svd_lora.fingerprint
+    mlp_bias: bool | None = None        # where the MLP's are not as out_bias
     qk_norm: bool = False               # an RMSNorm on each head of q and k, before it is rotated
     post_norms: bool = False            # a norm also after attention and after the MLP
     scaled_embedding: bool = False      # times sqrt(d_model)
@@ -72,7 +73,6 @@ class Config:
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.d_model // self.n_head
         self.d_ff = self.d_ff or 4 * self.d_model
-        self.mlp_bias = self.out_bias if self.mlp_bias is None else self.mlp_bias
         assert self.n_head % self.n_kv_head == 0, "n_head must be a multiple of n_kv_head"
 
     @property
@@ -154,10 +154,8 @@ def rope_tables(theta, scaling, head_dim, positions):
     """cos and sin of the angles position · frequency, (B or 1, T, C/2) fp32, for positions (T,) or (B, T). yarn
     (arXiv:2309.00071, Sec. 3.4) scales both, and so the scores by its attention factor squared."""
     angle = positions[..., None] * rope_frequencies(theta, scaling, head_dim, positions.device)       # (…, T, C/2)
-    angle = angle.view(-1, *angle.shape[-2:])
-    if factor := scaling and scaling.get("attention_factor"):
-        return angle.cos() * factor, angle.sin() * factor
-    return angle.cos(), angle.sin()
+    angle, factor = angle.view(-1, *angle.shape[-2:]), (scaling or {}).get("attention_factor", 1.0)
+    return angle.cos() * factor, angle.sin() * factor
 
 
 class Attention(nn.Module):
@@ -206,9 +204,10 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.gelu = {"gelu": "none", "swiglu": None}.get(config.activation, "tanh")             # its approximation
-        self.gate = Linear(config.d_model, config.d_ff, bias=config.mlp_bias) if config.gated else None
-        self.up = Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
-        self.down = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
+        bias = config.out_bias if config.mlp_bias is None else config.mlp_bias
+        self.gate = Linear(config.d_model, config.d_ff, bias=bias) if config.gated else None
+        self.up = Linear(config.d_model, config.d_ff, bias=bias)
+        self.down = Linear(config.d_ff, config.d_model, bias=bias)
 
     def inner(self, x):                                               # (B, T, D) -> (B, T, d_ff)
         if self.gate is None:
@@ -340,7 +339,10 @@ class Transformer(nn.Module):
                 shape = shape[::-1] if transposed else shape
                 if tensor.shape != shape:
                     raise UserError(f"{file}: tensor {key!r} has shape {tuple(tensor.shape)}, config.json asks {shape}")
-                if not torch.linalg.vector_norm(tensor, torch.inf).isfinite():        # the largest, or NaN: one pass
+                if tensor.dtype not in _DTYPES:
+                    raise UserError(f"{file}: tensor {key!r} is stored as {tensor.dtype}, which is not read")
+                # the sum is the fastest way to see one; as it may overflow, it does not decide
+                if not tensor.sum().isfinite() and not tensor.isfinite().all():
                     raise UserError(f"{file}: tensor {key!r} holds NaN or infinite values")
                 tensor = tensor.T if transposed else tensor
                 for name, part in zip(names, tensor.chunk(len(names))):               # q, k, v of GPT-2's c_attn
@@ -354,7 +356,7 @@ class Transformer(nn.Module):
         if said_tied and not config.tied:
             if missing.pop(hf_name("embed.weight", config), None):                    # the one that there is, is both
                 model.embed.weight = model.head.weight
-            if torch.equal(model.head.weight, model.embed.weight):                    # a second copy
+            if torch.equal(model.head.weight, model.embed.weight.to(model.head.weight.dtype)):        # a second copy
                 config.tied = True
                 del model.head
         if missing:
@@ -408,6 +410,7 @@ _HF_NAMES = {
 _HF_NAMES["gemma3"] = _HF_NAMES["llama"] | {"norm2": "pre_feedforward_layernorm",
                                             "post_norm1": "post_attention_layernorm",
                                             "post_norm2": "post_feedforward_layernorm"}
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _CONSTANTS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")              # not weights, but in some files
 
 
@@ -563,14 +566,14 @@ def config_from_hf(c, path="config.json"):
         raise UserError(f"{path} lacks {e}") from None
     if sliding and window:                 # up to its length a window masks nothing, so no mask of its own is needed
         context = min(context, window)
-    bias, mlp_bias = (bool(c.get(name)) for name in ("attention_bias", "mlp_bias"))
-    bias, mlp_bias = bias and kind in ("llama", "qwen3", "gemma3_text"), mlp_bias and kind == "llama"
+    bias = bool(c.get("attention_bias")) and kind in ("llama", "qwen3", "gemma3_text")
+    mlp_bias = bool(c.get("mlp_bias")) and kind == "llama"
     return Config(c["vocab_size"], context, c["num_hidden_layers"], heads, c["hidden_size"], n_kv_head=kv_heads,
                   head_dim=c["head_dim"], d_ff=c["intermediate_size"], norm="rmsnorm1" if gemma else "rmsnorm",
                   norm_eps=c["rms_norm_eps"], positions="rotary", rope_scaling=scaling, activation=activations[act],
                   rope_theta=float(rope.get("rope_theta") or c["rope_theta"]), qkv_bias=bias or kind == "qwen2",
-                  out_bias=bias, mlp_bias=mlp_bias, qk_norm=gemma or kind == "qwen3", post_norms=gemma,
-                  scaled_embedding=gemma, local_layers=sliding if gemma else (),
+                  out_bias=bias, mlp_bias=None if mlp_bias == bias else mlp_bias, qk_norm=gemma or kind == "qwen3",
+                  post_norms=gemma, scaled_embedding=gemma, local_layers=sliding if gemma else (),
                   local_theta=float(local.get("rope_theta") or c.get("rope_local_base_freq") or 10000.0), **ids)
 
 
@@ -590,7 +593,8 @@ def config_to_hf(config, dtype=torch.float32):
                    hidden_size=config.d_model, num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
                    num_key_value_heads=config.n_kv_head, head_dim=config.head_dim, intermediate_size=config.d_ff,
                    rms_norm_eps=config.norm_eps, hidden_act="silu", attention_bias=config.out_bias,
-                   mlp_bias=config.mlp_bias, rope_theta=config.rope_theta, rope_scaling=config.rope_scaling, **common)
+                   mlp_bias=config.out_bias if config.mlp_bias is None else config.mlp_bias,
+                   rope_theta=config.rope_theta, rope_scaling=config.rope_scaling, **common)
         if config.post_norms:
             out |= dict(hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=config.head_dim,
                         rope_local_base_freq=config.local_theta, sliding_window=config.context_length,

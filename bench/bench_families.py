@@ -1,6 +1,6 @@
 """bench_families.py - every family that model.py reads, beside transformers: logits, greedy tokens, and the way back.
 
-    python bench/bench_families.py                                 # the table of docs/families.md
+    python bench/bench_families.py                                 # the table of docs/models.md
     python bench/bench_families.py --write tests/families.json     # and transformers' logits, for tests without it
 
 Tiny directories of random weights, stored in three dtypes, are read and computed in fp32 by both. Differences are the

@@ -137,7 +137,7 @@ def test_stored_logits_of_every_family(name, tmp_path, close):
 
 @pytest.mark.parametrize("name, wrong", [
     ("GPT-2, exact GELU, untied", dict(activation="gelu_tanh")), (ANOTHER_HEAD, dict(tied=True)),
-    (BIASES, dict(qkv_bias=False)), (BIASES, dict(out_bias=False)), (BIASES, dict(mlp_bias=False)),
+    (BIASES, dict(qkv_bias=False)), (BIASES, dict(out_bias=False, mlp_bias=True)), (BIASES, dict(mlp_bias=False)),
     (BIASES, dict(norm_eps=1e-6)), ("Llama, tied", dict(rope_theta=10000.0)),
     ("Llama, rope linear", dict(rope_scaling=None)), ("Llama, rope llama3", dict(rope_scaling=None)),
     ("Llama, rope yarn", dict(rope_scaling=dict(attention_factor=1.0))),
