@@ -560,8 +560,10 @@ def config_from_hf(c, path="config.json"):
         return Config(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"], d_ff=c["n_inner"],
                       norm_eps=c["layer_norm_epsilon"], activation=activations[act], **ids)
     context, sliding = c["max_position_embeddings"], _sliding_layers(c)
+    if original := c.get("original_max_position_embeddings"):                         # outside, it goes first
+        rope = rope | dict(original_max_position_embeddings=original)
     try:
-        scaling = rope_scaling_from_hf(rope, c.get("original_max_position_embeddings") or context)
+        scaling = rope_scaling_from_hf(rope, context)
     except KeyError as e:
         raise UserError(f"{path} lacks {e}") from None
     if sliding and window:                 # up to its length a window masks nothing, so no mask of its own is needed

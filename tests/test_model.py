@@ -259,10 +259,14 @@ def test_both_spellings_of_rope_scaling():
     old = dict(rope_theta=50.0, rope_scaling=dict(type="linear", factor=2.0))
     assert config_from_hf(LLAMA | new) == config_from_hf(LLAMA | old) != config_from_hf(LLAMA)
     # rope_scaling goes before rope_parameters, and the original context is that of the file, its window aside
-    both = config_from_hf(LLAMA | dict(model_type="mistral", sliding_window=8, rope_parameters=new, rope_scaling=dict(
-        rope_type="yarn", factor=4.0)))
-    assert both.rope_scaling == dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=32,
-                                     beta_slow=1, truncate=True, attention_factor=0.1 * math.log(4) + 1)
+    both = LLAMA | dict(model_type="mistral", sliding_window=8, rope_scaling=dict(rope_type="yarn", factor=4.0)) | new
+    scaling = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=32, beta_slow=1,
+                   truncate=True, attention_factor=0.1 * math.log(4) + 1)
+    assert config_from_hf(both).rope_scaling == scaling
+    both["rope_scaling"]["original_max_position_embeddings"] = 16
+    assert config_from_hf(both).rope_scaling == scaling | dict(original_max_position_embeddings=16)
+    outside = both | dict(original_max_position_embeddings=24)                        # and there goes before all
+    assert config_from_hf(outside).rope_scaling == scaling | dict(original_max_position_embeddings=24)
 
 
 @pytest.mark.parametrize("change, context", [
