@@ -1,4 +1,4 @@
-"""model.py - one decoder-only Transformer for two families, GPT-2 and Llama, chosen by switches in one Config.
+"""model.py - one decoder-only Transformer for GPT-2, Llama and their like, chosen by switches in one Config.
 
 B: rows of a batch   T: tokens in this call   M: tokens attended to, those in the KV cache included   D: d_model
 V: vocabulary   H: query heads   K: key/value heads (K < H: grouped-query attention)   C: head_dim
@@ -6,7 +6,10 @@ V: vocabulary   H: query heads   K: key/value heads (K < H: grouped-query attent
             norm        positions              MLP                     biases           head
 GPT-2       LayerNorm   learned table          GELU (tanh form)        everywhere       tied
 Llama       RMSNorm     rotary, half-split     SwiGLU, three matrices  none             tied or not
-Mistral = Llama.  Qwen2 = Llama with biases on q, k, v.
+Mistral = Llama.  Qwen2 = Llama with biases on q, k, v.  Qwen3 = Llama with an RMSNorm on every head of q and k.
+Gemma 3 (text) = Qwen3 with RMSNorms of 1 + weight, two more of them in a block, GELU as the gate, an embedding times
+sqrt(D), and other rotary frequencies in its local layers.
+Attention is to all earlier tokens: where a family has sliding windows, the context ends with the window.
 
 Weights are read from and written to Hugging Face directories (config.json + *.safetensors). The rotary layout is
 theirs: the two halves of a head are rotated against each other, not neighbouring pairs (Meta's original layout).
@@ -14,12 +17,12 @@ theirs: the two halves of a head are rotated against each other, not neighbourin
 A new family needs in this file (elsewhere: CONTRIBUTING.md): a line in the table above; where it computes something
 new, a switch in Config and its branch in Norm, Attention, MLP or Transformer.forward (one product may stand in the
 place of Attention.project and MLP.inner: generation.fast_copy); its names on disk in _HF_NAMES and in Config.family, if
-they are neither GPT-2's nor Llama's; its config.json in config_from_hf and config_to_hf. Then a test like
-test_golden_forward.
+they are neither GPT-2's nor Llama's; its config.json in _DEFAULTS, config_from_hf and config_to_hf. Then a row of CASES
+in bench/bench_families.py, whose logits tests/test_model.py compares.
 """
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import torch
@@ -47,17 +50,24 @@ class Config:
     n_kv_head: int | None = None
     head_dim: int | None = None
     d_ff: int | None = None
-    norm: str = "layernorm"             # "layernorm" | "rmsnorm"
+    norm: str = "layernorm"             # "layernorm" | "rmsnorm" | "rmsnorm1": RMSNorm times 1 + weight
     norm_eps: float = 1e-5
     positions: str = "learned"          # "learned" | "rotary"
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None    # Llama 3's, with the keys _LLAMA3_ROPE
-    activation: str = "gelu_tanh"       # "gelu_tanh" | "gelu" | "swiglu"
+    rope_scaling: dict | None = None    # "rope_type" and its numbers, as rope_scaling_from_hf makes it
+    activation: str = "gelu_tanh"       # "gelu_tanh" | "gelu" | "swiglu" | "geglu": silu(gate) or gelu(gate) times up
     qkv_bias: bool = True
     out_bias: bool = True               # the biases of the attention output and of the MLP
     tied: bool = True                   # the head is the embedding matrix
     bos_id: int | None = None
     eos_id: int | None = None
+    _: KW_ONLY                          # at their defaults, what follows is no part of svd_lora.fingerprint
+    mlp_bias: bool | None = None        # where the MLP's are not as out_bias
+    qk_norm: bool = False               # an RMSNorm on each head of q and k, before it is rotated
+    post_norms: bool = False            # a norm also after attention and after the MLP
+    scaled_embedding: bool = False      # times sqrt(d_model)
+    local_layers: tuple = ()            # these rotate by local_theta, without rope_scaling
+    local_theta: float = 10000.0
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -67,13 +77,17 @@ class Config:
 
     @property
     def family(self):
-        """The family whose names and layout the weights have on disk: "gpt2" or "llama". Of the models that this file
-        implements, GPT-2 alone has learned positions."""
-        return "gpt2" if self.positions == "learned" else "llama"
+        """The family whose names and layout the weights have on disk: "gpt2", "gemma3" or "llama". Of the models that
+        this file implements, GPT-2 alone has learned positions, and Gemma alone norms after attention and MLP."""
+        return "gpt2" if self.positions == "learned" else "gemma3" if self.post_norms else "llama"
+
+    @property
+    def gated(self):
+        """Whether the MLP has a third matrix, the gate."""
+        return self.activation in ("swiglu", "geglu")
 
 
 _LLAMA = dict(norm="rmsnorm", positions="rotary", activation="swiglu", qkv_bias=False, out_bias=False, tied=False)
-_LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 SIZES = {   # vocab_size, bos_id and eos_id are replaced by those of the tokenizer in use
     "tiny": Config(1024, 256, n_layer=4, n_head=4, d_model=128),                                        # 1.0M
     "125m": Config(50257, 1024, n_layer=12, n_head=12, d_model=768),                                    # GPT-2: 124M
@@ -101,31 +115,47 @@ class Linear(nn.Linear):
 
 
 class Norm(nn.Module):
-    """LayerNorm (weight, bias) or RMSNorm (weight alone) over the last dimension."""
+    """LayerNorm (weight, bias) or RMSNorm (weight alone) over the last dimension, of d_model entries or so many."""
 
-    def __init__(self, config):
+    def __init__(self, config, width=None):
         super().__init__()
-        self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.ones(config.d_model))
-        self.bias = nn.Parameter(torch.zeros(config.d_model)) if config.norm == "layernorm" else None
+        self.eps, self.one_more, width = config.norm_eps, config.norm == "rmsnorm1", width or config.d_model
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if config.norm == "layernorm" else None
 
     def forward(self, x):
         if self.bias is not None:
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        if self.one_more:                                     # in bf16, 1 + weight would be rounded
+            return fused.rms_norm(x, 1 + self.weight.to(torch.promote_types(x.dtype, torch.float32)), self.eps)
         return fused.rms_norm(x, self.weight, self.eps)
 
 
-def rope_frequencies(config, device=None):
-    """Rotary frequencies theta^(-2j/C), j < C/2, with Llama 3's scaling where the config has it. Returns (C/2,)."""
-    freq = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
-    if (s := config.rope_scaling) is None:
+def rope_frequencies(theta, scaling, head_dim, device=None):
+    """Rotary frequencies theta^(-2j/C), j < C/2, scaled as transformers does for this Config.rope_scaling: (C/2,)."""
+    freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
+    if scaling is None or scaling["rope_type"] == "dynamic":  # NTK: changes nothing up to where our context ends
         return freq
-    # Llama 3: slow rotations (wavelength beyond the original context) are slowed by `factor`, fast ones are kept, and
-    # between the two bands the frequency is interpolated.
-    wavelength = 2 * math.pi / freq
-    turns = s["original_max_position_embeddings"] / wavelength
-    smooth = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
-    return (1 - smooth) * freq / s["factor"] + smooth * freq
+    kept, original = 0.0, scaling.get("original_max_position_embeddings")             # linear keeps none
+    if scaling["rope_type"] == "llama3":                      # by the turns that a pair makes in the original context
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        kept = ((original / (2 * math.pi / freq) - low) / (high - low)).clamp(0, 1)
+    if scaling["rope_type"] == "yarn":                        # by j, between those that make beta_fast, beta_slow turns
+        low, high = (head_dim * math.log(original / (2 * math.pi * scaling[beta])) / (2 * math.log(theta))
+                     for beta in ("beta_fast", "beta_slow"))
+        if scaling["truncate"]:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        kept = 1 - ((torch.arange(len(freq), device=device) - low) / (high - low or 0.001)).clamp(0, 1)
+    return (1 - kept) * freq / scaling["factor"] + kept * freq
+
+
+def rope_tables(theta, scaling, head_dim, positions):
+    """cos and sin of the angles position · frequency, (B or 1, T, C/2) fp32, for positions (T,) or (B, T). yarn
+    (arXiv:2309.00071, Sec. 3.4) scales both, and so the scores by its attention factor squared."""
+    angle = positions[..., None] * rope_frequencies(theta, scaling, head_dim, positions.device)       # (…, T, C/2)
+    angle, factor = angle.view(-1, *angle.shape[-2:]), (scaling or {}).get("attention_factor", 1.0)
+    return angle.cos() * factor, angle.sin() * factor
 
 
 class Attention(nn.Module):
@@ -139,6 +169,8 @@ class Attention(nn.Module):
         self.k = Linear(config.d_model, kv_dim, bias=config.qkv_bias)
         self.v = Linear(config.d_model, kv_dim, bias=config.qkv_bias)
         self.o = Linear(q_dim, config.d_model, bias=config.out_bias)
+        self.q_norm = Norm(config, self.head_dim) if config.qk_norm else None
+        self.k_norm = Norm(config, self.head_dim) if config.qk_norm else None
 
     def project(self, x):                                             # (B, T, D) -> (B, T, H·C), (B, T, K·C) twice
         return self.q(x), self.k(x), self.v(x)
@@ -146,6 +178,9 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, cache):
         B, T, _ = x.shape
         q, k, v = self.project(x)
+        if self.q_norm is not None:
+            heads = lambda t: t.view(B, T, -1, self.head_dim)                         # (B, T, H·C) -> (B, T, H, C)
+            q, k = self.q_norm(heads(q)).flatten(2), self.k_norm(heads(k)).flatten(2)
         if rope is not None:
             q, k = fused.rope_(q, *rope), fused.rope_(k, *rope)
         # (B, T, H·C) -> (B, H, T, C), and with K for H
@@ -164,33 +199,39 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(gelu(up x)) or down(silu(gate x) * up x)."""
+    """down(gelu(up x)), or with a gate down(silu(gate x) * up x), down(gelu(gate x) * up x)."""
 
     def __init__(self, config):
         super().__init__()
-        self.gelu = {"gelu_tanh": "tanh", "gelu": "none", "swiglu": None}[config.activation]    # its approximation
-        if self.gelu is None:
-            self.gate = Linear(config.d_model, config.d_ff, bias=config.out_bias)
-        self.up = Linear(config.d_model, config.d_ff, bias=config.out_bias)
-        self.down = Linear(config.d_ff, config.d_model, bias=config.out_bias)
+        self.gelu = {"gelu": "none", "swiglu": None}.get(config.activation, "tanh")             # its approximation
+        bias = config.out_bias if config.mlp_bias is None else config.mlp_bias
+        self.gate = Linear(config.d_model, config.d_ff, bias=bias) if config.gated else None
+        self.up = Linear(config.d_model, config.d_ff, bias=bias)
+        self.down = Linear(config.d_ff, config.d_model, bias=bias)
 
     def inner(self, x):                                               # (B, T, D) -> (B, T, d_ff)
-        return F.gelu(self.up(x), approximate=self.gelu) if self.gelu else fused.swiglu(self.gate(x), self.up(x))
+        if self.gate is None:
+            return F.gelu(self.up(x), approximate=self.gelu)
+        return self.joined(self.gate(x), self.up(x))
+
+    def joined(self, gate, up):
+        return F.gelu(gate, approximate=self.gelu) * up if self.gelu else fused.swiglu(gate, up)
 
     def forward(self, x):
         return self.down(self.inner(x))
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + mlp(norm x)."""
+    """x + attention(norm x), then x + mlp(norm x); Gemma norms what is added, too."""
 
     def __init__(self, config):
         super().__init__()
         self.norm1, self.attn, self.norm2, self.mlp = Norm(config), Attention(config), Norm(config), MLP(config)
+        self.post_norm1, self.post_norm2 = (Norm(config) if config.post_norms else nn.Identity() for _ in range(2))
 
     def forward(self, x, rope, mask, cache):
-        x = x + self.attn(self.norm1(x), rope, mask, cache)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.post_norm1(self.attn(self.norm1(x), rope, mask, cache))
+        return x + self.post_norm2(self.mlp(self.norm2(x)))
 
 
 class Transformer(nn.Module):
@@ -217,8 +258,8 @@ class Transformer(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer), generator=generator)
             elif p.ndim == 2:
                 nn.init.normal_(p, std=0.02, generator=generator)
-            else:
-                nn.init.constant_(p, 1.0 if name.endswith("weight") else 0.0)         # norms; biases
+            else:                                                                     # norms; biases
+                nn.init.constant_(p, 1.0 if name.endswith("weight") and self.config.norm != "rmsnorm1" else 0.0)
         return self
 
     @property
@@ -243,18 +284,21 @@ class Transformer(nn.Module):
         x = self.embed(tokens)                                                        # (B, T) -> (B, T, D)
         if mask is not None and mask.dtype == torch.bool:     # here once: each layer would make and keep a copy
             mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
-        rope = None
-        if self.config.positions == "learned":
+        c, rope, local_rope = self.config, None, None
+        if c.scaled_embedding:
+            x = x * torch.tensor(c.d_model ** 0.5).to(x.dtype)                        # rounded, as Gemma was trained
+        if c.positions == "learned":
             x = x + self.pos_embed(positions)
         else:
-            angle = positions[..., None] * rope_frequencies(self.config, x.device)    # (T,) or (B, T) -> (…, T, C/2)
-            angle = angle.view(-1, T, angle.shape[-1])                                # (B or 1, T, C/2)
-            rope = angle.cos(), angle.sin()
+            rope = rope_tables(c.rope_theta, c.rope_scaling, c.head_dim, positions)
+        if c.local_layers:
+            local_rope = rope_tables(c.local_theta, None, c.head_dim, positions)
         for i, block in enumerate(self.blocks):
+            turn = local_rope if i in c.local_layers else rope
             if self.checkpoint_blocks and torch.is_grad_enabled():   # keep x alone, compute the rest again in backward
-                x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, None, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(block, x, turn, mask, None, use_reentrant=False)
             else:
-                x = block(x, rope, mask, cache.layer(i) if cache is not None else None)
+                x = block(x, turn, mask, cache.layer(i) if cache is not None else None)
         if cache is not None:
             cache.length += T
         x = self.norm(x)
@@ -269,8 +313,9 @@ class Transformer(nn.Module):
         The model is built without memory (meta device) and filled tensor by tensor, so only one extra tensor exists at
         a time. dtype: None keeps the stored one. quantize: "int8" or "nf4" for every Linear in the blocks, on `device`
         and from the values as they are stored; None or "none": dense. Raises UserError naming the tensor if one is
-        missing, unexpected, of the wrong shape or not finite where it is to be quantised, and for architectures that
-        are not in the table at the top of this file. On CUDA the kernels are then looked at (ops/check.py).
+        missing, unexpected, of the wrong shape or not finite, and for architectures that are not in the table at the
+        top of this file. A head that is stored though config.json ties it counts where it is another matrix, as in
+        transformers. On CUDA the kernels are then looked at (ops/check.py).
         """
         path, kind = Path(path), None if quantize == "none" else quantize
         if kind not in (None, *KINDS):
@@ -278,11 +323,14 @@ class Transformer(nn.Module):
         config = config_from_hf(read_json(path / "config.json"), path / "config.json")
         with torch.device("meta"):
             model = cls(config)
-        missing = _hf_names(model)
+        missing, said_tied = _hf_names(model), config.tied
         for file in _weight_files(path):
             for key, tensor in _stored_tensors(file, device):
-                if key.endswith(_CONSTANTS) or (key == "lm_head.weight" and config.tied):
+                if key.endswith(_CONSTANTS):
                     continue
+                if key == "lm_head.weight" and config.tied:
+                    config.tied, missing[key] = False, ["head.weight"]
+                    model.head = Linear(config.d_model, config.vocab_size, bias=False, device="meta")
                 names = missing.pop(key, None) or missing.pop("transformer." + key, None)     # gpt2 as published
                 if names is None:
                     raise UserError(f"{file}: unexpected tensor {key!r}: config.json describes none, or it came before")
@@ -291,19 +339,26 @@ class Transformer(nn.Module):
                 shape = shape[::-1] if transposed else shape
                 if tensor.shape != shape:
                     raise UserError(f"{file}: tensor {key!r} has shape {tuple(tensor.shape)}, config.json asks {shape}")
+                if tensor.dtype not in _DTYPES:
+                    raise UserError(f"{file}: tensor {key!r} is stored as {tensor.dtype}, which is not read")
+                # the sum is the fastest way to see one; as it may overflow, it does not decide
+                if not tensor.sum().isfinite() and not tensor.isfinite().all():
+                    raise UserError(f"{file}: tensor {key!r} holds NaN or infinite values")
                 tensor = tensor.T if transposed else tensor
                 for name, part in zip(names, tensor.chunk(len(names))):               # q, k, v of GPT-2's c_attn
                     owner, _, leaf = name.rpartition(".")
                     layer, as_dtype = model.get_submodule(owner), dtype or part.dtype
                     if kind and isinstance(layer, nn.Linear) and owner.startswith("blocks.") and leaf == "weight":
-                        try:
-                            weight = quantize_weight(part, kind, as_dtype)
-                        except ValueError as e:
-                            raise UserError(f"{file}: tensor {key!r} {e}") from None
-                        model.set_submodule(owner, QuantizedLinear(weight, layer.bias))
+                        model.set_submodule(owner, QuantizedLinear(quantize_weight(part, kind, as_dtype), layer.bias))
                     else:
                         setattr(layer, leaf, nn.Parameter(part.to(as_dtype).contiguous()))
                 del tensor, part                                                      # before the next one is read
+        if said_tied and not config.tied:
+            if missing.pop(hf_name("embed.weight", config), None):                    # the one that there is, is both
+                model.embed.weight = model.head.weight
+            if torch.equal(model.head.weight, model.embed.weight.to(model.head.weight.dtype)):        # a second copy
+                config.tied = True
+                del model.head
         if missing:
             raise UserError(f"{path}: {len(missing)} tensors that config.json asks for are missing, the first is "
                             f"{next(iter(missing))!r}")
@@ -311,7 +366,7 @@ class Transformer(nn.Module):
         return model
 
     def save_pretrained(self, path, shard_bytes=None):
-        """Writes config.json and model.safetensors, which transformers reads as GPT-2, Llama or Qwen2.
+        """Writes config.json and model.safetensors, which transformers reads as what it was (a Mistral as a Llama).
 
         shard_bytes: start a new file, model-0000i-of-0000n.safetensors, where one would get larger; only one file's
         tensors are copied at a time, and an index names the file of each. None: one file.
@@ -350,8 +405,12 @@ _HF_NAMES = {
     "llama": {"embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm", "head": "lm_head",
               "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
               "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj",
-              "attn.o": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj",
-              "mlp.down": "mlp.down_proj"}}
+              "attn.o": "self_attn.o_proj", "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
+              "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"}}
+_HF_NAMES["gemma3"] = _HF_NAMES["llama"] | {"norm2": "pre_feedforward_layernorm",
+                                            "post_norm1": "post_attention_layernorm",
+                                            "post_norm2": "post_feedforward_layernorm"}
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _CONSTANTS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")              # not weights, but in some files
 
 
@@ -406,43 +465,118 @@ def _stored_tensors(file, device):
         raise UserError(f"{file} is damaged or not a safetensors file: {e}") from None
 
 
+# What transformers' config classes take for a key that config.json leaves out (5.23).
+_LLAMA_KEYS = dict(
+    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=None, head_dim=None, hidden_act="silu", max_position_embeddings=2048, rms_norm_eps=1e-6,
+    bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, rope_theta=10000.0)
+_QWEN_KEYS = _LLAMA_KEYS | dict(
+    vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, max_position_embeddings=32768,
+    bos_token_id=None, eos_token_id=None, sliding_window=4096, max_window_layers=28)
+_DEFAULTS = {
+    "gpt2": dict(vocab_size=50257, n_positions=1024, n_layer=12, n_head=12, n_embd=768, n_inner=None,
+                 layer_norm_epsilon=1e-5, activation_function="gelu_new", bos_token_id=50256, eos_token_id=50256,
+                 tie_word_embeddings=True),
+    "llama": _LLAMA_KEYS,
+    "mistral": _LLAMA_KEYS | dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=2 ** 17,
+                                  sliding_window=4096),
+    "qwen2": _QWEN_KEYS,
+    "qwen3": _QWEN_KEYS | dict(head_dim=128),
+    "gemma3_text": _LLAMA_KEYS | dict(
+        vocab_size=262208, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=256, hidden_activation="gelu_pytorch_tanh", max_position_embeddings=2 ** 17,
+        bos_token_id=2, eos_token_id=1, tie_word_embeddings=True, sliding_window=4096, query_pre_attn_scalar=256,
+        rope_theta=1e6, rope_local_base_freq=10000.0)}
+_ROPE_KEYS = {"linear": ("factor",), "dynamic": ("factor",),
+              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+              "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate",
+                       "attention_factor")}
+
+
+def rope_scaling_from_hf(rope, context):
+    """Hugging Face's rope_scaling or rope_parameters, as a dict -> {"rope_type", …} with all numbers of this type, also
+    those that have a default; None for no scaling. context: the default of the original one. Raises KeyError."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    given = {name: value for name, value in rope.items() if value is not None}
+    given = dict(original_max_position_embeddings=context, beta_fast=32, beta_slow=1, truncate=True) | given
+    if kind == "yarn" and "attention_factor" not in given:
+        mscale = lambda times: 0.1 * times * math.log(given["factor"]) + 1 if given["factor"] > 1 else 1.0
+        one, all_dims = given.get("mscale"), given.get("mscale_all_dim")
+        given["attention_factor"] = mscale(one) / mscale(all_dims) if one and all_dims else mscale(1)
+    return {"rope_type": kind} | {name: given[name] for name in _ROPE_KEYS[kind]}
+
+
+def _sliding_layers(c):
+    """The layers with a sliding window, by the rules of transformers' config classes."""
+    layers, kind, types = range(c["num_hidden_layers"]), c["model_type"], c.get("layer_types")
+    if kind in ("llama", "mistral"):
+        return tuple(layers) if kind == "mistral" else ()
+    if types:
+        return tuple(i for i, each in enumerate(types) if each == "sliding_attention")
+    if kind == "gemma3_text":
+        return tuple(i for i in layers if (i + 1) % c.get("sliding_window_pattern", 6))
+    return tuple(i for i in layers if c.get("use_sliding_window") and i >= c["max_window_layers"])
+
+
 def config_from_hf(c, path="config.json"):
-    """Hugging Face's config.json, as a dict -> Config. Raises UserError for what this file does not implement."""
-    kind, eos = c.get("model_type"), c.get("eos_token_id")
-    ids = dict(bos_id=c.get("bos_token_id"), eos_id=eos[0] if isinstance(eos, list) else eos)
-    act = c.get("activation_function", "gelu_new") if kind == "gpt2" else c.get("hidden_act", "silu")
-    gelu = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}                    # transformers 5, or before
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    # A sliding window longer than the sequence masks nothing: such a model is a Llama up to that length.
-    window = c.get("sliding_window") if kind == "mistral" or c.get("use_sliding_window") else None
+    """Hugging Face's config.json, as a dict -> Config. A key that is not there has the default that transformers gives
+    it. Raises UserError for what this file does not implement."""
+    kind = c.get("model_type")
+    if kind not in _DEFAULTS:
+        raise UserError(f"{path}: model_type {kind!r} (only {', '.join(_DEFAULTS)}) is not implemented")
+    c, gemma = _DEFAULTS[kind] | c, kind == "gemma3_text"
+    eos = c["eos_token_id"]
+    ids = dict(bos_id=c["bos_token_id"], eos_id=eos[0] if isinstance(eos, list) else eos, tied=c["tie_word_embeddings"])
+    act = c["activation_function" if kind == "gpt2" else "hidden_activation" if gemma else "hidden_act"]
+    activations = {"gpt2": {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"},
+                   "gemma3_text": {"gelu_pytorch_tanh": "geglu"}}.get(kind, {"silu": "swiglu"})
+    rope, local = c.get("rope_scaling") or c.get("rope_parameters") or {}, {}         # before transformers 5, or since
+    if gemma:                                                                         # one for each type of layer
+        by_type = c.get("rope_parameters") or {}
+        local = by_type.get("sliding_attention") or {}
+        rope = (by_type.get("full_attention") or {}) | (c.get("rope_scaling") or {})
+    rope_type, window = rope.get("rope_type", rope.get("type", "default")), c.get("sliding_window")
+    types = set(c.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    heads, kv_heads = c.get("num_attention_heads"), c.get("num_key_value_heads")
     refused = {
-        f"model_type {kind!r} (only gpt2, llama, mistral, qwen2)": kind not in ("gpt2", "llama", "mistral", "qwen2"),
-        f"activation {act!r}": act not in (gelu if kind == "gpt2" else ["silu"]),
-        f"rope type {rope_type!r}": rope_type not in ("default", "llama3"),
-        "attention_bias": kind == "llama" and c.get("attention_bias"),
-        "mlp_bias": c.get("mlp_bias"),
+        f"activation {act!r}": act not in activations,
+        f"rope type {rope_type!r}": rope_type not in ("default", *_ROPE_KEYS),
+        "a rope type for local layers": local.get("rope_type", "default") != "default",
+        "rope_parameters by layer type": any(isinstance(value, dict) for value in rope.values()),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1) != 1,
+        f"sliding_window {window!r}": not isinstance(window, int | None),
+        f"layer_types {sorted(types)}": types,
+        f"{kv_heads} key/value heads for {heads} heads": kv_heads and heads % kv_heads,
+        "query_pre_attn_scalar, where it is not head_dim,": gemma and c["query_pre_attn_scalar"] != c["head_dim"],
         "scale_attn_weights = false": not c.get("scale_attn_weights", True),
-        "scale_attn_by_inverse_layer_idx": c.get("scale_attn_by_inverse_layer_idx"),
-    }
+    } | {name: c.get(name) for name in ("scale_attn_by_inverse_layer_idx", "attn_logit_softcapping",
+                                        "final_logit_softcapping", "use_bidirectional_attention")}
     for what, found in refused.items():
         if found:
             raise UserError(f"{path}: {what} is not implemented")
+    if kind == "gpt2":
+        return Config(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"], d_ff=c["n_inner"],
+                      norm_eps=c["layer_norm_epsilon"], activation=activations[act], **ids)
+    context, sliding = c["max_position_embeddings"], _sliding_layers(c)
+    if original := c.get("original_max_position_embeddings"):                         # outside, it goes first
+        rope = rope | dict(original_max_position_embeddings=original)
     try:
-        if kind == "gpt2":
-            return Config(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"],
-                          d_ff=c.get("n_inner"), norm_eps=c["layer_norm_epsilon"], activation=gelu[act],
-                          tied=c.get("tie_word_embeddings", True), **ids)
-        context = c["max_position_embeddings"]
-        switches = _LLAMA | dict(qkv_bias=kind == "qwen2", tied=c.get("tie_word_embeddings", False))
-        return Config(c["vocab_size"], min(context, window or context), c["num_hidden_layers"],
-                      c["num_attention_heads"], c["hidden_size"], n_kv_head=c.get("num_key_value_heads"),
-                      head_dim=c.get("head_dim"), d_ff=c["intermediate_size"], norm_eps=c["rms_norm_eps"],
-                      rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0),
-                      rope_scaling={k: rope[k] for k in _LLAMA3_ROPE} if rope_type == "llama3" else None,
-                      **switches, **ids)
+        scaling = rope_scaling_from_hf(rope, context)
     except KeyError as e:
         raise UserError(f"{path} lacks {e}") from None
+    if sliding and window:                 # up to its length a window masks nothing, so no mask of its own is needed
+        context = min(context, window)
+    bias = bool(c.get("attention_bias")) and kind in ("llama", "qwen3", "gemma3_text")
+    mlp_bias = bool(c.get("mlp_bias")) and kind == "llama"
+    return Config(c["vocab_size"], context, c["num_hidden_layers"], heads, c["hidden_size"], n_kv_head=kv_heads,
+                  head_dim=c["head_dim"], d_ff=c["intermediate_size"], norm="rmsnorm1" if gemma else "rmsnorm",
+                  norm_eps=c["rms_norm_eps"], positions="rotary", rope_scaling=scaling, activation=activations[act],
+                  rope_theta=float(rope.get("rope_theta") or c["rope_theta"]), qkv_bias=bias or kind == "qwen2",
+                  out_bias=bias, mlp_bias=None if mlp_bias == bias else mlp_bias, qk_norm=gemma or kind == "qwen3",
+                  post_norms=gemma, scaled_embedding=gemma, local_layers=sliding if gemma else (),
+                  local_theta=float(local.get("rope_theta") or c.get("rope_local_base_freq") or 10000.0), **ids)
 
 
 def config_to_hf(config, dtype=torch.float32):
@@ -455,13 +589,19 @@ def config_to_hf(config, dtype=torch.float32):
                    layer_norm_epsilon=config.norm_eps, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **common,
                    activation_function="gelu" if config.activation == "gelu" else "gelu_new")
     else:
-        kind, name = ("qwen2", "Qwen2") if config.qkv_bias else ("llama", "Llama")
-        scaling = config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling}
+        kind, name = (("gemma3_text", "Gemma3") if config.post_norms else ("qwen3", "Qwen3") if config.qk_norm else
+                      ("qwen2", "Qwen2") if config.qkv_bias and not config.out_bias else ("llama", "Llama"))
         out = dict(architectures=[name + "ForCausalLM"], model_type=kind, max_position_embeddings=config.context_length,
                    hidden_size=config.d_model, num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
                    num_key_value_heads=config.n_kv_head, head_dim=config.head_dim, intermediate_size=config.d_ff,
-                   rms_norm_eps=config.norm_eps, hidden_act="silu", rope_theta=config.rope_theta,
-                   rope_scaling=scaling, **common)
+                   rms_norm_eps=config.norm_eps, hidden_act="silu", attention_bias=config.out_bias,
+                   mlp_bias=config.out_bias if config.mlp_bias is None else config.mlp_bias,
+                   rope_theta=config.rope_theta, rope_scaling=config.rope_scaling, **common)
+        if config.post_norms:
+            out |= dict(hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=config.head_dim,
+                        rope_local_base_freq=config.local_theta, sliding_window=config.context_length,
+                        layer_types=["sliding_attention" if i in config.local_layers else "full_attention"
+                                     for i in range(config.n_layer)])
     if config_from_hf(out) != config:
         raise ValueError(f"no Hugging Face architecture is {config}")
     return out

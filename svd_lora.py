@@ -17,7 +17,7 @@ with rank k + m. k = 0 (ablation): λ alone, nothing that all preferences share.
 import hashlib
 import json
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -222,7 +222,9 @@ def fingerprint(model):
     """A short hash of the base: its config and 64 values from every frozen tensor. They are hashed as bf16, so that it
     does not depend on the dtype in use. Two different checkpoints of one architecture get different fingerprints."""
     adapter = set(adapter_state(model))
-    digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
+    config = {f.name: getattr(model.config, f.name) for f in fields(model.config)      # a switch not in use is left out
+              if not f.kw_only or getattr(model.config, f.name) != f.default}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, p in model.state_dict().items():
         if name not in adapter:
             digest.update(name.encode() + some_values(p).bfloat16().view(torch.int16).cpu().numpy().tobytes())
@@ -286,10 +288,10 @@ def export_peft(model, lam, path):
     """Writes the adapter at one λ as a plain LoRA for PEFT, Eq. (4): W0 + B A with A = diag(d) Vᵀ, B = gain · U.
 
     path: a directory, gets adapter_config.json and adapter_model.safetensors; rank k + m, alpha = rank, so that PEFT's
-    own factor is 1. lam: (m,), None where m = 0. The base is not written. For Llama-family models; raises UserError for
-    GPT-2, whose q, k, v are one matrix on disk, so that theirs is no plain LoRA.
+    own factor is 1. lam: (m,), None where m = 0. The base is not written. Raises UserError for GPT-2, whose q, k, v are
+    one matrix on disk, so that theirs is no plain LoRA.
     """
-    if model.config.family != "llama":
+    if model.config.family == "gpt2":
         raise UserError("only Llama-family adapters can be exported: Hugging Face's GPT-2 keeps q, k, v in one matrix")
     layers, tensors, modules = svd_lora_layers(model), {}, set()
     lam = _preference_of(layers, lam)

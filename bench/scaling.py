@@ -57,7 +57,7 @@ class Flags:
 def block_matrices(c):
     """[(d_out, d_in)] of a block's linear layers."""
     q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-    mlp = [(c.d_ff, c.d_model)] * (2 if c.activation == "swiglu" else 1) + [(c.d_model, c.d_ff)]
+    mlp = [(c.d_ff, c.d_model)] * (2 if c.gated else 1) + [(c.d_model, c.d_ff)]
     return [(q, c.d_model), (kv, c.d_model), (kv, c.d_model), (c.d_model, q)] + mlp
 
 
@@ -76,9 +76,9 @@ def weight_bytes(c, precision):
 
 def block_activations(c, compute_bytes):
     """Bytes that one block keeps, per token."""
-    swiglu, layernorm = c.activation == "swiglu", c.norm == "layernorm"
+    layernorm = c.norm == "layernorm"
     numbers = (4 * c.d_model + 2 * c.n_head * c.head_dim + 2 * c.n_kv_head * c.head_dim
-               + (3 if swiglu else 2) * c.d_ff)
+               + (3 if c.gated else 2) * c.d_ff)
     return numbers * compute_bytes + 4 * (c.n_head + (4 if layernorm else 2))
 
 

@@ -363,7 +363,7 @@ class _RMSNorm(torch.autograd.Function):
             rstd = wide.square().mean(-1).add_(eps).rsqrt_()                          # (N,)
             y = (wide * rstd[:, None]).mul_(weight).to(x.dtype)
         ctx.save_for_backward(x, weight, rstd)
-        return y.view(x.shape)
+        return torch.ops.aten._unsafe_view(y, x.shape)         # not a view, as in product(): rope_ may follow
 
     @staticmethod
     @once_differentiable

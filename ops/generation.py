@@ -203,7 +203,7 @@ def fast_copy(module, pack):
     children, joined = dict(module._modules), {}
     if pack and hasattr(module, "project") and all(bare(layer) for layer in (module.q, module.k, module.v)):
         joined["project"] = Stacked([children.pop(name) for name in "qkv"])
-    if pack and getattr(module, "gelu", None) and bare(module.up):
+    if pack and getattr(module, "gelu", None) and module.gate is None and bare(module.up):
         up = children.pop("up")
         joined["inner"] = FastLinear(up.weight, up.bias, pack=True, gelu=module.gelu)
     twin._modules = joined | {name: fast_copy(child, pack) for name, child in children.items()}
@@ -212,7 +212,7 @@ def fast_copy(module, pack):
         parts = [twin._modules.get(name) for name in names]
         if all(isinstance(part, OneToken) for part in parts) and OneToken.can_join([part.layers[0] for part in parts]):
             twin._modules[method] = launch = OneToken([twin._modules.pop(name).layers[0] for name in names])
-            twin.__dict__[method] = launch if method == "project" else lambda x: fused.swiglu(*launch(x))
+            twin.__dict__[method] = launch if method == "project" else lambda x: module.joined(*launch(x))
     return twin
 
 

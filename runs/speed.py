@@ -51,7 +51,7 @@ def model_flops(config, tokens, predicted, adapter=0, base=4):
     """
     c = config
     attention = c.d_model * c.head_dim * (2 * c.n_head + 2 * c.n_kv_head)
-    mlp = (3 if c.activation == "swiglu" else 2) * c.d_model * c.d_ff
+    mlp = (3 if c.gated else 2) * c.d_model * c.d_ff
     return (base * (c.n_layer * (attention + mlp) * tokens + c.vocab_size * c.d_model * predicted)
             + (2 if base == 2 else 6) * adapter * tokens)
 

@@ -28,8 +28,8 @@ def tiny():
         model = Transformer(Config(61, 32, n_layer=2, n_head=4, d_model=32, **SHAPES[family]))
         generator = torch.Generator().manual_seed(seed)
         for name, p in model.named_parameters():
-            centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            torch.nn.init.normal_(p, centre, 0.2, generator=generator)
+            scale = "norm" in name and name.endswith("weight") and model.config.norm != "rmsnorm1"
+            torch.nn.init.normal_(p, float(scale), 0.2, generator=generator)
         return model.to(dtype)
     return build
 

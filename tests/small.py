@@ -7,6 +7,9 @@ from svd_lora import inject_svd_lora, svd_lora_layers
 SHAPES = {"gpt2": dict(),
           "llama": dict(n_kv_head=2, d_ff=48, norm="rmsnorm", positions="rotary", activation="swiglu", qkv_bias=False,
                         out_bias=False, tied=False)}
+SHAPES["qwen3"] = SHAPES["llama"] | dict(qk_norm=True)
+SHAPES["gemma3"] = SHAPES["qwen3"] | dict(norm="rmsnorm1", activation="geglu", tied=True, post_norms=True,
+                                          scaled_embedding=True, local_layers=(1,), local_theta=100.0)
 TOKENS = torch.randint(0, 61, (4, 9), generator=torch.Generator().manual_seed(5))          # of the vocabulary of `tiny`
 
 

@@ -3,7 +3,7 @@ import json
 import math
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench import bench_families
+from bench.bench_families import ANOTHER_HEAD, CASES, DTYPES, KINDS, some_logits, tokens_of, write_directory
 from data.tokenizers import TokenRow
 from data.trees import batch_logprobs, pack
 from model import SIZES, Config, Transformer, config_from_hf, config_to_hf, generate
+from ops import fused
 from ops.fused import rope_
 from ops.generation import KVCache
 from runs.files import UserError
@@ -28,7 +31,9 @@ GOLDEN = ["gpt2", "gpt2_hub", "llama_bf16", "llama_gqa", "llama_gqa_tied", "llam
           "llama_llama3rope_legacy", "llama_mha", "llama_sharded", "llama_theta500k", "llama_theta500k_legacy"]
 needs_oracles = pytest.mark.skipif(not HF.exists(), reason="shared/oracles/data/hf is not beside the repository")
 needs_material = pytest.mark.skipif(not STORIES.exists(), reason="shared/material is not beside the repository")
-families = pytest.mark.parametrize("family", ["gpt2", "llama"])
+BIASES = "Llama, attention_bias, mlp_bias"
+STORED = json.loads((Path(__file__).parent / "families.json").read_text())            # bench/bench_families.py --write
+families = pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "gemma3"])
 
 
 def golden(name):
@@ -119,20 +124,175 @@ def test_files_are_the_same_after_reading_and_writing(name, tmp_path):
     assert all(ours[k].dtype == theirs[k].dtype and torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+# ---------------------------------------------------------------------------------------------------------------------
+# Every family: the random directories of bench/bench_families.py, whose logits transformers 5.23 computed.
+
+@pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
-def test_transformers_reads_what_we_write(family, tiny, tmp_path, close):
-    transformers = pytest.importorskip("transformers")
-    model = tiny(family.replace("qwen2", "llama"))
-    if family == "qwen2":
-        model = Transformer(replace(model.config, qkv_bias=True)).init_weights(torch.Generator().manual_seed(0))
-        for block in model.blocks:
-            block.attn.q.bias.normal_(), block.attn.k.bias.normal_(), block.attn.v.bias.normal_()
-    model.save_pretrained(tmp_path)
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info.values())
-    ids = tokens_for(model, 2, 20)
-    assert close(model(ids), theirs(input_ids=ids).logits, 1e-5)
+def test_stored_logits_of_every_family(name, tmp_path, close):
+    write_directory(tmp_path, name)
+    model = Transformer.from_pretrained(tmp_path)
+    assert close(some_logits(model(tokens_of(model.config))), STORED["logits"][name], 1e-5)
+
+
+@pytest.mark.parametrize("name, wrong", [
+    ("GPT-2, exact GELU, untied", dict(activation="gelu_tanh")), (ANOTHER_HEAD, dict(tied=True)),
+    (BIASES, dict(qkv_bias=False)), (BIASES, dict(out_bias=False, mlp_bias=True)), (BIASES, dict(mlp_bias=False)),
+    (BIASES, dict(norm_eps=1e-6)), ("Llama, tied", dict(rope_theta=10000.0)),
+    ("Llama, rope linear", dict(rope_scaling=None)), ("Llama, rope llama3", dict(rope_scaling=None)),
+    ("Llama, rope yarn", dict(rope_scaling=dict(attention_factor=1.0))),
+    ("Llama, rope yarn", dict(rope_scaling=dict(rope_type="linear"))),
+    ("Llama, rope yarn, mscale", dict(rope_scaling=dict(attention_factor=0.1 * math.log(4) + 1))),
+    ("Llama, rope yarn, mscale", dict(rope_scaling=dict(truncate=True))),
+    ("Llama, rope yarn, mscale", dict(rope_scaling=dict(beta_fast=32.0))), ("Qwen2", dict(qkv_bias=False)),
+    ("Qwen3", dict(qk_norm=False)), ("Qwen3, attention_bias", dict(out_bias=False)), ("Gemma 3", dict(norm="rmsnorm")),
+    ("Gemma 3", dict(post_norms=False)), ("Gemma 3", dict(scaled_embedding=False)), ("Gemma 3", dict(qk_norm=False)),
+    ("Gemma 3", dict(activation="swiglu")), ("Gemma 3", dict(local_layers=())),
+    ("Gemma 3, rope linear", dict(rope_scaling=None)), ("Gemma 3, rope linear", dict(local_theta=900.0))])
+@torch.no_grad()
+def test_stored_logits_tell_each_switch(name, wrong, tmp_path, close):
+    write_directory(tmp_path, name)
+    model = Transformer.from_pretrained(tmp_path)
+    config = model.config
+    if wrong.get("rope_scaling"):
+        wrong = dict(rope_scaling=config.rope_scaling | wrong["rope_scaling"])
+    other = Transformer(replace(config, **wrong))
+    other.load_state_dict(model.state_dict(), strict=False)
+    assert not close(some_logits(other(tokens_of(config))), STORED["logits"][name], 5e-5)
+
+
+@torch.no_grad()
+def test_q_and_k_are_normed_before_they_are_rotated(tmp_path, close, monkeypatch):
+    write_directory(tmp_path, "Qwen3")
+    model = Transformer.from_pretrained(tmp_path)
+    norms = [norm for block in model.blocks for norm in (block.attn.q_norm, block.attn.k_norm)]
+    for block in model.blocks:
+        block.attn.q_norm = block.attn.k_norm = torch.nn.Identity()
+    tokens, rotated = tokens_of(model.config), []
+
+    def first(x, cos, sin):                                   # wrong: rotated, then normed
+        rotated.append(norms[len(rotated)](rope_(x, cos, sin).unflatten(-1, (-1, 16))).flatten(2))
+        return rotated[-1]
+
+    monkeypatch.setattr(fused, "rope_", first)
+    logits = model(tokens)
+    assert len(rotated) == len(norms) == 4 and not close(some_logits(logits), STORED["logits"]["Qwen3"], 1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_transformers_agrees_about_every_family(name, dtype):
+    """Logits, greedy tokens through the KV cache, and what we write, read by transformers."""
+    pytest.importorskip("transformers")
+    logits, greedy, back, some = bench_families.compare(name, DTYPES[dtype])
+    assert logits < 1e-5 and greedy and back < 1e-5
+    assert dtype != "fp32" or some == pytest.approx(STORED["logits"][name], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_config_json_leaves_out_is_transformers_default(kind):
+    ours = config_from_hf(dict(model_type=kind))
+    assert json.loads(json.dumps(asdict(ours))) == STORED["defaults"][kind]
+    if kind != "gpt2":                                        # an empty config.json, but for a key that it has as null
+        assert config_from_hf(dict(model_type=kind, eos_token_id=None)) == replace(ours, eos_id=None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stored_defaults_are_those_of_transformers(kind):
+    pytest.importorskip("transformers")
+    assert json.loads(json.dumps(asdict(bench_families.full_config(kind)))) == STORED["defaults"][kind]
+
+
+@pytest.mark.parametrize("name", ["Mistral, a window of 16", "Gemma 3"])
+@torch.no_grad()
+def test_the_context_ends_with_the_window(name, tmp_path, close):
+    """Wrong: the window ignored, which is right up to its length alone."""
+    pytest.importorskip("transformers")
+    write_directory(tmp_path, name)
+    ours, theirs = Transformer.from_pretrained(tmp_path), bench_families.transformers_model(tmp_path)
+    window = CASES[name]["sliding_window"]
+    tokens = tokens_for(ours, 2, 48)
+    with pytest.raises(AssertionError, match=f"{window + 1} tokens, context {window}"):
+        ours(tokens[:, :window + 1])
+    ours.config.context_length = 48
+    ours, theirs = ours(tokens), theirs(tokens).logits
+    assert close(ours[:, :window], theirs[:, :window], 1e-5) and not close(ours[:, window:], theirs[:, window:], 0.01)
+
+
+@torch.no_grad()
+def test_dynamic_rope_changes_nothing_within_the_context(close):
+    """transformers' NTK formula at the original length is the plain one; we end there."""
+    config = config_from_hf(CASES["Llama, rope dynamic"])
+    model = Transformer(config).init_weights(torch.Generator().manual_seed(0))
+    plain = Transformer(replace(config, rope_scaling=None))
+    plain.load_state_dict(model.state_dict())
+    tokens = tokens_for(model, 2, 48)
+    assert close(model(tokens), plain(tokens), 0)
+    assert config_to_hf(config)["rope_scaling"] == dict(rope_type="dynamic", factor=4.0)
+    with pytest.raises(AssertionError, match="49 tokens, context 48"):
+        model(tokens_for(model, 1, 49))
+
+
+@torch.no_grad()
+def test_a_tied_head_that_is_stored(tiny, tmp_path, close):
+    """Another matrix counts, an equal one is dropped, and one without an embedding is both: as transformers has it."""
+    model = tiny("gemma3")
+    embedding, name, head = "model.embed_tokens.weight", "lm_head.weight", torch.randn(61, 32)
+
+    def read(edit):
+        model.save_pretrained(tmp_path)
+        return Transformer.from_pretrained(edited(tmp_path, edit))
+
+    other = read(lambda tensors: tensors.update({name: head}))
+    assert not other.config.tied and torch.equal(other.head_weight, head)
+    assert not close(other.head_weight, model.head_weight, 0.1) and torch.equal(other.embed.weight, model.embed.weight)
+    same = read(lambda tensors: tensors.update({name: tensors[embedding].clone()}))
+    assert same.config == model.config and same_weights(same, model)
+    both = read(lambda tensors: tensors.update({name: tensors.pop(embedding)}))
+    assert both.config == model.config and same_weights(both, model)
+    with pytest.raises(UserError, match="lm_head.weight' has shape"):
+        read(lambda tensors: tensors.update({name: head[1:].clone()}))
+
+
+def test_both_spellings_of_rope_scaling():
+    new = dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=50.0))
+    old = dict(rope_theta=50.0, rope_scaling=dict(type="linear", factor=2.0))
+    assert config_from_hf(LLAMA | new) == config_from_hf(LLAMA | old) != config_from_hf(LLAMA)
+    # rope_scaling goes before rope_parameters, and the original context is that of the file, its window aside
+    both = LLAMA | dict(model_type="mistral", sliding_window=8, rope_scaling=dict(rope_type="yarn", factor=4.0)) | new
+    scaling = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=32, beta_slow=1,
+                   truncate=True, attention_factor=0.1 * math.log(4) + 1)
+    assert config_from_hf(both).rope_scaling == scaling
+    both["rope_scaling"]["original_max_position_embeddings"] = 16
+    assert config_from_hf(both).rope_scaling == scaling | dict(original_max_position_embeddings=16)
+    outside = both | dict(original_max_position_embeddings=24)                        # and there goes before all
+    assert config_from_hf(outside).rope_scaling == scaling | dict(original_max_position_embeddings=24)
+
+
+@pytest.mark.parametrize("change, context", [
+    (dict(max_window_layers=1), 8), (dict(max_window_layers=2), 32), (dict(use_sliding_window=False), 32),
+    (dict(layer_types=["full_attention"] * 2, max_window_layers=0), 32),
+    (dict(layer_types=["full_attention", "sliding_attention"]), 8)])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_qwen_has_a_window_where_a_layer_has_one(kind, change, context):
+    qwen = LLAMA | dict(model_type=kind, use_sliding_window=True, sliding_window=8) | change
+    assert config_from_hf(qwen).context_length == context
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of others.
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_not_finite_are_refused_by_name(bad, dtype, tiny, tmp_path):
+    model = tiny("llama", dtype=dtype)
+    for name in ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"):
+        model.save_pretrained(tmp_path)
+        with pytest.raises(UserError, match=f"tensor '{name}' holds NaN or infinite values"):
+            Transformer.from_pretrained(edited(tmp_path, lambda tensors: tensors[name].view(-1)[-1:].fill_(bad)))
+    model.save_pretrained(tmp_path)                           # the largest finite values are fine
+    edited(tmp_path, lambda tensors: tensors[name].fill_(torch.finfo(dtype).max))
+    assert Transformer.from_pretrained(tmp_path).norm.weight.isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,8 +420,8 @@ def test_an_unexpected_tensor_is_named(family, name, tiny, tmp_path):
 
 
 def test_constants_in_files_are_no_weights(tiny, tmp_path):
-    """Mask buffers and rotary frequencies that older files carry, and the second copy of a tied head."""
-    for family, names in [("gpt2", ["transformer.h.0.attn.bias", "h.1.attn.masked_bias", "lm_head.weight"]),
+    """Mask buffers and rotary frequencies that older files carry."""
+    for family, names in [("gpt2", ["transformer.h.0.attn.bias", "h.1.attn.masked_bias"]),
                           ("llama", ["model.layers.0.self_attn.rotary_emb.inv_freq"])]:
         model = tiny(family)
         model.save_pretrained(tmp_path)
@@ -287,12 +447,17 @@ def test_a_wrong_shape_is_named(family, tiny, tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     (dict(model_type="mamba"), "model_type 'mamba'"), (dict(model_type=None), "model_type None"),
-    (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope type 'linear'"),
-    (dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "rope type 'yarn'"),
+    (dict(rope_scaling={"type": "linear"}), "lacks 'factor'"),
+    (dict(rope_scaling={"type": "yarn", "factor": None}), "lacks 'factor'"),
+    (dict(rope_parameters={"rope_type": "longrope", "factor": 2.0}), "rope type 'longrope'"),
+    (dict(rope_parameters={"full_attention": {"rope_type": "linear", "factor": 2.0}}), "rope_parameters by layer type"),
+    (dict(partial_rotary_factor=0.5), "partial_rotary_factor"), (dict(num_key_value_heads=3), "3 key/value heads"),
+    (dict(model_type="mistral", sliding_window=[4, 8]), r"sliding_window \[4, 8\]"),
+    (dict(model_type="qwen3", layer_types=["chunked_attention"]), r"layer_types \['chunked_attention'\]"),
+    (dict(model_type="gemma3_text", head_dim=16), "query_pre_attn_scalar"),
+    (dict(model_type="gemma3_text", head_dim=256, final_logit_softcapping=30.0), "final_logit_softcapping"),
     (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "lacks 'low_freq_factor'"),
-    (dict(hidden_act="gelu"), "activation 'gelu'"), (dict(attention_bias=True), "attention_bias"),
-    (dict(mlp_bias=True), "mlp_bias"), (dict(rms_norm_eps=...), "lacks 'rms_norm_eps'"),
-    (dict(model_type="gpt2"), "lacks 'n_positions'"), (dict(model_type="gpt2", activation_function="relu"), "'relu'"),
+    (dict(hidden_act="gelu"), "activation 'gelu'"), (dict(model_type="gpt2", activation_function="relu"), "'relu'"),
     (dict(model_type="gpt2", scale_attn_weights=False), "scale_attn_weights"),
     (dict(model_type="gpt2", scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx")])
 def test_other_architectures_are_refused(change, message, tiny, tmp_path):
@@ -371,7 +536,7 @@ def test_config_of_a_gpt2():
 def test_a_sliding_window_shortens_the_context(window, context):
     """Within its window such a model is a plain Llama; beyond it, it is not one: the context ends there."""
     assert config_from_hf(LLAMA | dict(model_type="mistral", sliding_window=window)).context_length == context
-    qwen2 = LLAMA | dict(model_type="qwen2", sliding_window=window)
+    qwen2 = LLAMA | dict(model_type="qwen2", sliding_window=window, max_window_layers=0)
     assert config_from_hf(qwen2).context_length == 32                                 # use_sliding_window is off
     assert config_from_hf(qwen2 | dict(use_sliding_window=True)).context_length == context
 
@@ -389,7 +554,8 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fac
 @pytest.mark.parametrize("change", [
     dict(), dict(model_type="mistral", sliding_window=16), dict(model_type="qwen2"), dict(head_dim=24),
     dict(tie_word_embeddings=True), dict(rope_theta=5e5, rope_scaling=LLAMA3), dict(eos_token_id=None),
-    dict(rope_parameters=LLAMA3 | dict(rope_theta=5e5))])
+    dict(rope_parameters=LLAMA3 | dict(rope_theta=5e5)), dict(attention_bias=True), dict(mlp_bias=True),
+    dict(model_type="qwen3", attention_bias=True), dict(rope_scaling=dict(type="yarn", factor=2.0))])
 def test_configs_survive_the_round_trip(change):
     config = config_from_hf(LLAMA | change)
     assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config

@@ -386,6 +386,10 @@ def test_fingerprint_knows_the_base_and_nothing_else(tiny):
     mark = fingerprint(model)
     assert fingerprint(adapted(model)) == mark == fingerprint(tiny().bfloat16())
     assert len({mark, fingerprint(tiny(seed=1)), fingerprint(tiny("llama"))}) == 3
+    llama = tiny("llama")
+    assert (mark, fingerprint(llama)) == ("0c1d3fe38dd1d030", "5c75b5e6b64265e5")     # adapters on disk name it: not to
+    llama.config.qk_norm = True                               # be changed by a new switch, unless the switch is in use
+    assert fingerprint(llama) != "5c75b5e6b64265e5"
 
 
 def test_export_peft_is_the_merged_matrix(tiny, tmp_path):

@@ -16,6 +16,7 @@ from svd_lora import SVDLoRALinear, adapters_off, inject_svd_lora, set_preferenc
 
 HF = Path(__file__).parents[3] / "shared" / "oracles" / "data" / "hf"
 families = pytest.mark.parametrize("family", ["gpt2", "llama"])
+all_families = pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
 PROMPTS = [[3], [4, 5, 6, 7, 8, 9, 10], [11, 12, 13], [3, 4]]
 LAM = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5], [0.2, 0.8]])                  # one preference for each prompt
 
@@ -81,7 +82,7 @@ def test_golden_generation(name, monkeypatch):
     assert generate(model, prompts, 32, temperature=0) == expected["greedy"].tolist()
 
 
-@families
+@all_families
 def test_generation_equals_recomputation(family, talker):
     """Wrong: padding counted as positions or seen, a key written to a neighbouring slot, a slot seen too early."""
     model = talker(family)
@@ -283,7 +284,7 @@ def forced(model, decoder, tokens):
             torch.stack([model(row)[0, -1 - tokens.shape[1]:] for row in rows]))
 
 
-@families
+@all_families
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 def test_the_decode_step_equals_a_forward(family, pack, dtype, tolerance, tiny, close, monkeypatch):
@@ -296,7 +297,7 @@ def test_the_decode_step_equals_a_forward(family, pack, dtype, tolerance, tiny, 
     assert not close(ours[:, 1:].float(), theirs[:, :-1].float(), 0.3)                # wrong: one position behind
 
 
-@families
+@all_families
 def test_the_decode_step_can_be_replayed(family, tiny, close):
     """What a CUDA graph needs, without CUDA: the operations of one step, recorded and run again, are all later steps,
     and to run a step before its time does no harm. Wrong: a position, a slot or a length that is a Python number."""

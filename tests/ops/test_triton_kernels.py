@@ -301,7 +301,7 @@ def decode_steps(kernels, new):
     on_kernels, launches, launch = fused.use_kernels, [], kernels.svd_lora_decode
     kernels.svd_lora_decode = lambda x, W, *args, **kw: (launches.append(len(W)), launch(x, W, *args, **kw))[1]
     lam = torch.tensor([[0.0, 1.0], [0.7, 0.3], [0.5, 0.5]])
-    for family, kind in (("llama", None), ("llama", "nf4"), ("gpt2", None), ("gpt2", "int8")):
+    for family, kind in (("llama", None), ("llama", "nf4"), ("gpt2", None), ("gpt2", "int8"), ("gemma3", "nf4")):
         model, generator = Transformer(Config(61, 32, 1, 4, 16, **SHAPES[family])), torch.Generator().manual_seed(0)
         for p in model.parameters():
             torch.nn.init.normal_(p, 0.5 if p.ndim == 1 else 0.0, 0.2, generator=generator)
@@ -329,7 +329,7 @@ def decode_steps(kernels, new):
         want, wrong = logits(False, lam), logits(False, lam.roll(1, 0))               # the neighbour's preference
         assert not launches
         got = logits(True, lam)
-        assert launches == [3, 1, 2 if family == "llama" else 1, 1] * 2               # q k v, o, gate up, down
+        assert launches == [3, 1, 1 if family == "gpt2" else 2, 1] * 2                # q k v, o, gate up, down
         launches.clear()
         yield got, want, 1e-5 if new.dtype == torch.float32 else 0.03, wrong
     fused.use_kernels, kernels.svd_lora_decode = on_kernels, launch
