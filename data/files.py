@@ -53,7 +53,7 @@ def named(path):
 
 def plain_name(path):
     """What a file is called in the name of a run: "helpful=data/train.jsonl.gz" -> "train"."""
-    return Path(named(path)[1]).name.removesuffix(".gz").rpartition(".")[0] or Path(path).name
+    return Path(Path(named(path)[1]).name.removesuffix(".gz")).stem
 
 
 def is_text(path):

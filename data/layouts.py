@@ -94,17 +94,17 @@ def read_examples(path, fields=None, use=lambda example: None):
             examples.append(example)
         except Broken as why:
             out.append((why.with_traceback(None), example.where))
-    first, broken = {}, sum(why.counts for why, _ in out)
+    first, left_out = {}, Counter(why.cause for why, _ in out)
     for why, where in out:
         first.setdefault(why.cause, (why, where))
-    counts = Counter(why.cause for why, _ in out)
-    if broken > MOST_BROKEN * rows:
-        why, where = first[counts.most_common(1)[0][0]]
-        raise UserError(f"{where}: {why.cause}{why.detail} ({broken} of {rows} rows are broken: too many)")
+    broken = Counter(why.cause for why, _ in out if why.counts)
+    if broken.total() > MOST_BROKEN * rows:
+        why, where = first[broken.most_common(1)[0][0]]
+        raise UserError(f"{where}: {why.cause}{why.detail} ({broken.total()} of {rows} rows are broken: too many)")
     for cause, (why, where) in first.items():
         row = where.removeprefix(f"{path}, ")
-        print(f"{path}: {counts[cause]} of {rows} rows left out: {cause}{why.detail} (first: {row})")
-    return File(_with_names(examples, name, path), rows, dict(counts))
+        print(f"{path}: {left_out[cause]} of {rows} rows left out: {cause}{why.detail} (first: {row})")
+    return File(_with_names(examples, name, path), rows, dict(left_out))
 
 
 def _joined(examples):

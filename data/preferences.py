@@ -31,7 +31,7 @@ def read_preferences(paths, dims=None, pref_dim=None, seed=0, fields=None):
     for path in paths:
         examples = read_compared(path, fields).examples
         if any("*" in example.ratings for example in examples):
-            raise UserError(f"{path}: its label has no name; give the dimension with the file, as helpful={path}")
+            raise UserError(f"{path}: its label has no name; give the dimension, as in --data helpful={path}")
         for example in examples:
             rows.append(_turned(example) if seed is not None and coin.random() < 0.5 else example)
     names = dict.fromkeys(dim for example in rows for _, labels in example.compared() for dim in labels)

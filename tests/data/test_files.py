@@ -91,14 +91,14 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
 def test_a_line_of_ten_megabytes(tmp_path, value):
     for text in ('{"a": "' + value + '"}', '[{}, {"a": "' + value + '"}]'):
         (tmp_path / "a").write_text(text)
-        start = time.time()
-        assert len(read(tmp_path / "a")) == 1 + (text[0] == "[") and time.time() - start < 2
+        start = time.process_time()
+        assert len(read(tmp_path / "a")) == 1 + (text[0] == "[") and time.process_time() - start < 2
 
 
 def test_an_array_takes_time_in_proportion(tmp_path):
     (tmp_path / "a").write_text("[" + ", ".join(['{"a": "' + "x" * 400 + '"}'] * 20000) + "]")
-    start = time.time()
-    assert len(read(tmp_path / "a")) == 20000 and time.time() - start < 2    # wrong: the rest is copied, 80 GB
+    start = time.process_time()
+    assert len(read(tmp_path / "a")) == 20000 and time.process_time() - start < 2    # wrong: the rest is copied, 80 GB
 
 
 def test_names(tmp_path, monkeypatch):
@@ -106,8 +106,8 @@ def test_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lr=3.jsonl").write_text("{}")
     assert named("lr=3.jsonl") == (None, "lr=3.jsonl") and named("a=lr=3.jsonl") == ("a", "lr=3.jsonl")
-    assert [plain_name(x) for x in ("helpful=d/train.v2.jsonl.gz", "d/train.json", "out/run", "lr=3.jsonl")] == [
-        "train.v2", "train", "run", "lr=3"]
+    assert [plain_name(x) for x in ("a=d/train.v2.jsonl.gz", "d/train.json", "out/run", "a=run", "lr=3.jsonl")] == [
+        "train.v2", "train", "run", "run", "lr=3"]
     assert is_text("a/s.txt") and is_text("s.txt.gz") and not is_text("txt.jsonl")
 
 

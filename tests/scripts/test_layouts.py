@@ -1,5 +1,5 @@
-"""test_layouts.py - public layouts all the way: files as they are on the hub, read, trained on for a few steps, and read
-again by the evaluation."""
+"""test_layouts.py - public layouts all the way: files as they are on the hub, read, trained on for a few steps, and
+read again by the evaluation."""
 import gzip
 import json
 import math

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import eval_front
 import train_hqd
 from data import toy
+from data.chat import turns
 from data.offline import draw_world, read_offline
 from data.prompts import split
 from data.text_rewards import text_rewards
@@ -252,14 +253,14 @@ def test_an_offline_set_of_one_s_own(work, capsys):
     assert len(train) + len(held) == 50 and len(held) >= 2
     said, s, config = answers_of(run), read(run, "selection.json"), read(run, "config.json")
     prompts = {row.prompt for row in train}
-    assert {x["prompt"] for x in said} <= prompts and len(said) == 3 * min(10, len(prompts))     # MOST_PROMPTS
+    assert {turns(x["prompt"]) for x in said} <= prompts and len(said) == 3 * min(10, len(prompts))     # MOST_PROMPTS
     assert s["stage 1"]["pairs"] == len(train) and config["prompts"] == [file]
     raw = text_rewards(["length", "narrative"], [x.prompt for x in train], [x.responses[0] for x in train])
     assert config["rewards"]["mean"] == pytest.approx(raw.mean(0).tolist())
     assert config["rewards"]["std"] == pytest.approx(raw.std(0).tolist())
     assert s["stage 1"]["low"] == raw.amin(0).tolist() and s["stage 1"]["high"] == raw.amax(0).tolist()
     assert s["stage 2"]["representatives"][0]["outside"] is None
-    counts = f"{len(train)} pairs, {len(held)} held out, dropped: 0 short, 0 empty, 0 duplicate\n"
+    counts = f"{len(train)} pairs, {len(held)} held out, dropped: 0 short, 0 duplicate\n"
     assert counts in capsys.readouterr().out
     r = read(run, "front.json")                                        # on sampled answers to the held-out prompts
     assert r["points_are"] == "normalised mean reward" and r["lams"] == [[0, 1], [0.5, 0.5], [1, 0]]
