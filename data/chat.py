@@ -6,9 +6,9 @@ which markers, special tokens of the tokenizer, stand around a turn. Two plain f
     hh      \n\nHuman: {question}\n\nAssistant: {answer}\n\nHuman: {question}\n\nAssistant:     as the papers' data
     none    the contents alone, with a blank line between them
 
-Templates come from strangers: data/render.py runs them, a process of its own with limits of time and memory.
-What a template writes are special tokens; the same letters in somebody's turn are text. So a turn's are *hidden* while
-it is part of the whole (hide, shown), and data.tokenizers encodes both, each as what it is.
+Templates come from strangers: data/render.py runs them, a process of its own with limits of time and memory. What a
+template writes are special tokens; the same letters in somebody's turn are text. So these are *hidden* while the whole
+is one text (hide, shown), and data.tokenizers encodes both, each as what it is.
 """
 import json
 import re
@@ -21,6 +21,8 @@ from typing import NamedTuple
 from data.files import Message
 from runs.files import UserError, read_json
 
+TOO_MUCH = "it takes too long, or too much memory"
+PATIENCE = 60           # seconds that a template has on a busy machine; render.py's own limit is a few of CPU time
 RENDER = Path(__file__).with_name("render.py")
 QUESTION, ANSWER = "Which day is it?", "It is a Monday."    # what a template is tried on
 TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")     # that templates know by name
@@ -56,6 +58,8 @@ def find_template(choice, directory=None, system=None):
     name, source = (None, None) if choice == "hh" else _own(directory) if choice == "auto" else (choice, _read(choice))
     if source is None:
         return Template(system=system)
+    if not isinstance(source, str):
+        raise UserError(f"chat template {name}: it is no text, and no list of {{name, template}}")
     return Template(str(name), source, system, _tokens(directory), before="", asks="")
 
 
@@ -68,7 +72,7 @@ def _own(directory):
     path = directory / "tokenizer_config.json"
     source = read_json(path).get("chat_template") if path.is_file() else None
     if isinstance(source, list):                            # several, by name
-        source = {each["name"]: each["template"] for each in source}.get("default")
+        source = {each.get("name"): each.get("template") for each in source}.get("default")
     return path, source
 
 
@@ -81,19 +85,19 @@ def _read(path):
 
 
 def _tokens(directory):
+    """{"bos_token": "<s>", …} of a model's directory."""
     named = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if directory is not None and (directory / file).is_file():
             named |= read_json(directory / file)
-    spelled = {key: named[key]["content"] if isinstance(named[key], dict) else named[key] for key in TOKENS
-               if named.get(key)}
-    return spelled
+    return {key: named[key]["content"] if isinstance(named[key], dict) else named[key] for key in TOKENS
+            if named.get(key)}
 
 
 def tried(template):
     """What a template makes of a question and its answer: (the prompt, the white space in front of the answer, what
-    follows the question, what follows the answer). Raises UserError where it refuses the question; an answer it may
-    refuse."""
+    follows the question, what follows the answer); of a plain form no prompt and no end. Raises UserError where it
+    refuses the question; an answer it may refuse."""
     if template.source is None:
         return "", template.before, template.asks, ""
     user, assistant = Message("user", QUESTION), Message("assistant", ANSWER)
@@ -132,9 +136,11 @@ def write(template, prompts):
             written.append(Written(template.known[prompt], jinja, template.before))
             continue
         text = prompt if isinstance(prompt, str) else prompt[0].content
-        marked = jinja and _ends_in(text, template.asks)
-        bos = "" if not marked or text.startswith(template.opens) else template.opens
-        written.append(Written(bos + text, marked, None))
+        if jinja and _ends_in(text, template.asks):         # its markers are the template's, whoever wrote them
+            text = hide(text, ())
+            written.append(Written(text if text.startswith(template.opens) else template.opens + text, True, None))
+        else:
+            written.append(Written(text, False, None))
     return written
 
 
@@ -162,14 +168,13 @@ def turns(prompt):
 
 def announce(template, prompts):
     """Says in a line how turns are written, and how many prompts stay what they are. Nothing where all are texts."""
-    turns = [x for x in prompts if not isinstance(x, str)]
-    as_they_are = sum(is_text(template, x) for x in turns)
-    if turns:
-        print({"hh": "prompts: in the plain form, Human: … Assistant: (the tokenizer has no chat template, or "
-                     "--template hh)", "none": "prompts: the contents alone"}.get(
-            template.name, f"prompts: by the chat template of {template.name}")
-            + (f"; {as_they_are} of {len(prompts)} are whole prompts already and stay what they are"
-               if as_they_are else ""))
+    if all(isinstance(x, str) for x in prompts):
+        return
+    plain = {"hh": "in the plain form, Human: … Assistant: (no chat template, or --template hh)",
+             "none": "their contents alone"}
+    kept = sum(is_text(template, x) for x in prompts)
+    print(f"prompts: {plain.get(template.name, f'by the chat template of {template.name}')}"
+          + f"; {kept} of {len(prompts)} are whole prompts already and stay what they are" * (kept > 0))
 
 
 def _texts(template, chats):
@@ -197,10 +202,14 @@ def _rendered(template, chats, ask):
     hidden = [[{"role": turn.role, "content": hide(turn.content, template.control)} for turn in _begun(template, chat)]
               for chat in chats]
     job = {"template": template.source, "variables": template.tokens, "chats": list(zip(hidden, ask))}
-    done = subprocess.run([sys.executable, "-P", str(RENDER)], input=json.dumps(job), capture_output=True, text=True)
-    if done.returncode:
-        why = done.stderr.strip().splitlines()[-1:] or ["it takes too long, or too much memory"]
-        raise UserError(f"chat template {template.name}: {why[0]}")
+    try:
+        done = subprocess.run([sys.executable, "-P", str(RENDER)], input=json.dumps(job), capture_output=True,
+                              encoding="utf-8", timeout=PATIENCE + len(chats) / 100)
+        why = done.returncode and (done.stderr.strip().splitlines()[-1:] or [TOO_MUCH])[0]
+    except subprocess.TimeoutExpired:
+        why = TOO_MUCH
+    if why:
+        raise UserError(f"chat template {template.name}: {why}")
     return json.loads(done.stdout)
 
 

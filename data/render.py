@@ -8,13 +8,17 @@ operators is complete. The operating system's limits are: this process imports n
 CPU time and MEMORY, and dies of more. What templates may use is what transformers gives them.
 """
 import json
-import resource
 import sys
 from datetime import datetime
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+try:
+    import resource
+except ImportError:     # Windows: data/chat.py's patience is the only limit there
+    resource = None
 
 SECONDS = 3             # and one more for every thousand conversations
 MEMORY = 256 * 2 ** 20  # bytes of addresses, and ROOM times what is read
@@ -63,8 +67,9 @@ def main():
     """Reads the job, limits this process, prints the answer."""
     job = sys.stdin.buffer.read()
     memory, seconds = MEMORY + ROOM * len(job), SECONDS + job.count(b'"role"') // 1000
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    if resource:
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     job, template, answer = json.loads(job), None, []
     for messages, ask in job["chats"]:
         try:

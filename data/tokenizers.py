@@ -166,6 +166,7 @@ def _from_tiktoken(name, encoding, choice):
                           vocab_size=encoding.n_vocab, eos_id=encoding.eot_token)
     control = {token: encoding.encode_single_token(token) for token in encoding.special_tokens_set}
     template = find_template(choice[0], None, choice[1])
+    template.tokens["eos_token"] = encoding.decode([encoding.eot_token])
     return _templated(tokenizer, template, tried(template), control, partial(encoding.encode, allowed_special="all"))
 
 
@@ -183,25 +184,26 @@ def _from_huggingface(name, path, choice):
         raise UserError(f"tokenizer {path}: no EOS token found; name eos_token in its tokenizer_config.json")
     if bos == eos:  # GPT-2's one special token: it ends texts, so it must not begin prompts
         bos = None
-    template = find_template(choice[0], path, choice[1])
+    named = {token: model.id_to_token(number) for token, number in (("bos_token", bos), ("eos_token", eos))
+             if number is not None}
+    template, ends = find_template(choice[0], path, choice[1]), [eos, *_stops(path)]
+    template.tokens.update(named | template.tokens)
     trial = tried(template)
-    # special tokens: those that say so, BOS and EOS, and what a template writes around a question
-    ends = [eos, *_stops(path)]
-    vocabulary, added = model.get_vocab(), model.get_added_tokens_decoder()
-    control = {token.content: number for number, token in added.items()
-               if token.special or number in (bos, *ends) or token.content.strip() and token.content in trial[0]}
-    control |= {model.id_to_token(number): number for number in (bos, eos) if number is not None}
+    # special tokens: those that say so, what ends a response, and what the template writes around a question
+    control = {token.content: number for number, token in model.get_added_tokens_decoder().items()
+               if token.special or number in ends or token.content.strip() and token.content in trial[0]}
+    control |= {token: model.token_to_id(token) for token in named.values()}
     model.add_special_tokens(list(control))
 
     def encode(text, special=False):
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half an emoji: U+FFFD, as tiktoken
         model.encode_special_tokens = not special  # True: "</s>" in a text is four characters, not the end
         ids = model.encode(text, add_special_tokens=False).ids  # no BOS from the post-processor
-        return ids if special else [number for number in ids if number not in numbers]  # a vocabulary of whole words
+        return ids if special else [number for number in ids if number not in (bos, eos)]  # as words of a vocabulary
 
-    numbers, first = set(control.values()), model.encode("a", add_special_tokens=False).tokens[:1]
+    first = model.encode("a", add_special_tokens=False).tokens[:1]
     tokenizer = Tokenizer(name, encode, decode=lambda ids: model.decode(ids, skip_special_tokens=False),
-                          vocab_size=max(vocabulary.values()) + 1, eos_id=eos, bos_id=bos,
+                          vocab_size=max(model.get_vocab().values()) + 1, eos_id=eos, bos_id=bos,
                           prefix_space=bool(first) and first[0][0] in "▁Ġ", more_ends=tuple(ends[1:]))
     return _templated(tokenizer, template, trial, control, partial(encode, special=True))
 
@@ -216,7 +218,7 @@ def _templated(tokenizer, template, trial, control, marked):
     def encode_marked(text):
         if shown(text, spelled) == text:
             return marked(text)
-        parts = [part for part in re.split(f"({found})", text) if part]    # what is hidden in a part is a text
+        parts = filter(None, re.split(f"({found})", text))  # what is hidden in a part is a text
         return [number for part in parts
                 for number in ([control[part]] if part in control else tokenizer.encode(shown(part, spelled)))]
 

@@ -190,6 +190,9 @@ def test_bos_once(tmp_path):
     assert rows[0].responses == [ids(tokenizer, " Yes", 1)]                             # the template's own space
     (cut, text), _ = tokenize([Row(prompts[0]), Row("Hi")], tokenizer, 1000, max_prompt=5)
     assert (cut.prompt, text.prompt) == (ids(tokenizer, 0, "NST]"), ids(tokenizer, 0, "Hi"))
+    (tmp_path / "tokenizer_config.json").rename(tmp_path / "mine.jinja").write_text(LLAMA2)     # nobody names <s> now
+    bare = load_tokenizer(tmp_path, str(tmp_path / "mine.jinja"))
+    assert tokenize([Row(prompts[0], ["Yes"])], bare, 1000)[0] == rows[:1]
 
 
 @pytest.mark.parametrize("special", [True, False])
