@@ -13,6 +13,7 @@ import argparse
 import gzip
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -32,7 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from small import SHAPES, adapted
 
 import eval_front
@@ -235,47 +236,52 @@ def changed_bytes(rng, data):
     a, b = sorted(rng.randrange(len(data) + 1) for _ in range(2))
     part = rng.choice((b"", b"\x00", b"\xff", b"\n", b"[", b"{", b'"', b"\\ud800", b"\xef\xbb\xbf", b"A" * 1000,
                        rng.randbytes(8), data[a:b]))
-    return rng.choice((data[:a], data[a:], data[:a] + data[b:], data[:a] + part + data[a:], data[:a] + part + data[a + 1:],
-                       data[:b] + data[a:], part, b"", data + part, data.decode(errors="replace").encode("utf-16")))
+    return rng.choice((data[:a], data[a:], data[:a] + data[b:], data[:a] + part + data[a:], data[:b] + data[a:],
+                       data[:a] + part + data[a + 1:], part, b"", data + part,
+                       data.decode(errors="replace").encode("utf-16")))
 
 
 def changed_tensors(rng, data):
-    """A safetensors file: its header, the length of it, its tensors."""
+    """A safetensors file: a sound one with other tensors or metadata, or one whose header does not fit."""
     n = struct.unpack("<Q", data[:8])[0]
-    header, body = json.loads(data[8:8 + n]), bytearray(data[8 + n:])
-    names = [name for name in header if name != "__metadata__"]
-    entry, other, kind, length = header[rng.choice(names)], header[rng.choice(names)], rng.randrange(9), None
-    if kind == 0:
+    header, body, length = json.loads(data[8:8 + n]), data[8 + n:], None
+    metadata, tensors = header.get("__metadata__", {}), load(data)
+    name, other = rng.choice(list(tensors)), rng.choice(list(tensors))
+    tensor, entry, kind = tensors[name], header[name], rng.randrange(12)
+    if kind < 3 and metadata:
+        key = rng.choice(list(metadata))
+        text = str(changed(rng, metadata[key])).encode(errors="replace").decode()
+        return save(tensors, metadata | {key if rng.random() < 0.9 else "x": text})
+    if kind < 7:
+        wrong = [tensor.to(dtype) for dtype in (torch.float64, torch.float16, torch.int32, torch.bool)]
+        wrong += [tensor * x for x in (math.nan, math.inf, 1e38)] + [tensor[None], tensor.flatten(), torch.zeros(())]
+        if tensor.ndim:
+            wrong += [tensor[:0], tensor[:1], tensor.flip(0), tensor.movedim(0, -1)]
+        key = rng.choice((name, name, name, other, name + "x", "", "blocks.9.attn.q.weight", "\n\x00é"))
+        added = {key: rng.choice(wrong).contiguous()} if rng.random() < 0.8 else {}
+        return save({each: x for each, x in tensors.items() if each != name} | added, metadata)
+    if kind == 7:
         length = rng.choice((0, 1, n - 1, n + 1, len(data), 10 ** 8, 2 ** 40, 2 ** 63, 2 ** 64 - 1))
-    elif kind == 1:
-        entry["dtype"] = rng.choice(("F64", "F16", "BF16", "I32", "U32", "I64", "U8", "BOOL", "F8_E4M3", "C64", "?"))
-    elif kind == 2:
-        entry["data_offsets"] = other["data_offsets"]
-    elif kind == 3:
-        entry["shape"] = rng.choice((other["shape"], entry["shape"][::-1], [], [0], [-1], [2 ** 32, 2 ** 32],
-                                     [1, *entry["shape"]], [*entry["shape"], 1]))
-    elif kind == 4:
-        entry["dtype"] = rng.choice(("I32", "U32"))
-    elif kind == 5:
-        a, b = entry["data_offsets"]
-        value = struct.pack("<f", rng.choice((float("nan"), float("inf"), -float("inf"), 3e38, -0.0)))
-        body[a:b] = value * ((b - a) // 4)
-    elif kind == 6:
-        a, b = sorted(rng.randrange(len(body) + 1) for _ in range(2))
-        body = rng.choice((body[:a], body + body[a:b], b"", body[:a] + body[b:]))
+    elif kind == 8:
+        entry["dtype"] = rng.choice(("F64", "I32", "U32", "U16", "BOOL", "F8_E4M3", "C64", "F4", "?"))
+    elif kind == 9:
+        entry["data_offsets"] = header[other]["data_offsets"]
+    elif kind == 10:
+        body = body[:rng.randrange(len(body))] if rng.random() < 0.5 else body + bytes(rng.randrange(1, 9))
     else:
         header = changed(rng, header)
     text = as_json(rng, header).encode(errors="surrogatepass")
     return struct.pack("<Q", len(text) if length is None else length) + text + body
 
 
-PIECES = ("{% for i in range(10 ** 9) %}x{% endfor %}", "{{ 'x' * 10 ** 9 }}", "{% set a = [[]] %}", "{{ a.b.c }}",
-          "{{ messages[9].content }}", "{{ raise_exception('\n\nno\n') }}", "{{ 1 / 0 }}", "{% if %}", "{{", "\x00",
-          "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "<|im_end|>", "{{ eos_token }}",
-          "{{ ''.__class__.__mro__ }}", "{% include '/etc/passwd' %}", "{{ messages | tojson }}", "{{ tools[0] }}",
-          "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ 2 ** (2 ** 40) }}", "{{ '%999999999d' % 1 }}", "\ufdd0" "7\ufdd1",
-          "{{ range(10 ** 7) | list | length }}", "{{ ('a' * 50000) | tojson }}", "{% break %}", "{{ strftime_now(0) }}",
-          "{% generation %}x{% endgeneration %}", "{{ namespace(x=1).x }}", "{{ none.x }}", "{{ messages.append(1) }}")
+PIECES = [
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{{ 'x' * 10 ** 9 }}", "{% if %}",
+    "{% for i in range(99999) %}{{ messages | tojson }}{% endfor %}", "{{ 2 ** (2 ** 40) }}", "{{ '%999999999d' % 1 }}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ range(10 ** 7) | list | length }}", "{{ a.b.c }}", "{{",
+    "{{ raise_exception('\n\nno\n') }}", "{{ 1 / 0 }}", "{{ messages[9].content }}", "{{ none.x }}", "{{ tools[0] }}",
+    "{{ ''.__class__.__mro__ }}", "{% include '/etc/passwd' %}", "{{ messages.append(1) }}", "{{ strftime_now(0) }}",
+    "{{ messages | tojson }}", "{{ eos_token }}", "<|im_end|>", "\ufdd07\ufdd1", "\x00", "{{ ('a' * 50000) | tojson }}",
+    "{% break %}", "{% generation %}x{% endgeneration %}", "{{ namespace(x=1).x }}", "{% set messages = [] %}"]
 
 
 def changed_template(rng, data):
@@ -333,10 +339,10 @@ def tokenizers(rng, file):
 
 
 def adapters(rng, file):
-    model = small_model(*rng.choice((("llama",), ("llama",), ("llama",), ("llama", 1), ("gpt2",), ("qwen3",))))
+    model = small_model(*rng.choice([("llama",)] * 8 + [("llama", 1), ("gpt2",), ("qwen3",)]))
     if rng.random() < 0.2:
         adapted(model, k=rng.choice((4, 3)), m=rng.choice((2, 3)))
-    dims = rng.choice((None, ["helpful", "harmless"], ["harmless", "helpful"], ["helpful"]))
+    dims = rng.choice((None, None, None, ["helpful", "harmless"], ["harmless", "helpful"], ["helpful"]))
     header = load_adapter(model, file, dims)
     set_preference(model, torch.tensor([0.25, 0.75]))
     generate(model, [[1, 2, 3]], 2, generator=torch.Generator().manual_seed(0))
@@ -360,8 +366,9 @@ def runs(rng, file):
 def preferences(rng, file):
     model = adapted(small_model("llama"), m=rng.choice((1, 2, 3)))
     m = next(iter(svd_lora_layers(model).values())).m
-    numbers = rng.choice(([rng.choice((0.0, 1.0, 0.5, 1 / 3, -0.1, 2.0, float("nan"), float("inf"), 1e-5, 1e308, 1e-320))
-                           for _ in range(rng.randrange(7))], [1 / m + rng.choice((0, 1e-6, 1e-3, -1e-4))] * m))
+    off = rng.choice((0, 1e-6, 1e-3, -1e-4))
+    numbers = rng.choices((0.0, 1.0, 0.5, 1 / 3, -0.1, 2.0, math.nan, math.inf, 1e308, 1e-320), k=rng.randrange(7))
+    numbers = rng.choice((numbers, [1 / m + off] * m))
     lams = preferences_of(numbers, ["a", "b", "c"][:m])
     for lam in lams:
         set_preference(model, lam)
@@ -412,7 +419,7 @@ def outcome(read, rng, file, folder):
         return ("refused", message) if listing(folder) == before else ("leaves something behind", message)
     except Exception as e:
         own = [f for f in traceback.extract_tb(e.__traceback__) if f.filename.startswith(str(ROOT))][-1]
-        return f"{type(e).__name__} in {Path(own.filename).name}: {own.name}", f"{e} [{own.line}]\n{traceback.format_exc()}"
+        return f"{type(e).__name__} in {Path(own.filename).name}: {own.name}", traceback.format_exc()
     finally:
         os.chdir(place)
 
