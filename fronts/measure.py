@@ -13,11 +13,13 @@ one per preference.
 """
 import math
 from functools import cached_property, partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 
 from data import toy
+from data.base import load_base
 from data.preferences import read_preferences
 from data.prompts import read_demonstrations, read_prompts, split, written
 from data.rewards import world_scores
@@ -29,6 +31,7 @@ from model import Transformer, generate
 from objectives import losses_on_pairs
 from ops.generation import Mixture, frozen
 from ops.quantize import dense_state_dict
+from runs.directory import adapter_file
 from runs.files import UserError, read_json
 from runs.processes import pick_device
 from runs.randomness import generator_for
@@ -81,10 +84,14 @@ def run_config(run):
 
 
 def base_of(config, device):
-    """The base model of a run, as it was trained on: in the same precision, quantised or not."""
+    """The base model of a run, as it was trained on: in the same precision, quantised or not. Raises UserError where it
+    is not there any more, or knows another world."""
     flags = config["flags"]
+    if not Path(config["base"]).is_dir():
+        raise UserError(f"{config['base']}, the base model of this run, is not there any more: bring it back, or write "
+                        f"into the run's config.json under \"base\" where it is")
     _, dtype = pick_device(str(device), flags.get("precision") or "auto")
-    return Transformer.from_pretrained(config["base"], dtype, device, flags.get("quantize"))
+    return load_base(config["base"], config["tokenizer"], device, dtype, flags.get("quantize"))[0]
 
 
 def policies(run, config, model, lams, adapters=None, mix="weights", factor=1.0):
@@ -108,7 +115,7 @@ def policies(run, config, model, lams, adapters=None, mix="weights", factor=1.0)
     elif method == "rs":
         models = [shared_base(model) for _ in range(len(dims) + 1)]                   # π_ref, then the specialists
         for dim, specialist in zip(dims, models[1:]):
-            load_adapter(specialist, run / f"adapter-{dim}.safetensors", dims)
+            load_adapter(specialist, adapter_file(run, f"adapter-{dim}"), dims)
         weights = [[1 - factor, *(factor * lam).tolist()] for lam in lams]
         if mix == "logprobs":
             yield from ((lam, Mixture(models, w)) for lam, w in zip(lams, weights))

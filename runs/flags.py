@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from runs.files import UserError
+from runs.files import Stopped, UserError
 
 PLAIN = "on a GPU: no Triton kernels and no CUDA graphs, but their plain definitions"
 
@@ -43,6 +43,7 @@ class RunFlags:
     log_every: int = flag(20, "print a line every so many steps", 1)
     save_every: int = flag(200, "write a checkpoint every so many steps", 1)
     eval: bool = flag(True, "evaluate at the end")
+    overwrite: bool = flag(False, "replace the run that the directory holds")
 
 
 @dataclasses.dataclass
@@ -202,8 +203,10 @@ def run_main(main, cls, doc, several=False):
     that fails ends at once: torchrun then ends the others, wherever they wait for it.
     """
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for stream in (sys.stdout, sys.stderr):                            # a terminal without λ shows a ? in its place
+        stream.reconfigure(errors="replace")
     if rank > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     try:
         if processes > 1 and not several:
             raise UserError(f"{Path(sys.argv[0]).name} is one process: start it with python, not with torchrun")
@@ -215,9 +218,10 @@ def run_main(main, cls, doc, several=False):
             time.sleep(5)       # the first process found the same and said it: torchrun ends this one before it speaks
         print(f"error: {e}", file=sys.stderr, flush=True)
         _end(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)
-        _end(130)
+    except KeyboardInterrupt as e:
+        said, status = e.args if isinstance(e, Stopped) else ("stopped", 130)
+        print(said, file=sys.stderr, flush=True)
+        _end(status)
     except Exception:
         if not dist.is_initialized():
             raise

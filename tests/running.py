@@ -60,9 +60,10 @@ def small_world():
         patch.setattr(toy, "prompts", lambda split: prompts(split)[::every.get(split, 10)])
         patch.setattr(toy, "base_probs", lambda prompt: probs(prompt) / probs(prompt).sum())
         patch.setattr(base, "SHIPPED", Path(BASE))
-        toy._responses.cache_clear(), toy._scores.cache_clear()
+        forget = lambda: [f.cache_clear() for f in (toy._responses, toy._scores, base.world_fingerprint)]
+        forget()
         yield
-    toy._responses.cache_clear(), toy._scores.cache_clear()
+    forget()
 
 
 @contextmanager
@@ -82,7 +83,8 @@ def make_base():
     small = replace(SIZES["tiny"], n_layer=2, d_model=64, n_head=2, n_kv_head=2, head_dim=32, d_ff=256)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_base, "SIZES", {"tiny": small})
-        return train_base.main(train_base.Flags(steps=100, batch_size=4, whole_steps=10, lr=6e-3, device="cpu"))
+        return train_base.main(train_base.Flags(steps=100, batch_size=4, whole_steps=10, lr=6e-3, device="cpu",
+                                                 out=BASE))
 
 
 def words(flags):
