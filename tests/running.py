@@ -37,6 +37,7 @@ SMALL = {
                       estimator="gae"),
     "train_hqd": dict(pool=400, near=12, steps=4, steps2=3, batch_size=3, parts=2, samples2=3, max_new_tokens=24,
                       save_every=1),
+    "train_base": {},
     "train_reward": dict(rows=24, responses=4, batch_size=4, steps=20, max_new_tokens=8, reward_scale=[1.0, 5.0])}
 CONSTANTS = {train_hqd: dict(MOST_PROMPTS=10), train_ppo: dict(REFERENCE_SAMPLES=16),
              train_reward: dict(EVAL_ROWS=4, N_REFERENCE=12)}
@@ -106,7 +107,8 @@ def go(script, name, **flags):
         for (target, constant), usual in USUAL.items():
             if getattr(target, constant) == usual:                     # where a test has set its own, that stays
                 patch.setattr(target, constant, CONSTANTS[target][constant])
-        argv = words(COMMON | SMALL[script] | flags | {"out": f"out/{name}"})
+        common = {k: v for k, v in COMMON.items() if k != "eval" or script != "train_base"}
+        argv = words(common | SMALL[script] | flags | {"out": f"out/{name}"})
         return Path(module.main(cli(module.Flags, "", argv))).resolve()
 
 

@@ -146,7 +146,7 @@ def test_a_soup_at_a_vertex_is_its_member_and_averages_between(soups):
         policies = measure.policies(soups, config, model, torch.tensor([[1.0, 0.0], [0.25, 0.75]]), factor=factor)
         for lam, soup in policies:
             expected = W0 + factor * (lam[0] * (ends[0][name] - W0) + lam[1] * (ends[1][name] - W0))
-            assert torch.allclose(soup.state_dict()[name], expected, atol=1e-7)
+            assert torch.allclose(merged_state_dict(soup)[name], expected, atol=1e-7)
             assert not torch.allclose(expected, W0 + (2.5 - factor) * (expected - W0) / factor, atol=1e-7)
 
 

@@ -8,14 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+from killing import kill_everywhere
 from running import BASE, COMMON, ROOT, SMALL, Killed, go, killed, metrics, own_rows, timeless, words
 
 import eval_front
+import train_base
 import train_hqd
 import train_ppo
+from model import Transformer
 from runs.directory import read_state_header
 from runs.files import UserError
 
@@ -30,6 +34,40 @@ def same_files(run, whole):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
     assert timeless(run) == timeless(whole)
     assert not (run / "state.safetensors").exists() and not list(run.rglob(".*"))
+
+
+TINY = dict(steps=2, rows=4, responses=2, batch_size=2, lams_per_step=2, save_every=1, snapshots=1)
+EVERYWHERE = {
+    "dpo": ("train_dpo", TINY), "rs": ("train_dpo", TINY | dict(method="rs")),
+    "dps": ("train_dpo", TINY | dict(method="dps", dps_parts=2, steps=3)),
+    "prompt": ("train_dpo", TINY | dict(method="prompt")),
+    "tche": ("train_dpo", TINY | dict(aggregate="tche")),
+    "evaluated": ("train_dpo", TINY | dict(eval=True)),
+    "sft": ("train_sft", dict(steps=2, rows=4, responses=1, batch_size=2, save_every=1, snapshots=1)),
+    "ppo": ("train_ppo", dict(steps=2, save_every=1, snapshots=1)), "hqd": ("train_hqd", dict(steps=2, steps2=1)),
+    "reward": ("train_reward", dict(steps=2, save_every=1)),
+    "base": ("train_base", dict(steps=2, batch_size=2, whole_steps=2, whole_batch=2, save_every=1))}
+
+
+def kills(name):
+    script, flags = EVERYWHERE[name]
+    run = Path("out", f"everywhere-{name}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_base, "SIZES", {"tiny": Transformer.from_pretrained(BASE).config})
+        return kill_everywhere(lambda: go(script, run.name, **flags), run)
+
+
+def test_a_kill_anywhere_loses_nothing():
+    """DPO, one step. Wrong: a directory with nothing but a temporary file holds no run; the log is written before a
+    checkpoint and not cut; what a dead process left stays."""
+    EVERYWHERE["one step"] = "train_dpo", TINY | dict(steps=1, snapshots=0)
+    assert kills("one step") >= 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_a_kill_anywhere_loses_nothing_in_any_training(name):
+    assert kills(name) >= 30
 
 
 AT = lambda member, step: lambda record: (record["member"], record["step"]) == (member, step)

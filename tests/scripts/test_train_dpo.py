@@ -229,7 +229,7 @@ def test_dimensions_are_chosen_by_number_or_name():
 def test_default_names_and_preferences():
     """Without --out the run is named after what it is; without --lams_per_step G is 8 for ls, 1 for tche."""
     run = train_dpo.main(train_dpo.Flags(steps=1, rows=8, responses=3, eval=False, device="cpu", aggregate="tche"))
-    assert str(run).startswith("out/dpo-panacea-tche-helpful-harmless-seed0-") and "rows8" in str(run)
+    assert str(run).startswith("out/dpo-panacea-tche-helpful-harmless-seed0-") and "rows=8" in str(run)
     assert np.shape(metrics(run)[0]["lam"]) == (1, 2)
     run = train_dpo.main(train_dpo.Flags(steps=1, rows=8, responses=3, eval=False, device="cpu"))
     assert np.shape(metrics(run)[0]["lam"]) == (8, 2)
@@ -238,7 +238,7 @@ def test_default_names_and_preferences():
 @pytest.mark.parametrize("flags", [dict(checkpoint=True), dict(precision="bf16"), dict(quantize="int8")])
 def test_options_that_save_memory(panacea, flags):
     """--checkpoint changes nothing; another precision of the base changes the losses a little, and only that."""
-    other = go("train_dpo", "memory", **flags)
+    other = go("train_dpo", "-".join(["memory", *flags]), **flags)
     a, b = ([record["loss"] for record in metrics(run)] for run in (panacea, other))
     limit = 1e-6 if "checkpoint" in flags else 2e-2
     assert all(abs(x - y) < limit for x, y in zip(a, b)) and ("checkpoint" in flags or a != b)
