@@ -1,5 +1,6 @@
 """test_train_dpo.py - train_dpo.py run for real with tiny numbers: files, determinism, options, losses, bad input."""
 import math
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -47,7 +48,8 @@ def test_run_directory(panacea):
     assert abs(records[-1]["loss"] - math.log(2)) > 1e-5               # and then it is not
     assert all(np.allclose(np.sum(r["lam"], axis=1), 1) and np.shape(r["lam"]) == (4, 2) for r in records)
     config = read(panacea, "config.json")
-    assert config["dims"] == ["helpful", "harmless"] and config["models"] == 1 and config["base"] == BASE
+    assert config["dims"] == ["helpful", "harmless"] and config["models"] == 1
+    assert config["base"] == os.path.abspath(BASE)
     assert (config["script"], config["method"], config["label"]) == ("train_dpo.py", "panacea", "Panacea")
     assert config["objective"] == {"name": "dpo", "beta": 1.0, "aggregate": "ls", "ideal": None}
     assert config["flags"]["beta"] == 1.0 and config["flags"]["lr"] == 3e-3
