@@ -338,7 +338,7 @@ class Transformer(nn.Module):
             index = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())},
                      "weight_map": {key: file for file, shard in zip(files, shards) for key in shard}}
             write_json(path / "model.safetensors.index.json", index)
-        write_whole(path / "config.json", lambda f: Path(f).write_text(text + "\n"))
+        write_whole(path / "config.json", lambda f: Path(f).write_text(text + "\n", encoding="utf-8"))
 
 
 # {family: {our name: Hugging Face's}}, for what stands outside the blocks and for what stands in one.

@@ -11,7 +11,7 @@ import train_hqd
 import train_ppo
 import train_reward
 import train_sft
-from runs.files import UserError
+from runs.files import Stopped, UserError
 from runs.flags import FIRST, RunFlags, check_lam, cli, flag, preferences_of, run_main
 
 
@@ -124,6 +124,11 @@ def test_errors_of_users_are_one_line(monkeypatch, capsys):
     assert ends(monkeypatch, bad, ["x", "--count", "0"]) == 2
     assert capsys.readouterr().err == "error: --count 0: must be at least 1\n"
     assert ends(monkeypatch, stopped) == 130 and capsys.readouterr().err == "stopped\n"
+
+    def kept(flags):
+        raise Stopped("stopped after step 3", 143)
+
+    assert ends(monkeypatch, kept) == 143 and capsys.readouterr().err == "stopped after step 3\n"
 
     def broken(flags):
         raise ValueError("a bug")                             # is no user's error, and not hidden
