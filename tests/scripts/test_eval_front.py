@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from running import BASE, go, metrics, read
+from running import BASE, go, metrics, read, write_rows
 
 import eval_front
 from data import toy
@@ -18,7 +18,7 @@ from fronts.objective import OBJECTIVES, measured_on
 from fronts.optimum import sft_losses, with_outside
 from fronts.stationarity import min_norm
 from model import Transformer
-from runs.files import UserError
+from runs.files import UserError, write_json
 from svd_lora import load_adapter, merged_state_dict, set_preference
 
 
@@ -346,3 +346,18 @@ def test_ideal_scores_come_from_the_rewards_of_the_run(ppo_run):
     r = raw([x + "\n"] * 8, toy.responses(x), [True] * 8)
     expected = torch.tensor([1.0, 5.0]) * (r - torch.tensor([1.0, 2.0])) / torch.tensor([2.0, 4.0])
     assert torch.allclose(world.r[1, :8], expected)
+
+
+def test_a_run_is_evaluated_from_anywhere(work, panacea, tmp_path, monkeypatch):
+    """Base, data and reward models are found by whole paths; a base that is gone is one clear line. Wrong: paths that
+    mean something in the working directory of the training alone."""
+    write_rows("near.jsonl", [{"prompt": "a", "response_0": "b", "response_1": "c", "better": {"x": 0, "y": 1}}] * 4)
+    files = go("train_dpo", "files-near", init=BASE, data=["near.jsonl"], eval_data=["near.jsonl"], eval=False)
+    monkeypatch.chdir(tmp_path)
+    for run in (panacea, files):
+        evaluate(run, parts=1)
+    shutil.copytree(panacea, tmp_path / "run")
+    config = read(tmp_path / "run", "config.json")
+    write_json(tmp_path / "run/config.json", config | {"base": str(tmp_path / "gone")})
+    with pytest.raises(UserError, match="gone, the base model of this run, is not there any more: bring it back, or"):
+        evaluate("run", parts=1)
