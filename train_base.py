@@ -26,13 +26,13 @@ from fronts.tables import table
 from model import SIZES, Transformer
 from objectives import sft_loss
 from ops.check import replace_broken
-from runs.directory import TRAINED, close_run, prepare_run, run_name
+from runs.directory import TRAINED, close_run, end_training, prepare_run, run_name
 from runs.files import UserError, read_json, write_json
 from runs.flags import PLAIN, flag, run_main
 from runs.loop import Run
 from runs.processes import pick_device
 from runs.randomness import epoch_batch, generator_for
-from runs.speed import matmul_ceiling, report_speed
+from runs.speed import matmul_ceiling
 
 
 @dataclass
@@ -129,13 +129,13 @@ def main(flags):
     resume = prepare_run(out, report, flags.overwrite, "base.json", done="config.json")
     if resume != TRAINED:
         train(model, out, trees, [toy.base_probs(x) for x in prompts], flags, resume, device)
-        report |= {"seconds": report_speed(out, device, dtype),
-                   "parameters": sum(p.numel() for p in model.parameters()),
+        end_training(out, f"{flags.steps} + {flags.whole_steps} steps", device, dtype)
+        report |= {"parameters": sum(p.numel() for p in model.parameters()),
                    "splits": {split: on_split(model, split, tokenizer, device) for split in toy.SPLITS}}
         write_json(out / "base.json", report)
         model.save_pretrained(out)
     report = read_json(out / "base.json")
-    print(f"base model {out}: {report['parameters'] / 1e6:.2f}M parameters, {report['seconds']:.0f} s")
+    print(f"base model {out}: {report['parameters'] / 1e6:.2f}M parameters")
     print(table({"prompts": list(report["splits"])} | {
         head: [f"{measured[key]:.5f}" for measured in report["splits"].values()] for head, key in
         (("loss", "loss"), ("KL(data || base)", "kl_data_to_base"), ("outside mass", "outside_mass"),

@@ -43,7 +43,7 @@ def test_it_is_trained_on_the_base_split(work, monkeypatch):
     """Wrong: train prompts alone, without the new verbs."""
     given = []
     monkeypatch.setattr(train_base, "train", lambda model, out, trees, probs, *more: given.append((trees, probs)))
-    monkeypatch.setattr(train_base, "report_speed", lambda *args: 1.0)
+    monkeypatch.setattr(train_base, "end_training", lambda *args: None)
     monkeypatch.setattr(train_base, "SIZES", {"tiny": Transformer.from_pretrained(BASE).config})
     train_base.main(train_base.Flags(device="cpu", out="out/base-split"))
     (trees, probs), tokenizer = given[0], load_tokenizer("toy")

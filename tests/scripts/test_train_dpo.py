@@ -179,7 +179,7 @@ def test_one_compromise_answers_every_preference():
 @pytest.mark.parametrize("aggregate, more", [("ls", {}), ("tche", {}), ("tche", dict(ideal=[0.6, 0.1]))])
 def test_micro_batches_change_nothing(aggregate, more):
     """The second ideal is so low that a preference whose rows are elsewhere would count as a loss of −λ · ideal."""
-    one, two = (metrics(go("train_dpo", f"{aggregate}{parts}", aggregate=aggregate, accumulate=parts, orth_coeff=1e-3,
+    one, two = (metrics(go("train_dpo", f"{aggregate}{parts}-{len(more)}", aggregate=aggregate, accumulate=parts, orth_coeff=1e-3,
                            lr=8e-3, **more)) for parts in (1, 2))
     for a, b in zip(one, two, strict=True):
         assert np.isclose(a["loss"], b["loss"], rtol=1e-5) and np.isclose(a["grad_norm"], b["grad_norm"], rtol=1e-3)
@@ -203,7 +203,7 @@ def test_options_do_something(panacea):
     assert len({round(x, 7) for x in [*last.values(), metrics(panacea)[-1]["loss"]]}) == 6
     adapter = load_file("out/option-fixed/adapter.safetensors")
     assert all(torch.equal(t, torch.tensor(0.1)) for k, t in adapter.items() if k.endswith(".s"))
-    first = metrics(go("train_dpo", "option-ideal", aggregate="tche", ideal=[0.3, 0.3], steps=1))[0]
+    first = metrics(go("train_dpo", "option-one", aggregate="tche", ideal=[0.3, 0.3], steps=1))[0]
     assert first["loss"] == pytest.approx(np.mean([max(lam) for lam in first["lam"]]) * (math.log(2) - 0.3), rel=1e-4)
 
 
