@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from running import BASE, go, metrics, read, write_rows
+from safetensors.torch import load_file, save_file
 
 import eval_front
 from data import toy
@@ -19,7 +20,7 @@ from fronts.optimum import sft_losses, with_outside
 from fronts.stationarity import min_norm
 from model import Transformer
 from runs.files import UserError, write_json
-from svd_lora import load_adapter, merged_state_dict, set_preference
+from svd_lora import load_adapter, merged_state_dict, read_adapter_header, set_preference
 
 
 def evaluate(*runs, **flags):
@@ -361,3 +362,14 @@ def test_a_run_is_evaluated_from_anywhere(work, panacea, tmp_path, monkeypatch):
     write_json(tmp_path / "run/config.json", config | {"base": str(tmp_path / "gone")})
     with pytest.raises(UserError, match="gone, the base model of this run, is not there any more: bring it back, or"):
         evaluate("run", parts=1)
+
+
+def test_a_policy_that_says_nothing_is_one_line(panacea, tmp_path):
+    """Finite weights, so large that log-probs are none: an update diverged, the last one of its training."""
+    run = shutil.copytree(panacea, tmp_path / "run", ignore=shutil.ignore_patterns("front.*"))
+    adapter, header = load_file(run / "adapter.safetensors"), read_adapter_header(run / "adapter.safetensors")
+    save_file({name: 1e12 + x for name, x in adapter.items()}, run / "adapter.safetensors",
+              metadata={"panacea": json.dumps(header)})
+    with pytest.raises(UserError, match="^J is not finite at λ = 0.00 1.00: the training has diverged; train again"):
+        evaluate(run, parts=1)
+    assert not (run / "front.json").exists()

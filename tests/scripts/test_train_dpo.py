@@ -179,8 +179,8 @@ def test_one_compromise_answers_every_preference():
 @pytest.mark.parametrize("aggregate, more", [("ls", {}), ("tche", {}), ("tche", dict(ideal=[0.6, 0.1]))])
 def test_micro_batches_change_nothing(aggregate, more):
     """The second ideal is so low that a preference whose rows are elsewhere would count as a loss of −λ · ideal."""
-    one, two = (metrics(go("train_dpo", f"{aggregate}{parts}-{len(more)}", aggregate=aggregate, accumulate=parts, orth_coeff=1e-3,
-                           lr=8e-3, **more)) for parts in (1, 2))
+    one, two = (metrics(go("train_dpo", f"{aggregate}{parts}-{len(more)}", aggregate=aggregate, accumulate=parts,
+                           orth_coeff=1e-3, lr=8e-3, **more)) for parts in (1, 2))
     for a, b in zip(one, two, strict=True):
         assert np.isclose(a["loss"], b["loss"], rtol=1e-5) and np.isclose(a["grad_norm"], b["grad_norm"], rtol=1e-3)
         assert np.allclose(a["losses"], b["losses"], rtol=1e-5)
