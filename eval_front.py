@@ -122,7 +122,7 @@ def show(out, flags):
     if ranks()[0] > 0:
         return out
     if flags.eval and (out / "front.json").exists():
-        print_tables([read_json(out / "front.json")])
+        print_tables([read_json(out / "front.json") | {"run": str(out)}])
     elif flags.eval:
         main(Flags(runs=[str(out)], device=flags.device))
     close_run(out)

@@ -198,9 +198,10 @@ def lock(out):
     except (ImportError, OSError):
         pass                                                           # a system, or a file system, without locks
     LOCKS[path] = file
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
+    with writing(path):
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
 
 
 def steps_each(flags, models):

@@ -222,8 +222,9 @@ def run_main(main, cls, doc, several=False):
     that fails ends at once: torchrun then ends the others, wherever they wait for it.
     """
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    for stream in (sys.stdout, sys.stderr):                            # a terminal without λ shows a ? in its place
-        stream.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")                       # a terminal without λ shows a ? in its place
     if rank > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     try:
