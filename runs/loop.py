@@ -13,6 +13,7 @@ import json
 import math
 import os
 import signal
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,7 +67,8 @@ def noted_signals():
         began.append(time.time())
         os.write(2, b"\nstopping after this step; once more stops at once\n")       # print is not for signal handlers
 
-    usual = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    usual = {number: signal.signal(number, note) for number in numbers}           # another thread may not have handlers
     try:
         yield noted
     finally:

@@ -51,8 +51,8 @@ EVERYWHERE = {
     "base": ("train_base", dict(steps=2, batch_size=2, whole_steps=2, whole_batch=2, save_every=1))}
 
 
-def kills(name):
-    script, flags = EVERYWHERE[name]
+def kills(name, script, flags):
+    """killing.kill_everywhere of a script's run."""
     run = Path("out", f"everywhere-{name}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_base, "SIZES", {"tiny": Transformer.from_pretrained(BASE).config})
@@ -60,16 +60,16 @@ def kills(name):
 
 
 def test_a_kill_anywhere_loses_nothing():
-    """DPO, one step. Wrong: a directory with nothing but a temporary file holds no run; the log is written before a
-    checkpoint and not cut; what a dead process left stays."""
-    EVERYWHERE["one step"] = "train_dpo", TINY | dict(steps=1, snapshots=0)
-    assert kills("one step") >= 20
+    """DPO, one step. Wrong: a directory with nothing but a temporary file holds no run; what a dead process left stays.
+    """
+    assert kills("one step", "train_dpo", TINY | dict(steps=1, snapshots=0)) >= 20
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EVERYWHERE)
 def test_a_kill_anywhere_loses_nothing_in_any_training(name):
-    assert kills(name) >= 30
+    """Wrong, beside that: the log is ahead of the checkpoint and is not cut."""
+    assert kills(name, *EVERYWHERE[name]) >= 25
 
 
 AT = lambda member, step: lambda record: (record["member"], record["step"]) == (member, step)
