@@ -10,7 +10,7 @@ import shutil
 from contextlib import contextmanager
 
 import pytest
-from running import timeless
+from running import let_go, timeless
 
 import model
 import runs.directory
@@ -75,9 +75,7 @@ def kill_everywhere(make, run):
         shutil.rmtree(run)
         with pytest.raises(Killed), killed_at(n):
             make()
-        for file in runs.directory.LOCKS.values():                     # the system lets go of what the dead had locked
-            file.close()
-        runs.directory.LOCKS.clear()
+        let_go()
         try:
             make()
             assert contents(run) == whole

@@ -4,7 +4,6 @@ Most kills are exceptions within a step, after its record was written and before
 is a real SIGKILL.
 """
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from killing import contents, kill_everywhere
-from running import BASE, COMMON, ROOT, SMALL, Killed, go, killed, metrics, own_rows, timeless, words
+from running import BASE, COMMON, ELSEWHERE, ROOT, SMALL, Killed, go, killed, metrics, own_rows, timeless, words
 
 import eval_front
 import train_base
@@ -221,8 +220,7 @@ def test_a_run_without_an_evaluation_is_evaluated_by_its_command(monkeypatch, pa
 def test_sigkill(work, capsys):
     """On files, since the world of another process is the whole one."""
     own_rows(work / "kill.jsonl", 24)
-    shutil.copytree(BASE, "base-without-world", ignore=shutil.ignore_patterns("base.json"))
-    flags = dict(init="base-without-world", tokenizer="toy", data=["kill.jsonl"], steps=400, save_every=5, method="rs")
+    flags = dict(**ELSEWHERE, data=["kill.jsonl"], steps=400, save_every=5, method="rs")
     argv = words(COMMON | SMALL["train_dpo"] | flags | {"out": "out/sigkill"})
     run = work / "out/sigkill"
     process = subprocess.Popen([sys.executable, str(ROOT / "train_dpo.py"), *argv], stdout=subprocess.DEVNULL,
