@@ -36,7 +36,7 @@ from fronts.tables import shown, table
 from runs.directory import close_run, end_training
 from runs.files import UserError, read_json, write_json
 from runs.flags import PLAIN, check_valid, flag, run_main
-from runs.processes import pick_device
+from runs.processes import pick_device, ranks
 from svd_lora import read_adapter_header
 
 __all__ = ["hypervolume", "inner_product", "sparsity", "spacing", "nondominated"]     # may be imported from here
@@ -82,29 +82,16 @@ def main(flags):
         if samples:
             write_json(beside / "samples.json", samples)
             draw_histograms(samples, beside / "histograms.png")
-        write_json(beside / "front.json", r)
         draw_fronts([r], beside / "front.png")
+        write_json(beside / "front.json", r)                           # last: where it is, all is
         results.append(r)
 
     # 2. the tables
-    first, exact, out = results[0], results[0]["exact"], Path(flags.out)
-    if len(results) == 1 and len(first["dims"]) <= 3:
-        print(front_table(first))
-    print(run_table(results))
-    if exact:
-        print(split_table(results))
-        print(f"regret: of the way from the base's aggregated objective to the optimum's, the part that is missing, "
-              f"over all {len(first['lams'])} preferences, and at the worst of them. All other texts count, with the "
-              f"score {toy.OUTSIDE:g}")
-    if exact and exact["at_lams"]["hypervolume_share"]:
-        print(f"HV share: hypervolume divided by the exact front's {exact['hypervolume']:.4f} on {len(exact['lams'])} "
-              f"preferences; the optimal policies themselves have, at these {len(first['lams'])}: "
-              f"{exact['at_lams']['hypervolume_share']:.4f}; the base model: "
-              f"{hypervolume([first['base']['points']], first['reference_point']) / exact['hypervolume']:.4f}")
-    print(f"reference point {first['reference_point']} in {first['points_are']}; pictures: "
-          + ", ".join(str(run / folder(flags) / "front.png") for run in runs))
+    print_tables(results)
+    print("pictures: " + ", ".join(str(run / folder(flags) / "front.png") for run in runs))
 
     # 3. several runs: in one picture if they share an objective, else in the space of what they say
+    out = Path(flags.out)
     if len(results) > 1 and same_objective(results):
         write_json(out / "front.json", results)
         draw_fronts(results, out / "front.png")
@@ -122,13 +109,43 @@ def main(flags):
 
 
 def finish(out, what, flags, device, dtype, processes=1):
-    """Ends a run whose models are trained: sums up its speed, evaluates it, and then nothing is left to resume.
-    Training scripts call it. what: what was trained, for one line   flags: the run's   Returns the run directory."""
-    end_training(out, what, device, dtype, processes)
-    if flags.eval:
+    """Ends a run whose models are trained: sums up its speed, and shows its result. Training scripts call it.
+    what: what was trained, for one line   flags: the run's   Returns the run directory."""
+    if ranks()[0] == 0:
+        end_training(out, what, device, dtype, processes)
+    return show(out, flags)
+
+
+def show(out, flags):
+    """The result of a run whose training has ended: the evaluation, or where there has been one, its tables again. Then
+    nothing is left to resume. The first process does it. flags: the run's   Returns the run directory."""
+    if ranks()[0] > 0:
+        return out
+    if flags.eval and (out / "front.json").exists():
+        print_tables([read_json(out / "front.json") | {"run": str(out)}])
+    elif flags.eval:
         main(Flags(runs=[str(out)], device=flags.device))
     close_run(out)
     return out
+
+
+def print_tables(results):
+    """The tables of what front.json holds, of one run or of several, and what their words mean."""
+    first, exact = results[0], results[0]["exact"]
+    if len(results) == 1 and len(first["dims"]) <= 3:
+        print(front_table(first))
+    print(run_table(results))
+    if exact:
+        print(split_table(results))
+        print(f"regret: of the way from the base's aggregated objective to the optimum's, the part that is missing, "
+              f"over all {len(first['lams'])} preferences, and at the worst of them. All other texts count, with the "
+              f"score {toy.OUTSIDE:g}")
+    if exact and exact["at_lams"]["hypervolume_share"]:
+        print(f"HV share: hypervolume divided by the exact front's {exact['hypervolume']:.4f} on {len(exact['lams'])} "
+              f"preferences; the optimal policies themselves have, at these {len(first['lams'])}: "
+              f"{exact['at_lams']['hypervolume_share']:.4f}; the base model: "
+              f"{hypervolume([first['base']['points']], first['reference_point']) / exact['hypervolume']:.4f}")
+    print(f"reference point {first['reference_point']} in {first['points_are']}")
 
 
 def check(flags, runs):

@@ -341,4 +341,4 @@ class Transformer(nn.Module):
             index = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())},
                      "weight_map": {key: file for file, shard in zip(files, shards) for key in shard}}
             write_json(path / "model.safetensors.index.json", index)
-        write_whole(path / "config.json", lambda f: Path(f).write_text(text + "\n"))
+        write_whole(path / "config.json", lambda f: Path(f).write_text(text + "\n", encoding="utf-8"))

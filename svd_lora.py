@@ -173,19 +173,38 @@ def parameter_groups(model, weight_decay):
 
 
 @torch.no_grad()
-def merged_state_dict(model, lam=None):
+def merged_state_dict(model, lam=None, dtype=None):
     """A copy of the weights with the adapter merged at λ (m,): W(λ) = W0 + gain·U diag(σ, s·λ) Vᵀ, Eq. (9).
 
     It loads into a plain Transformer of the same config: a quantised W0 becomes dense. The model itself is not changed.
-    lam: None where m = 0.
+    lam: None where m = 0. dtype: of the adapted matrices. The default is the base's own: W0 + ΔW is rounded to it, and
+    in bf16 an update below 2⁻⁹ |W0| is gone.
     """
     layers = svd_lora_layers(model)
     lam, adapter = _preference_of(layers, lam), set(adapter_state(model))
     weights = {name: p for name, p in dense_state_dict(model).items() if name not in adapter}
     for name, layer in layers.items():
         W0 = weights[name + ".weight"]
-        weights[name + ".weight"] = (W0.float() + layer.delta(lam)).to(W0.dtype)
+        weights[name + ".weight"] = (W0.float() + layer.delta(lam)).to(dtype or W0.dtype)
     return weights
+
+
+@torch.no_grad()
+def soup(model, adapted, weights):
+    """Writes W0 + Σ_i w_i ΔW_i into `model` and returns it; ΔW_i is what the adapter (m = 0) of the i-th of the models
+    `adapted`, on the same base, changes. The sum is one adapter too: their factors side by side, gain = 1 and
+    d = cat_i(w_i gain_i σ_i). So nothing is added to W0, which may be in bf16 or quantised. An adapter that the model
+    has must be an earlier soup of the same."""
+    layers = [svd_lora_layers(each) for each in adapted]
+    if not svd_lora_layers(model):
+        rank = sum(next(iter(each.values())).k for each in layers)
+        inject_svd_lora(model, rank, 0, gain=1.0, generator=torch.Generator())
+    for name, layer in svd_lora_layers(model).items():
+        parts = [each[name] for each in layers]
+        layer.U.copy_(torch.cat([part.U for part in parts], dim=1))
+        layer.V.copy_(torch.cat([part.V for part in parts], dim=1))
+        layer.sigma.copy_(torch.cat([w * part.gain * part.sigma for w, part in zip(weights, parts, strict=True)]))
+    return model
 
 
 def merged(model):

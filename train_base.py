@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from data import toy
+from data.base import world_fingerprint
 from data.tokenizers import load_tokenizer, tokenize
 from data.trees import batch_logprobs, pack
 from fronts.measure import world_batches, world_logprobs, world_rows
@@ -25,12 +26,13 @@ from fronts.tables import table
 from model import SIZES, Transformer
 from objectives import sft_loss
 from ops.check import replace_broken
-from runs.files import UserError, write_json
+from runs.directory import TRAINED, close_run, end_training, prepare_run, run_name
+from runs.files import UserError, read_json, write_json
 from runs.flags import PLAIN, flag, run_main
 from runs.loop import Run
 from runs.processes import pick_device
 from runs.randomness import epoch_batch, generator_for
-from runs.speed import matmul_ceiling, report_speed
+from runs.speed import matmul_ceiling
 
 
 @dataclass
@@ -53,9 +55,11 @@ class Flags:
     warmup_ratio: float = flag(0.05, "share of the steps with a rising learning rate", "share")
     max_grad_norm: float = flag(1.0, "gradient clipping", "positive")
     log_every: int = flag(20, "print a line every so many steps", 1)
+    save_every: int = flag(200, "write a checkpoint every so many steps", 1)
+    overwrite: bool = flag(False, "replace what the directory holds")
 
 
-def train(model, out, trees, probs, flags, device):
+def train(model, out, trees, probs, flags, resume, device):
     """Language modelling: samples first, then all responses weighted by their probabilities.
 
     trees: for each prompt TokenRows of some of its responses each   probs: for each prompt (S,), in the same order
@@ -66,7 +70,7 @@ def train(model, out, trees, probs, flags, device):
                                           {"params": rest, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95))
     rows = [replace(each[0], responses=[y for tree in each for y in tree.responses]) for each in trees]
 
-    run = Run(model, adamw(flags.lr), out, "samples", flags, flags.steps, base=6)
+    run = Run(model, adamw(flags.lr), out, "samples", flags, flags.steps, resume=resume, base=6)
     for step in run.steps():
         # prompts in turn, responses drawn from the base distribution
         g, batch = generator_for(flags.seed, "sft", step), []
@@ -81,7 +85,7 @@ def train(model, out, trees, probs, flags, device):
         run.log(*batch.size)
 
     again = replace(flags, lr=flags.lr / 3)
-    run = Run(model, adamw(again.lr), out, "all responses", again, flags.whole_steps, member=1, base=6)
+    run = Run(model, adamw(again.lr), out, "all responses", again, flags.whole_steps, member=1, resume=resume, base=6)
     for step in run.steps():
         # prompts in turn, with all of their responses
         chosen = epoch_batch(len(trees), flags.whole_batch, flags.seed, step).tolist()
@@ -111,7 +115,7 @@ def main(flags):
     if flags.size not in SIZES:
         raise UserError(f"--size {flags.size}: choose one of {', '.join(SIZES)}")
     device, dtype = pick_device(flags.device, "fp32", flags.plain)     # all weights train
-    out = Path(flags.out or f"out/base-{flags.size}-seed{flags.seed}")
+    out = Path(flags.out or run_name(["base", flags.size, f"seed{flags.seed}"], flags, {"size"}))
     tokenizer = load_tokenizer("toy")
     config = replace(SIZES[flags.size], vocab_size=tokenizer.vocab_size, bos_id=None, eos_id=tokenizer.eos_id)
     model = Transformer(config).init_weights(generator_for(flags.seed, "init")).to(device)
@@ -120,19 +124,23 @@ def main(flags):
     matmul_ceiling(device, dtype)                                      # now, while nothing else runs
     prompts = toy.prompts("base")
     trees = [tokenize(world_rows([x]), tokenizer, config.context_length)[0] for x in prompts]
-    (out / "metrics.jsonl").unlink(missing_ok=True)
-    train(model, out, trees, [toy.base_probs(x) for x in prompts], flags, device)
-    seconds = report_speed(out, device, dtype)
-
-    report = {"seconds": seconds, "parameters": sum(p.numel() for p in model.parameters()),
-              "splits": {split: on_split(model, split, tokenizer, device) for split in toy.SPLITS}}
-    model.save_pretrained(out)
-    write_json(out / "base.json", {"tokenizer": "toy", "flags": asdict(flags), **report})
-    print(f"base model {out}: {report['parameters'] / 1e6:.2f}M parameters, {seconds:.0f} s")
+    report = {"script": "train_base.py", "tokenizer": "toy", "world": world_fingerprint(), "flags": asdict(flags)}
+    # Hugging Face's config.json is what save_pretrained writes last
+    resume = prepare_run(out, report, flags.overwrite, "base.json", done="config.json")
+    if resume != TRAINED:
+        train(model, out, trees, [toy.base_probs(x) for x in prompts], flags, resume, device)
+        end_training(out, f"{flags.steps} + {flags.whole_steps} steps", device, dtype)
+        report |= {"parameters": sum(p.numel() for p in model.parameters()),
+                   "splits": {split: on_split(model, split, tokenizer, device) for split in toy.SPLITS}}
+        write_json(out / "base.json", report)
+        model.save_pretrained(out)
+    report = read_json(out / "base.json")
+    print(f"base model {out}: {report['parameters'] / 1e6:.2f}M parameters")
     print(table({"prompts": list(report["splits"])} | {
         head: [f"{measured[key]:.5f}" for measured in report["splits"].values()] for head, key in
         (("loss", "loss"), ("KL(data || base)", "kl_data_to_base"), ("outside mass", "outside_mass"),
          ("at worst", "outside_mass_worst"))}))
+    close_run(out)
     return out
 
 

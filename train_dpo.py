@@ -34,7 +34,7 @@ from data.sources import check_preferences, preference_rows
 from data.tokenizers import tokenize
 from data.trees import edge_logprobs, predicting_states, row_lengths, with_prefix
 from objectives import dpo_loss, ipo_loss, losses_on_pairs, response_logprobs, support_loss
-from runs.directory import models_left, open_run, steps_each
+from runs.directory import TRAINED, adapter_file, models_left, open_run, steps_each
 from runs.files import UserError
 from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, ProcessFlags, RunFlags, check_lam, flag, run_main
 from runs.loop import Run, adamw, add_adapter
@@ -115,7 +115,7 @@ def train(model, out, name, fixed_lam, rows, reference, allowed, dims, flags, st
         run.update(objective, penalty)
         run.log(*batch.tree.size, ("losses", "accuracy"), lam=lam.tolist(),
                 means={"losses": (losses, batch.known), "accuracy": (correct, batch.known)})
-    save_adapter(model, out / f"{name}.safetensors", dims, method=flags.method, beta=flags.beta,
+    save_adapter(model, adapter_file(out, name), dims, method=flags.method, beta=flags.beta,
                  lam=None if fixed_lam is None else fixed_lam.tolist())
 
 
@@ -136,7 +136,7 @@ def astray(model, batch, states, logps, allowed):
 def main(flags):
     """Trains one run (one adapter, or the several of rs and dps) and evaluates its front. Returns the run directory."""
     device, dtype = pick_device(flags.device, flags.precision, flags.plain)
-    rank, processes, device = init_distributed(device)
+    _, processes, device = init_distributed(device)
     given, on_world = replace(flags), flags.data is None               # given: before defaults are filled in
     flags.lams_per_step = flags.lams_per_step or (math.gcd(8, flags.batch_size) if flags.aggregate == "ls" else 1)
     flags.beta = flags.beta or (1.0 if on_world else 0.1)
@@ -166,6 +166,8 @@ def main(flags):
         "train_dpo.py", ["dpo", *files, flags.method, flags.aggregate],
         {"method", "aggregate", "data", "eval_data", "fields"}, given, flags, dims, model, base, tokenizer_name,
         flags.method, objective=objective, models=len(models), cut=cut)
+    if resume == TRAINED:
+        return eval_front.show(out, flags)
     kept = kept_file(out, model, dtype, flags.quantize) if flags.data and not flags.keep else None
     if flags.parallel == "fsdp":
         shard(model, device)
@@ -177,8 +179,6 @@ def main(flags):
         if sharded(model):                                             # train() shards anew, with the adapter in place
             model, _ = load()
         train(model, out, name, lam, rows, reference, allowed, dims, flags, steps, i, state, device, text_of)
-    if rank > 0:
-        return out
     del model, reference
     return eval_front.finish(out, f"{len(models)} adapter(s) of {steps} steps", flags, device, dtype, processes)
 

@@ -41,8 +41,8 @@ from data.trees import batch_logprobs, pack
 from fronts.selection import select_high_quality
 from fronts.tables import shown, table
 from objectives import sft_loss
-from runs.directory import models_left, open_run
-from runs.files import UserError, write_json, write_jsonl
+from runs.directory import TRAINED, models_left, open_run
+from runs.files import UserError, read_lines, write_json, write_jsonl
 from runs.flags import AdapterFlags, BaseFlags, RewardFlags, RunFlags, flag, preferences_of, run_main
 from runs.loop import Log, Run, adamw, add_adapter
 from runs.processes import (
@@ -156,7 +156,7 @@ def stage1_file(out, g):
 def main(flags):
     """Trains one run, an adapter for each preference, and evaluates its front. Returns the run directory."""
     device, dtype = pick_device(flags.device, flags.precision, flags.plain)
-    rank, processes, device = init_distributed(device)
+    _, processes, device = init_distributed(device)
     given, on_world = replace(flags), flags.data is None
     check_rewards(flags, "data")
     check_shares(flags, flags.batch_size, f"--batch_size {flags.batch_size}", processes)
@@ -196,9 +196,9 @@ def main(flags):
         rewards.dims, model, base, tokenizer_name, "hqd", label=label, models=len(lams), rewards=rewards.description(),
         objective={"name": "scores", "beta": 0.0, "aggregate": "ls", "ideal": None}, prompts=flags.data, cut=cut,
         dropped=dropped)
+    if resume == TRAINED:
+        return eval_front.show(out, flags)
     train(model, out, lams, pool, rewards, tokens_of, tokenizer, flags, resume, device)
-    if rank > 0:
-        return out
     del model
     steps = f"{flags.steps} + {flags.steps2}" if flags.stage2 else flags.steps
     return eval_front.finish(out, f"{len(lams)} adapter(s) of {steps} steps", flags, device, dtype, processes)
@@ -272,8 +272,7 @@ def answers(model, out, lams, pool, rewards, tokens_of, tokenizer, resumed, flag
     generated.jsonl, which is read again by a run that was killed after stage 2's first checkpoint (`resumed`)."""
     file = out / "generated.jsonl"
     if resumed and file.exists():
-        said = [json.loads(line) for line in file.read_text().splitlines()]
-        return [s | {"prompt": turns(s["prompt"])} for s in said]
+        return [s | {"prompt": turns(s["prompt"])} for s in map(json.loads, read_lines(file))]
     prompts = list(dict.fromkeys(row.prompt for row in pool.rows))
     order = torch.randperm(len(prompts), generator=generator_for(flags.seed, "prompts2"))
     prompts = [prompts[i] for i in order[:MOST_PROMPTS].tolist() for _ in range(flags.samples2)]

@@ -47,7 +47,7 @@ from data.tokenizers import TokenRow, spoken, tokenize
 from data.trees import TreeBatch, batch_logprobs, pack, path_logprobs, predicting_states
 from objectives import gae, group_advantages, kl_penalized_rewards, noon, ppo_policy_loss, ppo_value_loss, sft_loss
 from ops.heads import Critic
-from runs.directory import models_left, open_run, steps_each
+from runs.directory import TRAINED, adapter_file, models_left, open_run, steps_each
 from runs.files import UserError
 from runs.flags import (
     AdapterFlags,
@@ -189,7 +189,7 @@ def train(model, out, name, fixed_lam, prompts, rows, weights, rewards, tokenize
         value_loss = update_critic(critic, critic_optimizer, parts * flags.critic_iters, flags)
         log(run, parts, raw, r, r_lam, lam, responses, finished, flags, **figures, first_ratio=first_ratio,
             value_loss=value_loss, ptx=0.0 if ptx is None else ptx.item())
-    save_adapter(model, out / f"{name}.safetensors", rewards.dims, method=flags.method, beta=flags.kl_coeff,
+    save_adapter(model, adapter_file(out, name), rewards.dims, method=flags.method, beta=flags.kl_coeff,
                  lam=None if fixed_lam is None else fixed_lam.tolist())
 
 
@@ -374,7 +374,6 @@ def log(run, parts, raw, r, r_lam, lam, responses, finished, flags, **figures):
     """The record of a step (docs/metrics.md)."""
     n, lengths = len(responses), [len(y) for y in responses]
     kl = all_sum(sum(((e.old - e.ref) * e.mask).sum().double() for e in parts)).item() / n
-    run.require_finite("KL", kl)
     run.log(sum(lengths[share()]), None,
             ("rewards", "kl", "objective", "explained_variance", "clip_fraction", "weights", "length", "finished"),
             rewards=raw.mean(0).tolist(), normalised=r.mean(0).tolist(), kl=kl,
@@ -388,7 +387,7 @@ def log(run, parts, raw, r, r_lam, lam, responses, finished, flags, **figures):
 def main(flags):
     """Trains one run (one adapter, or the several of rs and dps) and evaluates its front. Returns the run directory."""
     device, dtype = pick_device(flags.device, flags.precision, flags.plain)
-    rank, processes, device = init_distributed(device)
+    _, processes, device = init_distributed(device)
     given = replace(flags)
     check(flags)
     matmul_ceiling(device, dtype)                                      # now, while nothing else runs
@@ -422,12 +421,12 @@ def main(flags):
         {"method", "aggregate", "prompts", "rewards", "fields"}, given, flags, rewards.dims, model, base,
         tokenizer_name, method, objective=objective, models=len(models), rewards=rewards.description(),
         prompts=flags.prompts)
+    if resume == TRAINED:
+        return eval_front.show(out, flags)
     for i, (name, lam), state in models_left(models, resume):
         if sharded(model):                                             # by the adapter before
             model, _ = load()
         train(model, out, name, lam, prompts, rows, weights, rewards, tokenizer, flags, steps, i, state, device)
-    if rank > 0:
-        return out
     return eval_front.finish(out, f"{len(models)} adapter(s) of {steps} steps", flags, device, dtype, processes)
 
 

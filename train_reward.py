@@ -35,8 +35,8 @@ from data.trees import pack_ends, row_lengths
 from fronts.tables import shown, table
 from objectives import bradley_terry_loss
 from ops.heads import RewardModel
-from runs.directory import close_run, end_training, open_run
-from runs.files import UserError, write_json, write_jsonl, write_whole
+from runs.directory import TRAINED, close_run, end_training, open_run
+from runs.files import UserError, read_json, write_json, write_jsonl, write_whole
 from runs.flags import AdapterFlags, BaseFlags, ProcessFlags, RunFlags, flag, run_main
 from runs.loop import Run, adamw
 from runs.processes import (
@@ -142,7 +142,12 @@ def main(flags):
 
     files = [plain_name(f) for f in flags.data or []]
     out, resume = open_run("train_reward.py", ["reward", *files], {"data", "eval_data", "fields"}, given, flags, dims,
-                           backbone, base, tokenizer_name, max_length=max_length, cut=cut)
+                           backbone, base, tokenizer_name, done="reward.json", max_length=max_length, cut=cut)
+    if resume == TRAINED:
+        if rank == 0:
+            print(report_table(read_json(out / "reward.json")))
+            close_run(out)
+        return out
     inject_svd_lora(backbone, flags.lora_dim, 0, flags.lora_scaling, generator=generator_for(flags.seed, "adapter"))
     if flags.parallel == "fsdp":
         shard(backbone, device)
@@ -164,16 +169,21 @@ def main(flags):
                         "raise --steps or --lr")
     report |= {"mean": raw.mean(0).tolist(), "std": raw.std(0, correction=0).tolist(),
                "reference_finished": sum(s["finished"] for s in samples) / len(samples)}
-    heads = {"mean": "mean", "std": "std", "labels": "eval_labels", "held-out accuracy": "accuracy", "±": "accuracy_se",
-             "expected": "expected_accuracy", "best possible": "bayes_accuracy", "ratio": "bayes_ratio"}
-    print(table({f"{len(samples)} reference responses": dims} | {
-        head: shown(report[key], ".4g") for head, key in heads.items() if key in report}))
+    print(report_table(report))
     if rank > 0:
         return out
     end_training(out, f"{flags.steps} steps", device, dtype, processes)
     write_json(out / "reward.json", report)                            # a directory that has it is a finished run
     close_run(out)
     return out
+
+
+def report_table(report):
+    """What reward.json holds, a line per dimension."""
+    heads = {"mean": "mean", "std": "std", "labels": "eval_labels", "held-out accuracy": "accuracy", "±": "accuracy_se",
+             "expected": "expected_accuracy", "best possible": "bayes_accuracy", "ratio": "bayes_ratio"}
+    return table({"on reference responses": report["dims"]} | {
+        head: shown(report[key], ".4g") for head, key in heads.items() if key in report})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from data.tokenizers import tokenize
 from data.trees import batch_logprobs
 from fronts.objective import sft_ideal
 from objectives import sft_loss
-from runs.directory import models_left, open_run, steps_each
+from runs.directory import TRAINED, adapter_file, models_left, open_run, steps_each
 from runs.files import UserError
 from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, ProcessFlags, RunFlags, check_lam, flag, run_main
 from runs.loop import Run, adamw, add_adapter
@@ -94,14 +94,14 @@ def train(model, out, name, fixed_lam, rows, kinds, scale, ideal, dims, flags, s
         # line 8: a step of gradient descent on U, V, σ and s
         run.update(objective)
         run.log(*batch.tree.size, ("losses",), lam=lam.tolist(), means={"losses": (nats, batch.known)})
-    save_adapter(model, out / f"{name}.safetensors", dims, method=flags.method,
+    save_adapter(model, adapter_file(out, name), dims, method=flags.method,
                  lam=None if fixed_lam is None else fixed_lam.tolist())
 
 
 def main(flags):
     """Trains one run (one adapter, or the several of rs and dps) and evaluates its front. Returns the run directory."""
     device, dtype = pick_device(flags.device, flags.precision, flags.plain)
-    rank, processes, device = init_distributed(device)
+    _, processes, device = init_distributed(device)
     given, on_world = replace(flags), flags.data is None
     check(flags, processes)
     matmul_ceiling(device, dtype)                                      # now, while nothing else runs
@@ -128,12 +128,12 @@ def main(flags):
         "train_sft.py", ["sft", flags.method, flags.aggregate], {"method", "aggregate", "data", "eval_data", "fields"},
         given, flags, dims, model, base, tokenizer_name, flags.method, objective=objective, models=len(models), cut=cut,
         loss_scale=scale.tolist())
+    if resume == TRAINED:
+        return eval_front.show(out, flags)
     for i, (name, lam), state in models_left(models, resume):
         if sharded(model):                                             # by the adapter before
             model, _ = load()
         train(model, out, name, lam, rows, kinds, scale, ideal, dims, flags, steps, i, state, device)
-    if rank > 0:
-        return out
     del model
     return eval_front.finish(out, f"{len(models)} adapter(s) of {steps} steps", flags, device, dtype, processes)
 

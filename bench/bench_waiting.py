@@ -29,7 +29,7 @@ from data.base import SHIPPED
 from data.tokenizers import load_tokenizer
 from fronts.tables import table
 from model import Transformer, generate
-from runs.files import ROOT, UserError
+from runs.files import ROOT, UserError, read_lines
 from runs.flags import flag, run_main
 from svd_lora import inject_svd_lora, set_preference
 
@@ -71,8 +71,7 @@ def median_seconds(script, setting, steps):
     with tempfile.TemporaryDirectory() as out:
         if script:
             run(ROOT / script[0], *script[1:], "--steps", steps, "--no-eval", "--snapshots", 0, "--out", out)
-            lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
-            seconds = [json.loads(line)["seconds"] for line in lines]
+            seconds = [json.loads(line)["seconds"] for line in read_lines(Path(out) / "metrics.jsonl")]
         else:
             seconds = json.loads(run(__file__, "--only_generate", "--steps", steps))
     return statistics.median(seconds[4:])

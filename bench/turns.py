@@ -132,7 +132,7 @@ def _listen(connection, name):
 
 def _serve(connection, work, name, device, *arguments):
     """The worker's process. It ends when the bench closes the connection."""
-    sys.stdout = sys.stderr = open(os.devnull, "w")           # what libraries print; errors are sent
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")           # what libraries print; errors are sent
     start = clock(device)
     def turn(**report):
         nonlocal start

@@ -1,13 +1,16 @@
 """base.py - the frozen base model that a training starts from, and its tokenizer."""
+import hashlib
 import os
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
+from data import toy
 from data.tokenizers import load_tokenizer
 from model import Transformer
 from ops import fused
-from runs.files import ROOT, UserError
+from runs.files import ROOT, UserError, read_json
 from runs.processes import first_alone
 
 SHIPPED = ROOT / "data" / "base"        # made by  python train_base.py --out data/base
@@ -21,13 +24,31 @@ def find_base(init, size, tokenizer, device):
     """
     if init is None and size is None and device.type == "cuda":
         print("the base model is the tiny one; --size 125m trains one of GPT-2's size")
-    base = init or (str(SHIPPED) if size in (None, "tiny") else first_alone(lambda: _world_base(size, str(device))))
+    base = init or (SHIPPED if size in (None, "tiny") else first_alone(lambda: _world_base(size, str(device))))
+    base = str(Path(base).resolve())                                   # a run finds it again from anywhere
     return base, tokenizer or ("toy" if is_world_base(base) else base)
 
 
+@lru_cache
+def world_fingerprint():
+    """A short hash of the embedded world: every prompt with its split, its responses, and their scores to 6 digits."""
+    digest = hashlib.sha256()
+    for prompt, split in {x: split for split in toy.SPLITS for x in toy.prompts(split)}.items():
+        texts = toy.responses(prompt)
+        digest.update("\n".join([split, prompt, *texts]).encode())
+        digest.update((toy.scores(prompt, texts) * 1e6).round().long().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def is_world_base(path):
-    """Whether train_base.py made this directory: a model that knows the embedded world and nothing else."""
-    return (Path(path) / "base.json").exists()
+    """Whether train_base.py made this directory: a model that knows the embedded world and nothing else. Raises
+    UserError where it knows another world than data/toy.py is now."""
+    if not all((Path(path) / name).exists() for name in ("base.json", "config.json")):      # the last one comes last
+        return False
+    if (of := read_json(Path(path) / "base.json").get("world")) != world_fingerprint():
+        raise UserError(f"{path} was made for another world than data/toy.py is now ({of}, not {world_fingerprint()}): "
+                        f"make it again, python train_base.py --overwrite --out {path}")
+    return True
 
 
 def _world_base(size, device):
@@ -42,8 +63,9 @@ def _world_base(size, device):
 
 
 def load_base(base, tokenizer_name, device, dtype, flags):
-    """The frozen base model and its tokenizer, as a training's flags say. Raises UserError where the tokenizer has ids
-    that the model has not."""
+    """The frozen base model and its tokenizer, as a training's flags say. Raises UserError for a base of another world,
+    and where the tokenizer has ids that the model has not."""
+    is_world_base(base)
     model = Transformer.from_pretrained(base, dtype=dtype, device=device, quantize=flags.quantize).requires_grad_(False)
     model.checkpoint_blocks = flags.checkpoint
     tokenizer = load_tokenizer(tokenizer_name, flags.template, flags.system, getattr(flags, "eos_id", None))

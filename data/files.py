@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from runs.files import UserError
+from runs.files import UserError, named
 
 HALF = re.compile(r"\\u[dD][89a-fA-F]")     # how JSON spells a half of a surrogate pair
 
@@ -43,12 +43,6 @@ def as_json(prompt):
 def paths_of(paths):
     """One path or several of them -> a list."""
     return [paths] if isinstance(paths, (str, Path)) else list(paths)
-
-
-def named(path):
-    """"helpful=FILE" -> ("helpful", "FILE"), "FILE" -> (None, "FILE"). A path that exists is one, whatever is in it."""
-    name, found, file = str(path).partition("=")
-    return (name, file) if found and not Path(path).exists() else (None, str(path))
 
 
 def plain_name(path):

@@ -13,7 +13,7 @@ import regex
 
 from data import toy
 from data.tokenizers import PATTERN
-from runs.files import write_whole
+from runs.files import write_text
 
 
 def train_bpe(texts, vocab_size):
@@ -55,5 +55,5 @@ if __name__ == "__main__":
     ranks = train_bpe(world_text(), vocab_size=1023)                    # and one more for EOS
     lines = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
     out = Path(__file__).with_name("toy.tiktoken")
-    write_whole(out, lambda file: file.write_text(lines))
+    write_text(out, lines)
     print(f"{out.name}: {len(ranks)} tokens, the longest {max(ranks, key=len)!r}")

@@ -19,7 +19,6 @@ that was killed goes on.
 
 Base 0 ships with the code; train_base.py makes the others, by the same recipe with another seed.
 """
-import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from fronts.comparison import compare
 from fronts.pictures import draw_comparison, draw_fronts
 from fronts.stationarity import stationarity
 from fronts.tables import shown, table
-from runs.files import ROOT, UserError, read_json, write_json, write_whole
+from runs.files import ROOT, UserError, read_json, write_json, write_jsonl
 from runs.flags import flag, run_main
 from runs.processes import pick_device
 
@@ -250,9 +249,8 @@ def styles(flags):
         rows, *_ = read_preferences(Path(flags.styles_data) / f"helpsteer2_{part}.jsonl", ["concise"])
         for style in (0, 1):                                           # better: 0 where the first is the terser one
             files.append(Path(flags.out) / "styles" / f"{('concise', 'verbose')[style]}_{part}.jsonl")
-            lines = [json.dumps({"prompt": as_json(row.prompt), "response": row.responses[row.better[0][0] ^ style]})
-                     for row in rows]
-            write_whole(files[-1], lambda f: Path(f).write_text("\n".join(lines) + "\n"))
+            write_jsonl(files[-1], [{"prompt": as_json(row.prompt), "response": row.responses[row.better[0][0] ^ style]}
+                                    for row in rows])
     r = run(flags, "sft-styles-seed0", "sft", "--init", flags.stories_init, "--data", *files[:2], "--eval_data",
             *files[2:], "--dims", "concise", "verbose")
     print(eval_front.front_table(r))

@@ -7,7 +7,6 @@ it needs nothing that was trained). The page's words are written by hand; its bl
 """
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -20,7 +19,7 @@ from data.tokenizers import load_tokenizer, tokenize
 from data.trees import batch_logprobs, predicting_states
 from model import SIZES, Transformer
 from objectives import dpo_loss, losses_on_pairs
-from runs.files import ROOT, write_whole
+from runs.files import ROOT, write_text
 from runs.flags import flag, run_main
 from runs.loop import adamw, add_adapter
 from runs.randomness import generator_for
@@ -111,7 +110,7 @@ def filled(page):
 def main(flags):
     """Fills the page in."""
     page = filled((ROOT / flags.page).read_text(encoding="utf-8"))
-    write_whole(ROOT / flags.page, lambda f: Path(f).write_text(page, encoding="utf-8"))
+    write_text(ROOT / flags.page, page)
     print(f"{flags.page}: {len(page.splitlines())} lines")
 
 

@@ -95,12 +95,15 @@ def evaluate(run, device, known, parts=None, adapters=None, splits=SPLITS, **mix
 def measured(sources, model, grid, policies, beta):
     """What every source (a name -> what has measure()) says of the base `model`, which has no adapter yet, and of a
     run's policies: base {name: {key: value}}, the preferences (F, m), and columns {name: {key: F values}}. A run of one
-    policy answers every preference of the grid (F, m) with it."""
+    policy answers every preference of the grid (F, m) with it. Raises UserError for a J that is no number."""
     measure = lambda policy: {name: source.measure(policy, beta) for name, source in sources.items()}
     base, lams, results = measure(model), [], []
     for lam, policy in tqdm(policies, desc="front", disable=None):
         lams.append(lam)
         results.append(measure(policy))
+        if not all(np.isfinite(r["J"]).all() for r in results[-1].values()):
+            raise UserError(f"J is not finite at λ = {' '.join(f'{x:.2f}' for x in lam.tolist())}: the training has "
+                            f"diverged; train again with a lower --lr (and --overwrite)")
     if len(lams) == 1 < len(grid):
         lams, results = grid, results * len(grid)
     return (base, [[round(x, 6) for x in lam.tolist()] for lam in lams],

@@ -13,11 +13,13 @@ one per preference.
 """
 import math
 from functools import cached_property, partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 
 from data import toy
+from data.base import is_world_base
 from data.preferences import read_preferences
 from data.prompts import read_demonstrations, read_prompts, split, written
 from data.rewards import world_scores
@@ -28,11 +30,11 @@ from fronts import optimum
 from model import Transformer, generate
 from objectives import losses_on_pairs
 from ops.generation import Mixture, frozen
-from ops.quantize import dense_state_dict
+from runs.directory import adapter_file
 from runs.files import UserError, read_json
 from runs.processes import pick_device
 from runs.randomness import generator_for
-from svd_lora import adapters_off, load_adapter, merged, merged_state_dict, set_preference, shared_base
+from svd_lora import adapters_off, load_adapter, merged, set_preference, shared_base, soup
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Log-probs of responses under a model.
@@ -81,8 +83,13 @@ def run_config(run):
 
 
 def base_of(config, device):
-    """The base model of a run, as it was trained on: in the same precision, quantised or not."""
+    """The base model of a run, as it was trained on: in the same precision, quantised or not. Raises UserError where it
+    is not there any more, or knows another world."""
     flags = config["flags"]
+    if not Path(config["base"]).is_dir():
+        raise UserError(f"{config['base']}, the base model of this run, is not there any more: bring it back, or write "
+                        f"into the run's config.json under \"base\" where it is")
+    is_world_base(config["base"])
     _, dtype = pick_device(str(device), flags.get("precision") or "auto")
     return Transformer.from_pretrained(config["base"], dtype, device, flags.get("quantize"))
 
@@ -90,8 +97,8 @@ def base_of(config, device):
 def policies(run, config, model, lams, adapters=None, mix="weights", factor=1.0):
     """Yields (λ, model ready to be used at that λ) for each preference, with `model` changed in place.
 
-    Panacea sets λ in its one adapter (`adapters`: this file instead). Rewarded soups average the merged weights of m
-    models, W0 + factor · Σ λ_i ΔW_i; with mix = "logprobs" it is their log-probs, and that is MOD (ops/generation.py:
+    Panacea sets λ in its one adapter (`adapters`: this file instead). Rewarded soups average the weights of m models:
+    W0 + factor · Σ λ_i ΔW_i; with mix = "logprobs" it is their log-probs, and that is MOD (ops/generation.py:
     Mixture). A prompted λ is a text in front of the prompt: that policy is a function, TreeBatch -> (R,) log-probs.
     Every other method has one adapter for each of its own preferences, and `lams` is ignored.
     """
@@ -108,16 +115,10 @@ def policies(run, config, model, lams, adapters=None, mix="weights", factor=1.0)
     elif method == "rs":
         models = [shared_base(model) for _ in range(len(dims) + 1)]                   # π_ref, then the specialists
         for dim, specialist in zip(dims, models[1:]):
-            load_adapter(specialist, run / f"adapter-{dim}.safetensors", dims)
-        weights = [[1 - factor, *(factor * lam).tolist()] for lam in lams]
-        if mix == "logprobs":
-            yield from ((lam, Mixture(models, w)) for lam, w in zip(lams, weights))
-            return
-        soup = Transformer(model.config).to(model.embed.weight)
-        ends = [dense_state_dict(model), *map(merged_state_dict, models[1:])]
-        for lam, w in zip(lams, weights):
-            soup.load_state_dict({key: sum(a * end[key] for a, end in zip(w, ends)) for key in ends[0]})
-            yield lam, soup
+            load_adapter(specialist, adapter_file(run, f"adapter-{dim}"), dims)
+        for lam in lams:
+            w = (factor * lam).tolist()
+            yield lam, Mixture(models, [1 - factor, *w]) if mix == "logprobs" else soup(models[0], models[1:], w)
     else:
         for file in sorted(run.glob("adapter-*.safetensors")):
             header = load_adapter(model, file, dims)

@@ -48,11 +48,11 @@ def stationarity(run, device):
     worlds, _ = measured_on(config, model, load_tokenizer(config["tokenizer"]), device)
     if not worlds or not OBJECTIVES[config["objective"]["name"]].speaks:
         raise UserError(f"{run}: --stationarity takes runs of train_ppo.py on the embedded world's own dimensions")
-    plain = Transformer(model.config).to(model.embed.weight)
+    plain = Transformer(model.config).to(model.embed.weight.device)                   # fp32: no update is rounded away
 
     def at(lam, policy):
-        adapted = svd_lora_layers(policy)                                             # the base and soups are not
-        plain.load_state_dict(merged_state_dict(policy, lam) if adapted else dense_state_dict(policy))
+        adapted = svd_lora_layers(policy)                                             # the base is not
+        plain.load_state_dict(merged_state_dict(policy, lam, torch.float32) if adapted else dense_state_dict(policy))
         return min_norm(worlds[0], plain, beta)
 
     lams = simplex_lattice(len(config["dims"]), 2).float()

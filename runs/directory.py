@@ -1,9 +1,15 @@
 """directory.py - run directories: their names, what config.json says, the state that a killed run goes on from, and how
 a run ends. state.safetensors holds all trainable parameters and the optimizers' states, and in its header the step and
 the model it belongs to; nothing is pickled.
+
+Nothing is lost: wherever a run is killed, the same command goes on, or begins again where there is nothing yet to go on
+from. --overwrite alone replaces what another command made.
 """
 import dataclasses
+import hashlib
 import json
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -11,72 +17,201 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from runs.files import UserError, read_json, write_json, write_whole
+from runs.files import (
+    UserError,
+    digest,
+    file_name,
+    left_over,
+    named,
+    read_json,
+    read_lines,
+    write_json,
+    write_text,
+    write_whole,
+    writing,
+)
 from runs.processes import barrier, ranks
 from runs.speed import report_speed
 from svd_lora import fingerprint
 
 # flags that change nothing of what is trained, but for the last bits
-UNTRAINED = {"out", "device", "plain", "log_every", "save_every", "snapshots", "eval", "checkpoint", "parallel"}
+UNTRAINED = {"out", "device", "plain", "log_every", "save_every", "snapshots", "eval", "checkpoint", "parallel",
+             "overwrite"}
+FILES = ("data", "eval_data", "prompts")    # flags that name files
+NAMED = {*FILES, "rewards", "init", "tokenizer", "template"}       # what is in what they name is compared, not the name
+TRAINED = "trained"             # open_run's answer, in the place of a state, where nothing is left to train
+LOCKS = {}                      # run directory -> its lock file, open as long as this process trains in it
 # methods as tables and pictures call them
 LABELS = {"panacea": "Panacea", "rs": "Rewarded soups", "dps": "Discrete policy solutions", "prompt": "Prompted λ",
           "pama": "PAMA", "mgda": "MGDA"}
 
 
 def run_name(parts, flags, named):
-    """out/<parts joined by dashes>, followed by every flag that is not at its default and not among `named`."""
-    named = named | UNTRAINED | {"dims", "pref_dim", "seed"}
-    parts = list(parts)
-    for f in dataclasses.fields(flags):
-        value, default = getattr(flags, f.name), f.default
-        if f.name not in named and value != default:
-            parts.append(f"{f.name}{Path(value).name[:40] if isinstance(value, str) else value}")
-    return "out/" + "-".join(parts).replace(" ", "").replace("/", "_")
+    """out/<parts joined by dashes>, followed by every flag that is not at its default and not among `named`. What such
+    a name cannot tell apart (folders of a path, capitals, lists, whatever is too long), a hash at its end does."""
+    given = {f.name: getattr(flags, f.name) for f in dataclasses.fields(flags)
+             if f.name not in UNTRAINED | {"dims", "pref_dim", "seed"} and getattr(flags, f.name) != f.default}
+    words = [*parts, *(f"{name}={Path(value).name if isinstance(value, str) else value}"
+                       for name, value in given.items() if name not in named)]
+    name = re.sub(r"[^a-z0-9_.=-]+", "_", "-".join(words).lower())
+    if not NAMED & set(given) and len(name) <= 150 and all(re.fullmatch(r"[a-z0-9_.=]+", word) for word in words):
+        return f"out/{name}"
+    return f"out/{name[:140]}-{digest([words, given])}"
 
 
-def open_run(script, parts, named, given, flags, dims, model, base, tokenizer, method=None, **more):
+def adapter_file(out, name):
+    """The file of a run's adapter, which may be called as a dimension is: by any text."""
+    return out / f"{file_name(name)}.safetensors"
+
+
+def open_run(script, parts, named, given, flags, dims, model, base, tokenizer, method=None, done="timing.json", **more):
     """Makes the run directory, --out or the name that run_name makes of parts and `given` flags, and its config.json.
 
-    more: what only some scripts say there: label (default: as the method is called), models, rewards, …, and objective,
-    {"name", "beta", "aggregate", "ideal"}: what the run optimises, and fronts/objective.py knows what it means.
-    Returns the directory, and the header of the state to resume from, or None for a fresh start. Raises UserError for
-    a directory that holds something else than a run of this script.
+    done: the file whose presence means that the training has ended   more: what only some scripts say there: label
+    (default: as the method is called), models, rewards, …, and objective, {"name", "beta", "aggregate", "ideal"}: what
+    the run optimises, and fronts/objective.py knows what it means.
+    Returns the directory, and what prepare_run returns.
     """
     out = Path(flags.out or run_name([*parts, *dims, f"seed{flags.seed}"], given, named))
-    config = {"script": script, "flags": dataclasses.asdict(flags), "dims": list(dims), "base": str(base),
-              "tokenizer": tokenizer, "fingerprint": fingerprint(model), "python": sys.version.split()[0],
-              "torch": torch.__version__, "method": method, "label": LABELS.get(method), **more}
-    return out, prepare_run(out, config)
+    values = dataclasses.asdict(flags)
+    config = {"script": script, "flags": values, "dims": list(dims), "base": str(base), "tokenizer": tokenizer,
+              "fingerprint": fingerprint(model), "content": contents(values, tokenizer),
+              "python": sys.version.split()[0], "torch": torch.__version__, "method": method,
+              "label": LABELS.get(method), **more}
+    # whole paths, so that an evaluation finds them from anywhere
+    for place, name in ((values, "data"), (values, "eval_data"), (values, "prompts"), (config, "prompts")):
+        if place.get(name):
+            place[name] = [whole_path(file) for file in place[name]]
+    if Path(values.get("template") or "").is_file():
+        values["template"] = str(Path(values["template"]).resolve())
+    if "rewards" in config:
+        config["rewards"] = more["rewards"] | {"names": list(map(absolute, more["rewards"]["names"]))}
+    return out, prepare_run(out, config, flags.overwrite, done=done)
 
 
-def prepare_run(out, config):
-    """open_run without a name: the header of the state to resume from, or None for a fresh start."""
+def prepare_run(out, config, overwrite=False, file="config.json", done="timing.json"):
+    """open_run without a name; the config is written into out/file. Returns the header of the state to resume from,
+    None for a fresh start, or TRAINED. Raises UserError for a directory that holds something else than a run of this
+    script, for one with another run, unless that is to be overwritten, and where another process is at work."""
+    state = lambda: TRAINED if (out / done).exists() else read_state_header(out / "state.safetensors")
     if ranks()[0] > 0:                                                 # the first process sees to it, below
         barrier()
-        return read_state_header(out / "state.safetensors")
-    if out.exists() and any(out.iterdir()) and not ((out / "config.json").exists() and
-                                                    read_json(out / "config.json").get("script") == config["script"]):
+        return state()
+    with writing(out):
+        there = out.exists() and any(f.name[0] != "." for f in out.iterdir())
+    before = read_json(out / file) if there and (out / file).exists() else {}
+    if there and before.get("script") != config["script"]:
         raise UserError(f"{out} exists and holds no run of {config['script']}: choose another --out, or empty it")
-    state = read_state_header(out / "state.safetensors")
-    if state is not None:
-        before = read_json(out / "config.json")
-        changed = [k for k, v in config["flags"].items()
-                   if before["flags"].get(k) != v and k not in UNTRAINED]
-        if changed or before["fingerprint"] != config["fingerprint"]:
-            print(f"{out} holds an unfinished run with other {', '.join(changed) or 'base weights'}: starting afresh")
-            (out / "state.safetensors").unlink()
-            state = None
-    if state is None:
-        for old in [f for name in ("*.json*", "*.safetensors", "*.png", "snapshots/*", "mod*/*", "weights-*/*")
-                    for f in out.glob(name)]:
-            old.unlink()                                               # what an earlier run left: nothing is mixed
+    if there and not overwrite and (other := differences(before, config)):
+        raise UserError(f"{out} holds a run with {'; '.join(other)}: choose another --out, or replace it (--overwrite)")
+    for f in out.rglob(".*"):
+        if left_over(f.name):
+            f.unlink(missing_ok=True)
+    if (out / done).exists() and not overwrite:
+        print(f"{out}: its training has ended before; --overwrite trains it anew")
+        barrier()
+        return TRAINED
+    lock(out)
+    resume = None if overwrite else state()
+    if resume is None:
+        clear(out, file, done)
     else:
-        at = state["member"], state["step"]
+        at = resume["member"], resume["step"]
         truncate_log(out / "metrics.jsonl", lambda record: (record["member"], record["step"]) <= at)
-        print(f"{out}: continuing after step {state['step']} of model {state['member'] + 1}")
-    write_json(out / "config.json", config)
+        print(f"{out}: continuing after step {resume['step']} of model {resume['member'] + 1}")
+    write_json(out / file, config)
     barrier()
-    return state
+    return resume
+
+
+def clear(out, file, done):
+    """Removes what an earlier run left, so that nothing is mixed; first what would let it pass for a whole one."""
+    names = "*.json*", "*.safetensors", "*.png", "snapshots/*", "mod*/*", "weights-*/*", "validation/**/*"
+    old = [f for name in names for f in out.glob(name) if f.is_file() and f.name[0] != "." and f != out / file]
+    for f in sorted(old, key=lambda f: f not in (out / done, out / "state.safetensors")):
+        f.unlink(missing_ok=True)
+
+
+def differences(before, config):
+    """What makes the run of a stored config another one than `config` describes: a list of texts, [] for the same."""
+    said = lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    flags, aside = before["flags"], UNTRAINED | NAMED | {"dims", "pref_dim"}
+    other = [f"--{name} {said(flags.get(name))}, not {said(value)}" for name, value in config["flags"].items()
+             if name not in aside and flags.get(name) != value]
+    if before.get("dims") != config.get("dims"):
+        other.append(f"the dimensions {said(before.get('dims'))}, not {said(config.get('dims'))}")
+    known, here = before.get("content", {}), config.get("content", {})
+    other += [f"other content of --{name}" for name in here if known.get(name) != here[name]]
+    return other + [text for key, text in (("fingerprint", "other base weights"), ("world", "another world"))
+                    if before.get(key) != config.get(key)]
+
+
+def reward_run(name):
+    """A name of --rewards, directory or directory:dimension -> (the run of train_reward.py, what stands behind it)."""
+    for path, rest in ((name, ""), name.rpartition(":")[::2]):
+        if path and (Path(path) / "reward.json").exists():
+            return Path(path), rest
+    return None, name
+
+
+def absolute(name):
+    """A name of --rewards by its whole path, so that an evaluation finds it from anywhere."""
+    run, rest = reward_run(name)
+    return name if run is None else f"{run.resolve()}{rest and ':' + rest}"
+
+
+def whole_path(file):
+    """FILE, or dimension=FILE, by its whole path."""
+    name, file = named(file)
+    return f"{name}{'=' * bool(name)}{Path(file).resolve()}"
+
+
+def content(path):
+    """A hash of a file, or of a tokenizer's or a reward model's files in a directory; of another name, the name."""
+    path = Path(path)
+    if path.is_file():
+        with path.open("rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+    files = [path / f for f in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "reward.json",
+                                "adapter.safetensors", "heads.safetensors")]
+    return digest([content(f) for f in files if f.exists()]) if path.is_dir() else str(path)
+
+
+def contents(flags, tokenizer):
+    """What is in all that a run reads, hashed: {flag: a list}. flags: a dict"""
+    read = {name: [[dim, content(file)] for dim, file in map(named, flags.get(name) or [])] for name in FILES}
+    rewards = [[content(run) if run else None, rest] for run, rest in map(reward_run, flags.get("rewards") or [])]
+    return read | {"rewards": rewards, "tokenizer": [content(x) for x in (tokenizer, flags.get("template", ""))]}
+
+
+def lock(out):
+    """Makes the directory, for this process alone until it ends, however it ends: the system holds the lock. Raises
+    UserError where another process has it."""
+    path = (out / ".lock").resolve()
+    if path in LOCKS:
+        return
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    try:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:                                            # Windows
+            import msvcrt
+            file.seek(1000)                                            # behind the number, which stays readable
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise UserError(f"{out}: process {file.read() or '?'} is at work there; wait for its end, or choose another "
+                        f"--out") from None
+    except (ImportError, OSError):
+        pass                                                           # a system, or a file system, without locks
+    LOCKS[path] = file
+    with writing(path):
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
 
 
 def steps_each(flags, models):
@@ -103,6 +238,9 @@ def end_training(out, what, device, dtype, processes=1):
 def close_run(out):
     """The run is whole, evaluation and all: nothing is left to resume."""
     (out / "state.safetensors").unlink(missing_ok=True)
+    if file := LOCKS.pop((out / ".lock").resolve(), None):
+        file.close()
+    (out / ".lock").unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,13 +249,13 @@ def close_run(out):
 def truncate_log(path, keep):
     """Drops the records of metrics.jsonl for which keep(record) is false, and a last line that was cut short."""
     lines = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+    for line in read_lines(path) if Path(path).exists() else []:
         try:
             if keep(json.loads(line)):
                 lines.append(line)
         except json.JSONDecodeError:
             break                                           # the line that was being written when the run was killed
-    write_whole(path, lambda f: Path(f).write_text("".join(line + "\n" for line in lines)))
+    write_text(path, "".join(line + "\n" for line in lines))
 
 
 def save_state(path, named_parameters, *optimizers, **header):
@@ -151,6 +289,7 @@ def load_state(path, named_parameters, *optimizers):
         for key in f.keys():
             if key.startswith("optimizer."):
                 _, o, i, name = key.split(".")
-                states[int(o)].setdefault(int(i), {})[name] = f.get_tensor(key)
+                # a copy: Windows replaces no file that is mapped
+                states[int(o)].setdefault(int(i), {})[name] = f.get_tensor(key).clone()
     for optimizer, state in zip(optimizers, states):
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

@@ -1,9 +1,13 @@
 """files.py - the ground floor: errors that a user reads, and files that are written whole or not at all."""
+import hashlib
 import json
 import os
+import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -12,31 +16,77 @@ class UserError(Exception):
     """Bad input. Its message is one line: what is wrong, where, and what to do; scripts print it and exit with 2."""
 
 
+class Stopped(KeyboardInterrupt):
+    """Stopped(message, status): a signal has ended the process, which has kept what it had; status is its exit status.
+    """
+
+
+@contextmanager
+def writing(path):
+    """Within it, what cannot be written is a UserError: a full disk, a directory of others, a file for a folder."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"{path} cannot be written: {e.strerror or e}") from None
+    except SafetensorError as e:                            # its own name for the same
+        raise UserError(f"{path} cannot be written: {e}") from None
+
+
+def named(path):
+    """"helpful=FILE" -> ("helpful", "FILE"), "FILE" -> (None, "FILE"). A path that exists is one, whatever is in it."""
+    name, found, file = str(path).partition("=")
+    return (name, file) if found and not Path(path).exists() else (None, str(path))
+
+
 def write_whole(path, write):
     """Calls write(temporary path), then renames it to `path`: a killed run leaves the old file or the new one.
-    Of several processes the first one alone writes."""
+    Of several processes the first one alone writes. Raises UserError where nothing can be written."""
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp{path.suffix}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            os.chmod(temporary, 0o644)                      # safetensors writes 0600
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def left_over(name):
+    """Whether write_whole made a file of this name and its process is dead: it was killed before it could rename it."""
+    named = re.fullmatch(r"\..*\.(\d+)\.tmp(\.\w+)?", name)
+    if not named or os.name == "nt":                        # there os.kill(pid, 0) is no question, it ends the process
+        return False
     try:
-        write(temporary)
-        os.chmod(temporary, 0o644)                          # safetensors writes 0600
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        os.kill(int(named[1]), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:                                 # it lives, and is another user's
+        pass
+    return False
+
+
+def write_text(path, text):
+    """Writes a text as UTF-8, with the same bytes on every system, whole or not at all."""
+    write_whole(path, lambda f: Path(f).write_text(text, encoding="utf-8", newline="\n"))
 
 
 def write_json(path, value):
     """Writes `value` as JSON, whole or not at all."""
-    text = json.dumps(value, indent=1, allow_nan=False)
-    write_whole(path, lambda f: Path(f).write_text(text + "\n"))
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def write_jsonl(path, records):
     """Writes records as JSONL, one a line, whole or not at all."""
-    write_whole(path, lambda f: Path(f).write_text("".join(json.dumps(record) + "\n" for record in records)))
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def read_lines(path):
+    """The lines of a UTF-8 text that this project wrote."""
+    return Path(path).read_text(encoding="utf-8").splitlines()
 
 
 def read_json(path):
@@ -49,3 +99,17 @@ def read_json(path):
         raise UserError(f"{path} cannot be read: {e.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path} is not JSON: {e}") from None
+
+
+def digest(value, length=8):
+    """A short hash of JSON values, the same everywhere."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
+
+
+def file_name(text, most=100):
+    """A text as a part of a file name that is another one for every other text, on every system: lower case letters,
+    digits and _ . - stay as they are; where there is more, or more of them than `most`, a hash tells them apart."""
+    if re.fullmatch(r"[a-z0-9_][a-z0-9_.-]*", text) and len(text) <= most:
+        return text
+    plain = re.sub(r"[^a-z0-9_-]+", "_", text.lower())[:most]
+    return f"{plain}-{digest(text)}"

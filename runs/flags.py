@@ -16,8 +16,11 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from runs.files import UserError
+from runs.files import Stopped, UserError
 
+# the flags of a training that --help shows; --help-all shows the others too
+FIRST = ("pref_dim", "dims", "method", "aggregate", "beta", "kl_coeff", "init", "data", "eval_data", "prompts",
+         "rewards", "steps", "out")
 PLAIN = "on a GPU: no Triton kernels and no CUDA graphs, but their plain definitions"
 
 
@@ -43,6 +46,7 @@ class RunFlags:
     log_every: int = flag(20, "print a line every so many steps", 1)
     save_every: int = flag(200, "write a checkpoint every so many steps", 1)
     eval: bool = flag(True, "evaluate at the end")
+    overwrite: bool = flag(False, "replace the run that the directory holds")
 
 
 @dataclasses.dataclass
@@ -92,7 +96,7 @@ class PreferenceFlags:
     dims: list[str] | None = flag(None, "these dimensions instead, in this order")
     method: Literal["panacea", "rs", "dps"] = flag(
         "panacea", "Panacea; rewarded soups: one model per dimension; discrete policy solutions: one per preference")
-    aggregate: Literal["ls", "tche"] = flag("ls", "linear scalarisation or Tchebycheff")
+    aggregate: Literal["ls", "tche"] = flag("ls", "linear scalarisation, Σ λ_i L_i, or Tchebycheff, max_i λ_i L_i")
     ideal: list[float] | None = flag(None, "Tchebycheff: the lowest loss that each dimension can reach, −z of Eq. (7); "
                                            "RLHF: the highest reward, z (default: known on the embedded world; else 0, "
                                            "and in RLHF the highest reward so far)")
@@ -168,22 +172,38 @@ def check_lam(flags, dims):
         raise UserError(f"--lam takes {len(dims)} numbers, for {' '.join(dims)}; got {len(flags.lam)}")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults behind the texts, where there is one; the docstring of a script as it is."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def cli(cls, doc, argv=None):
     """Parses sys.argv into the dataclass `cls`, one `--field` for each of its fields. Raises UserError for a number out
     of its range.
 
     Types come from the annotations: bool becomes --x/--no-x, Literal its choices, list[T] takes several values, and
-    T | None a T.
+    T | None a T. The classes that declare the fields are the groups of --help.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    hints, own = typing.get_type_hints(cls), inspect.get_annotations(cls)
-    for f in sorted(dataclasses.fields(cls), key=lambda f: f.name not in own):        # shared ones stand last
+    argv = sys.argv[1:] if argv is None else argv
+    short = issubclass(cls, RunFlags) and "--help-all" not in argv
+    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, add_help=False)
+    parser.add_argument("-h", "--help", action="help", help="the flags that matter first" if short else "this text")
+    parser.add_argument("--help-all", action="help", help=f"all {len(dataclasses.fields(cls))} flags")
+    hints, groups = typing.get_type_hints(cls), {}
+    declares = lambda f: next(c for c in reversed(cls.__mro__) if f.name in inspect.get_annotations(c))
+    for f in sorted(dataclasses.fields(cls), key=lambda f: declares(f) is not cls):   # shared ones stand last
+        if (place := declares(f)) not in groups:
+            groups[place] = parser.add_argument_group(
+                "this script" if place is cls else place.__doc__.split("\n")[0].rstrip("."))
         kind = hints[f.name]
         options = [a for a in typing.get_args(kind) if a is not type(None)]
         if type(None) in typing.get_args(kind):                                       # T | None
             kind, options = options[0], typing.get_args(options[0])
         default = f.default_factory() if f.default is dataclasses.MISSING else f.default
-        more = dict(default=default, help=f.metadata["help"])
+        hidden = short and f.name not in FIRST
+        more = dict(default=default, help=argparse.SUPPRESS if hidden else f.metadata["help"])
         if kind is bool:
             more |= dict(action=argparse.BooleanOptionalAction)
         elif typing.get_origin(kind) is typing.Literal:
@@ -193,9 +213,9 @@ def cli(cls, doc, argv=None):
         else:
             more |= dict(type=kind)
         if f.metadata["positional"]:
-            parser.add_argument(f.name, nargs="+", help=more["help"])
+            groups[place].add_argument(f.name, nargs="+", help=more["help"])
         else:
-            parser.add_argument("--" + f.name, **more)
+            groups[place].add_argument("--" + f.name, **more)
     flags = cls(**vars(parser.parse_args(argv)))
     check_valid(flags)
     return flags
@@ -209,8 +229,11 @@ def run_main(main, cls, doc, several=False):
     that fails ends at once: torchrun then ends the others, wherever they wait for it.
     """
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")                       # a terminal without λ shows a ? in its place
     if rank > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     try:
         if processes > 1 and not several:
             raise UserError(f"{Path(sys.argv[0]).name} is one process: start it with python, not with torchrun")
@@ -222,9 +245,10 @@ def run_main(main, cls, doc, several=False):
             time.sleep(5)       # the first process found the same and said it: torchrun ends this one before it speaks
         print(f"error: {e}", file=sys.stderr, flush=True)
         _end(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)
-        _end(130)
+    except KeyboardInterrupt as e:
+        said, status = e.args if isinstance(e, Stopped) else ("stopped", 130)
+        print(said, file=sys.stderr, flush=True)
+        _end(status)
     except Exception:
         if not dist.is_initialized():
             raise

@@ -11,14 +11,18 @@ m: dimensions   items: what a loss is a mean of (compared pairs, responses)
 """
 import json
 import math
+import os
+import signal
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from runs.directory import load_state, save_state
-from runs.files import UserError
+from runs.directory import adapter_file, load_state, save_state
+from runs.files import Stopped, UserError, writing
 from runs.processes import all_sum, ranks, reduce_gradients
 from runs.randomness import generator_for
 from runs.speed import model_flops
@@ -49,12 +53,36 @@ def adamw(model, flags, betas=(0.9, 0.95), head=None):
                              fused=True)                               # fused: one pass over many small tensors
 
 
+@contextmanager
+def noted_signals():
+    """Within it Ctrl-C and SIGTERM do not end the process but are noted: a list, of their numbers. The second one does
+    end it. (Torchrun passes on what the terminal has sent already: the same within a second counts once.)"""
+    noted, began = [], []
+
+    def note(number, frame):
+        if noted and not ("RANK" in os.environ and time.time() - began[0] < 1):
+            signal.signal(number, usual[number])
+            signal.raise_signal(number)
+        noted.append(number)
+        began.append(time.time())
+        os.write(2, b"\nstopping after this step; once more stops at once\n")       # print is not for signal handlers
+
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    usual = {number: signal.signal(number, note) for number in numbers}           # another thread may not have handlers
+    try:
+        yield noted
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
 class Log:
     """Appends one JSON object a step to metrics.jsonl and prints it as a line every `every` steps, above the bar."""
 
     def __init__(self, path, steps, first_step=0, every=1, desc=""):
         self.path, self.every, self.started, self.steps = Path(path), every, time.time(), steps
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         self.silent = ranks()[0] > 0
         self.bar = tqdm(total=steps, initial=first_step, desc=desc, disable=self.silent or None, dynamic_ncols=True)
 
@@ -62,8 +90,8 @@ class Log:
         """record: {"step": …, …} for the file; line: the same for people."""
         if self.silent:
             return
-        with self.path.open("a") as f:
-            f.write(json.dumps(record) + "\n")
+        with writing(self.path), self.path.open("a", encoding="utf-8", newline="\n") as f:
+            f.write(json.dumps(record, allow_nan=False) + "\n")
         if record["step"] % self.every == 0 or record["step"] == self.steps:
             self.bar.write(line)
         self.bar.update()
@@ -97,28 +125,38 @@ class Run:
 
     def steps(self):
         """Yields the number of each step, from 0 or from where the killed run ended. With micro-batches the same number
-        comes `parts` times, once for each, and `part` says which. Keeps snapshots and checkpoints after a step."""
+        comes `parts` times, once for each, and `part` says which. After a step its weights are looked at, snapshots and
+        checkpoints kept. Raises UserError for weights that are not finite; after a signal Stopped, with a checkpoint.
+        """
         first, flags = 0, self.flags
-        if self.resume is not None:
+        if self.resume is not None and self.resume["member"] == self.member:
             load_state(self.out / "state.safetensors", self.state, *self.optimizers)
             first, self.kept = self.resume["step"], self.resume.get("kept", {})
+        elif self.resume is not None and self.resume["member"] > self.member:
+            return                                                     # what comes after this training has begun
         snapshots, save_every = getattr(flags, "snapshots", 0), getattr(flags, "save_every", None)
         snapshot_steps = {round(self.n_steps * (j + 1) / snapshots) for j in range(snapshots)} - {self.n_steps}
         self.lines = Log(self.out / "metrics.jsonl", self.n_steps, first, flags.log_every, self.name)
-        for step in range(first, self.n_steps):
-            self.step, self.started, self.loss, self.sums = step, time.time(), 0.0, {}
-            self.counted = self.flops = 0
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(step, self.n_steps, flags.lr, flags.warmup_ratio)
-            for self.part in range(self.parts):
-                yield step
-            done = step + 1
-            if done in snapshot_steps:
-                save_adapter(self.model, self.out / "snapshots" / f"{self.name}-{done:06d}.safetensors", self.dims,
-                             step=done)
-            if save_every and (done % save_every == 0 or done == self.n_steps):
-                save_state(self.out / "state.safetensors", self.state, *self.optimizers, step=done, member=self.member,
-                           kept=self.kept)
+        with noted_signals() as signals:
+            for step in range(first, self.n_steps):
+                self.step, self.started, self.loss, self.sums, self.signals = step, time.time(), 0.0, {}, signals
+                self.counted = self.flops = self.stop = 0
+                for group in self.optimizer.param_groups:
+                    group["lr"] = learning_rate(step, self.n_steps, flags.lr, flags.warmup_ratio)
+                for self.part in range(self.parts):
+                    yield step
+                self.require_finite_weights()
+                done = step + 1
+                if done in snapshot_steps:
+                    file = adapter_file(self.out / "snapshots", f"{self.name}-{done:06d}")
+                    save_adapter(self.model, file, self.dims, step=done)
+                if save_every and (done % save_every == 0 or done == self.n_steps or self.stop):
+                    save_state(self.out / "state.safetensors", self.state, *self.optimizers, step=done,
+                               member=self.member, kept=self.kept)
+                if self.stop:
+                    self.lines.close()
+                    raise Stopped(f"stopped after step {done} of model {self.member + 1}; the same command goes on",
+                                  128 + (signals or [signal.SIGINT])[0])
         self.lines.close()
 
     @property
@@ -149,7 +187,16 @@ class Run:
     def require_finite(self, what, value):
         """Raises UserError for a number that is infinite or none."""
         if not math.isfinite(value):
-            raise UserError(f"{self.name}, step {self.step + 1}: the {what} is {value}; lower --lr or --lora_scaling")
+            blamed = ("--critic_lr" if what in ("critic's norm", "value_loss") else
+                      "--lr or --lora_scaling" if hasattr(self.flags, "lora_scaling") else "--lr")
+            raise UserError(f"{self.name}, step {self.step + 1}: the {what} is {value}; lower {blamed}")
+
+    def require_finite_weights(self):
+        """The same for what the step has made of the weights: update() has looked at what it made of them before."""
+        of_critic = [p for n, p in self.state if n.startswith("critic.")]
+        for what, parameters in (("weights' norm", [p for _, p in self.trained]), ("critic's norm", of_critic)):
+            if parameters:
+                self.require_finite(what, torch.nn.utils.get_total_norm(parameters).item())
 
     def work(self, tokens, predicted=0, base=None):
         """Counts the model FLOPs of tokens that ran through the blocks, and of those that the head predicted."""
@@ -170,13 +217,17 @@ class Run:
             self.sums[key] = self.sums.get(key, 0) + torch.stack([(values.detach() * known).sum(0), known.sum(0)])
         if not self.last_part:
             return
-        self.counted, self.flops = all_sum(torch.tensor([self.counted, self.flops], device=self.device)).tolist()
+        totals = all_sum(torch.tensor([self.counted, self.flops, len(self.signals)], device=self.device))
+        self.counted, self.flops, self.stop = totals.tolist()          # all processes stop after the same step
         for key, sums in self.sums.items():
             record[key] = [total / n if n else None for total, n in zip(*all_sum(sums).tolist())]
         seconds = time.time() - self.started
         record = {"step": self.step + 1, "member": self.member, "loss": self.loss, **record, "grad_norm": self.norm,
                   "lr": self.optimizer.param_groups[0]["lr"], "tokens": self.counted, "flops": self.flops,
                   "tokens_per_second": self.counted / seconds, "seconds": seconds}
+        for key, value in record.items():
+            if isinstance(value, float):
+                self.require_finite(key, value)
         self.lines.step(record, self.line(record, show))
 
     @property

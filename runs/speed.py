@@ -2,7 +2,6 @@
 import functools
 import json
 import math
-import resource
 import statistics
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ops import fused
-from runs.files import write_json
+from runs.files import read_lines, write_json
 
 
 @functools.lru_cache
@@ -33,12 +32,16 @@ def matmul_ceiling(device, dtype, seconds=0.2):
 
 
 def peak_memory(device):
-    """The most bytes held at one time: allocated tensors on CUDA, else the resident memory of this process."""
+    """The most bytes held at one time: allocated tensors on CUDA, else the resident memory of this process, 0 where the
+    system does not say it (Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if Path("/proc/self/status").exists():              # Linux's getrusage would count what started this process too
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+        return next(int(line.split()[1]) * 1024 for line in read_lines("/proc/self/status") if line.startswith("VmHWM"))
+    try:
+        import resource
+    except ImportError:                                 # Windows
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -62,7 +65,7 @@ def report_speed(out, device, dtype, processes=1):
     The records have "tokens", "flops" and "seconds". Seconds lie apart from all else that a run writes, so that the
     same seed on the same machine gives the same files.
     """
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in read_lines(out / "metrics.jsonl")]
     seconds, tokens, flops = (sum(r[key] for r in records) for key in ("seconds", "tokens", "flops"))
     ceiling = matmul_ceiling(device, dtype)
     timing = {"train_seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds,

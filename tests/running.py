@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -22,11 +23,13 @@ import train_reward
 from data import base, toy
 from model import SIZES
 from runs import loop
+from runs.directory import LOCKS
 from runs.flags import cli, run_main
 from runs.loop import Log
 
 ROOT, SHARED = Path(__file__).parents[1], Path(__file__).parents[2] / "shared"
 BASE = "out/base-tiny-seed0"
+ELSEWHERE = dict(init="out/base-of-no-world", tokenizer="toy")        # the same, for processes in whose world it is not
 
 # flags that make a run of a second; beside them constants of the scripts
 COMMON = dict(device="cpu", eval=False, log_every=1)
@@ -37,6 +40,7 @@ SMALL = {
                       estimator="gae"),
     "train_hqd": dict(pool=400, near=12, steps=4, steps2=3, batch_size=3, parts=2, samples2=3, max_new_tokens=24,
                       save_every=1),
+    "train_base": {},
     "train_reward": dict(rows=24, responses=4, batch_size=4, steps=20, max_new_tokens=8, reward_scale=[1.0, 5.0])}
 CONSTANTS = {train_hqd: dict(MOST_PROMPTS=10), train_ppo: dict(REFERENCE_SAMPLES=16),
              train_reward: dict(EVAL_ROWS=4, N_REFERENCE=12)}
@@ -60,9 +64,10 @@ def small_world():
         patch.setattr(toy, "prompts", lambda split: prompts(split)[::every.get(split, 10)])
         patch.setattr(toy, "base_probs", lambda prompt: probs(prompt) / probs(prompt).sum())
         patch.setattr(base, "SHIPPED", Path(BASE))
-        toy._responses.cache_clear(), toy._scores.cache_clear()
+        forget = lambda: [f.cache_clear() for f in (toy._responses, toy._scores, base.world_fingerprint)]
+        forget()
         yield
-    toy._responses.cache_clear(), toy._scores.cache_clear()
+    forget()
 
 
 @contextmanager
@@ -82,7 +87,8 @@ def make_base():
     small = replace(SIZES["tiny"], n_layer=2, d_model=64, n_head=2, n_kv_head=2, head_dim=32, d_ff=256)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_base, "SIZES", {"tiny": small})
-        return train_base.main(train_base.Flags(steps=100, batch_size=4, whole_steps=10, lr=6e-3, device="cpu"))
+        train_base.main(train_base.Flags(steps=100, batch_size=4, whole_steps=10, lr=6e-3, device="cpu", out=BASE))
+    shutil.copytree(BASE, ELSEWHERE["init"], ignore=shutil.ignore_patterns("base.json"))
 
 
 def words(flags):
@@ -104,7 +110,8 @@ def go(script, name, **flags):
         for (target, constant), usual in USUAL.items():
             if getattr(target, constant) == usual:                     # where a test has set its own, that stays
                 patch.setattr(target, constant, CONSTANTS[target][constant])
-        argv = words(COMMON | SMALL[script] | flags | {"out": f"out/{name}"})
+        common = {k: v for k, v in COMMON.items() if k != "eval" or script != "train_base"}
+        argv = words(common | SMALL[script] | flags | {"out": f"out/{name}"})
         return Path(module.main(cli(module.Flags, "", argv))).resolve()
 
 
@@ -166,9 +173,9 @@ class Killed(Exception):
     """Ends a training in the middle, as a kill does: nothing is cleaned up."""
 
 
-def killed(script, name, when, **flags):
-    """Trains out/<name> until the record of a step for which when(record) holds is in its log. Returns its directory.
-    """
+@contextmanager
+def killing(when):
+    """Within it a training ends when the record of a step for which when(record) holds is in its log."""
     step = Log.step
 
     def stop(log, record, line):
@@ -176,10 +183,23 @@ def killed(script, name, when, **flags):
         if when(record):
             raise Killed
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Log, "step", stop)
-        with pytest.raises(Killed):
-            go(script, name, **flags)
+        yield
+    let_go()
+
+
+def let_go():
+    """What the system does for a process that was killed: its locks are free."""
+    for file in LOCKS.values():
+        file.close()
+    LOCKS.clear()
+
+
+def killed(script, name, when, **flags):
+    """Trains out/<name> so far as killing() lets it. Returns its directory."""
+    with killing(when):
+        go(script, name, **flags)
     run = Path(f"out/{name}").resolve()
     assert not (run / "timing.json").exists()
     return run

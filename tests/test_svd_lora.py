@@ -26,6 +26,7 @@ from svd_lora import (
     save_adapter,
     set_preference,
     shared_base,
+    soup,
     svd_lora_layers,
 )
 
@@ -414,3 +415,31 @@ def test_export_peft_is_the_merged_matrix(tiny, tmp_path):
         assert (B @ A).abs().max() > 0.1
     with pytest.raises(UserError, match="only Llama-family"):
         export_peft(inject_svd_lora(tiny("gpt2"), 3, 2), lam, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_soup_rounds_nothing(tiny, dtype):
+    """Σ w_i ΔW_i beside W0, against the definition in double precision. Of untrained adapters it is the base, to the
+    bit. Wrong: W0 + ΔW_i rounded to bf16 and averaged in bf16."""
+    base = tiny(dtype=dtype).requires_grad_(False)
+    members = [inject_svd_lora(shared_base(base), 3, 0, 6.0) for _ in range(2)]
+    weights, tokens = [0.3, 0.6], torch.tensor([[1, 2, 3, 4]])
+    mixed = shared_base(base)
+    assert torch.equal(soup(mixed, members, weights)(tokens), base(tokens))
+    for i, member in enumerate(members):
+        for layer in svd_lora_layers(member).values():
+            layer.sigma.copy_(torch.tensor([0.5, -1.0, 2.0]) * (i + 1) / 100)
+    soup(mixed, members, weights)
+    for name, layer in svd_lora_layers(mixed).items():
+        parts = [svd_lora_layers(member)[name] for member in members]
+        expected = sum(w * part.gain * (part.U.double() * part.sigma.double()) @ part.V.double().T
+                       for w, part in zip(weights, parts))
+        assert (layer.delta(None) - expected).abs().max() < 1e-6 * expected.abs().max()
+        W0 = layer.weight.float()
+        rounded = sum(w * ((W0 + part.delta(None)).to(dtype).float() - W0) for w, part in zip(weights, parts))
+        wrong = rounded - expected
+        assert dtype is torch.float32 or wrong.abs().max() > 0.01 * expected.abs().max()
+    fine = merged_state_dict(mixed, dtype=torch.float32)               # and merging can keep it
+    for name, layer in svd_lora_layers(mixed).items():
+        assert torch.equal(fine[name + ".weight"], layer.weight.float() + layer.delta(None))

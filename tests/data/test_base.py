@@ -1,16 +1,48 @@
 """test_base.py - the base model that ships with the code: small, and it knows the world."""
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from data import toy
-from data.base import SHIPPED, is_world_base
+from data.base import SHIPPED, find_base, is_world_base, load_base, world_fingerprint
 from data.tokenizers import load_tokenizer
 from fronts.measure import world_batches, world_logprobs
 from model import Transformer
+from runs.files import UserError
 
-pytestmark = pytest.mark.skipif(not is_world_base(SHIPPED), reason="data/base is not there: train_base.py makes it")
+pytestmark = pytest.mark.skipif(not SHIPPED.exists(), reason="data/base is not there: train_base.py makes it")
+
+
+def test_it_is_a_base_of_this_world(monkeypatch, tmp_path):
+    """A score, a text, a prompt or a split that is another one makes another world, whose base is refused by a line.
+    Wrong: to ask for base.json alone."""
+    assert is_world_base(SHIPPED) and json.loads((SHIPPED / "base.json").read_text())["world"] == world_fingerprint()
+    seen, scores, responses, prompts = {world_fingerprint()}, toy.scores, toy.responses, toy.prompts
+    swapped = {"seen": "validation", "validation": "seen"}
+    for name, other in (("scores", lambda x, texts: scores(x, texts) + 1e-3),
+                        ("responses", lambda x: responses(x)[::-1]), ("prompts", lambda split: prompts(split)[1:]),
+                        ("prompts", lambda split: prompts(swapped.get(split, split)))):
+        with monkeypatch.context() as patch:
+            patch.setattr(toy, name, other)
+            world_fingerprint.cache_clear()
+            seen.add(world_fingerprint())
+            for use in (is_world_base, lambda base: find_base(base, None, None, torch.device("cpu")),
+                        lambda base: load_base(base, "toy", torch.device("cpu"), torch.float32, None)):
+                with pytest.raises(UserError, match="made for another world than data/toy.py is now .*: make it again"):
+                    use(str(SHIPPED))
+        world_fingerprint.cache_clear()
+    assert len(seen) == 5
+    shutil.copytree(SHIPPED, tmp_path / "base")                        # an older one, which does not say its world
+    report = json.loads((tmp_path / "base/base.json").read_text())
+    (tmp_path / "base/base.json").write_text(json.dumps({k: v for k, v in report.items() if k != "world"}))
+    with pytest.raises(UserError, match=r"another world than data/toy.py is now \(None, not"):
+        is_world_base(tmp_path / "base")
+    (tmp_path / "base/base.json").unlink()
+    assert not is_world_base(tmp_path / "base") and not is_world_base(tmp_path)
+    assert find_base(Path("x"), None, None, torch.device("cpu"))[0] == str(Path("x").resolve())
 
 
 def test_it_is_small_and_says_where_it_comes_from():

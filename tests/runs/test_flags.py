@@ -1,14 +1,18 @@
 """test_flags.py - a dataclass becomes flags: types, ranges, lists; errors are one line and exit status 2."""
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import pytest
 import torch
 
 import train_dpo
-from runs.files import UserError
-from runs.flags import RunFlags, check_lam, cli, flag, preferences_of, run_main
+import train_hqd
+import train_ppo
+import train_reward
+import train_sft
+from runs.files import Stopped, UserError
+from runs.flags import FIRST, RunFlags, check_lam, cli, flag, preferences_of, run_main
 
 
 @dataclass
@@ -73,12 +77,29 @@ def test_lam_is_one_preference_of_dps():
             check_lam(train_dpo.Flags(**flags), ["a", "b"])
 
 
-def test_help_tells_every_flag_and_its_default(capsys):
+def helped(capsys, script, word):
     with pytest.raises(SystemExit) as end:
-        cli(train_dpo.Flags, train_dpo.__doc__, ["--help"])
-    text = capsys.readouterr().out
-    assert end.value.code == 0 and "--lams_per_step" in text and "(default: 960)" in text and "--no-eval" in text
+        cli(script.Flags, script.__doc__, [word])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_tells_every_flag_and_its_default(capsys):
+    text = helped(capsys, train_dpo, "--help-all")
+    assert all(f"--{f.name} " in text or f"--{f.name}," in text for f in fields(train_dpo.Flags))
+    assert "(default: 960)" in text and "--no-eval" in text and "(default: None)" not in text
     assert text.index("--beta") < text.index("--log_every")   # the script's own first
+    titles = [line.rstrip(":") for line in text.splitlines() if line.endswith(":") and line[0] != " "]
+    assert titles[:2] == ["options", "this script"] and len(titles) == len(set(titles)) == 7     # one for each class
+
+
+@pytest.mark.parametrize("script", [train_dpo, train_sft, train_ppo, train_hqd, train_reward])
+def test_short_help(capsys, script):
+    """At most ten flags, of which the others are not named; they are still taken."""
+    text = helped(capsys, script, "--help")
+    shown = {f.name for f in fields(script.Flags) if f"\n  --{f.name} " in text}
+    assert {"steps", "init", "out"} <= shown <= set(FIRST) and len(shown) <= 10 and "--warmup_ratio" not in text
+    assert cli(script.Flags, "", ["--warmup_ratio", "0.5"]).warmup_ratio == 0.5
 
 
 def ends(monkeypatch, main, argv=("x",), **more):
@@ -107,6 +128,11 @@ def test_errors_of_users_are_one_line(monkeypatch, capsys):
     assert ends(monkeypatch, bad, ["x", "--count", "0"]) == 2
     assert capsys.readouterr().err == "error: --count 0: must be at least 1\n"
     assert ends(monkeypatch, stopped) == 130 and capsys.readouterr().err == "stopped\n"
+
+    def kept(flags):
+        raise Stopped("stopped after step 3", 143)
+
+    assert ends(monkeypatch, kept) == 143 and capsys.readouterr().err == "stopped after step 3\n"
 
     def broken(flags):
         raise ValueError("a bug")                             # is no user's error, and not hidden

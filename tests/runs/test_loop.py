@@ -1,6 +1,7 @@
 """test_loop.py - runs.loop.Run by itself, on a model of one linear layer: steps, resuming, micro-batches, log."""
 import json
 import math
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from model import Config
 from runs.directory import read_state_header
-from runs.files import UserError
+from runs.files import Stopped, UserError
 from runs.loop import Log, Run, adamw, add_adapter, learning_rate
 from runs.speed import model_flops
 from svd_lora import set_preference, svd_lora_layers
@@ -182,8 +183,8 @@ def test_a_critic_is_kept_beside_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("bad, message", [
-    ("loss", "line, step 3: the loss is nan; lower --lr or --lora_scaling"),
-    ("gradient", "line, step 3: the gradient's norm is inf; lower --lr or --lora_scaling")])
+    ("loss", "line, step 3: the loss is nan; lower --lr"),
+    ("gradient", "line, step 3: the gradient's norm is inf; lower --lr")])
 def test_what_is_not_finite_stops_before_anything_is_changed(tmp_path, bad, message):
     model = model_of()
     run = start(tmp_path, model, flags_of(save_every=1))
@@ -199,6 +200,65 @@ def test_what_is_not_finite_stops_before_anything_is_changed(tmp_path, bad, mess
     assert str(error.value) == message
     assert torch.equal(weights(model), before) and len(records(tmp_path)) == 2
     assert read_state_header(tmp_path / "state.safetensors")["step"] == 2
+
+
+def test_weights_that_an_update_made_infinite_are_not_kept(tmp_path):
+    """In the last step too, and a critic's. Wrong: a check of loss and gradient alone, which were finite."""
+    flags = flags_of(save_every=1, critic_lr=0.1)
+    for step, of in ((3, "model"), (5, "model"), (5, "critic")):
+        out, model, critic = tmp_path / f"{of}{step}", model_of(), model_of(1)
+        run = start(out, model, flags, critic=critic, critic_optimizer=torch.optim.SGD(critic.parameters(), lr=0.1))
+        with pytest.raises(UserError) as error:
+            for now in run.steps():
+                run.update(loss_of(model, now))
+                run.log(1, 1)
+                if now == step:
+                    (model if of == "model" else critic).weight.data[0, 1] = math.inf
+        said = ("weights' norm is inf; lower --lr" if of == "model" else "critic's norm is inf; lower --critic_lr")
+        assert str(error.value) == f"line, step {step + 1}: the {said}"
+        assert read_state_header(out / "state.safetensors")["step"] == step           # the last good ones are
+
+
+def test_a_number_that_is_none_is_not_logged(tmp_path):
+    run = start(tmp_path, model_of(), flags_of())
+    with pytest.raises(UserError, match="^line, step 1: the value_loss is nan; lower --critic_lr$"):
+        for step in run.steps():
+            run.update(loss_of(run.model, step))
+            run.log(1, 1, value_loss=math.nan)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+# ---- signals ----
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_after_the_step_with_a_checkpoint(tmp_path, number, status):
+    """Between checkpoints; the run goes on bit for bit. Wrong: an end in the middle of a step, or none."""
+    flags, whole, before = flags_of(save_every=5), model_of(), signal.getsignal(number)
+    train(start(tmp_path / "whole", whole, flags))
+    run = start(tmp_path, model_of(), flags)
+    with pytest.raises(Stopped) as stopped:
+        for step in run.steps():
+            if step == 2:
+                signal.raise_signal(number)
+            run.update(loss_of(run.model, step))
+            run.log(10, 5, note=step)
+    assert stopped.value.args == ("stopped after step 3 of model 1; the same command goes on", status)
+    assert signal.getsignal(number) is before
+    header = read_state_header(tmp_path / "state.safetensors")
+    again = start(tmp_path, model_of(seed=9), flags, resume=header)
+    assert header["step"] == 3 and train(again) == [3, 4, 5]
+    assert torch.equal(weights(again.model), weights(whole)) and len(records(tmp_path)) == 6
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    run, done = start(tmp_path, model_of(), flags_of(save_every=5)), []
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        for step in run.steps():
+            signal.raise_signal(signal.SIGINT)
+            done.append(step)
+            signal.raise_signal(signal.SIGINT)
+            done.append(step)
+    assert done == [0] and not isinstance(stopped.value, Stopped)
 
 
 # ---- micro-batches ----

@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from running import BASE, go, metrics, read
+from running import BASE, go, metrics, read, write_rows
+from safetensors.torch import load_file, save_file
 
 import eval_front
 from data import toy
@@ -18,8 +19,8 @@ from fronts.objective import OBJECTIVES, measured_on
 from fronts.optimum import sft_losses, with_outside
 from fronts.stationarity import min_norm
 from model import Transformer
-from runs.files import UserError
-from svd_lora import load_adapter, merged_state_dict, set_preference
+from runs.files import UserError, write_json
+from svd_lora import load_adapter, merged_state_dict, read_adapter_header, set_preference
 
 
 def evaluate(*runs, **flags):
@@ -146,7 +147,7 @@ def test_a_soup_at_a_vertex_is_its_member_and_averages_between(soups):
         policies = measure.policies(soups, config, model, torch.tensor([[1.0, 0.0], [0.25, 0.75]]), factor=factor)
         for lam, soup in policies:
             expected = W0 + factor * (lam[0] * (ends[0][name] - W0) + lam[1] * (ends[1][name] - W0))
-            assert torch.allclose(soup.state_dict()[name], expected, atol=1e-7)
+            assert torch.allclose(merged_state_dict(soup)[name], expected, atol=1e-7)
             assert not torch.allclose(expected, W0 + (2.5 - factor) * (expected - W0) / factor, atol=1e-7)
 
 
@@ -346,3 +347,29 @@ def test_ideal_scores_come_from_the_rewards_of_the_run(ppo_run):
     r = raw([x + "\n"] * 8, toy.responses(x), [True] * 8)
     expected = torch.tensor([1.0, 5.0]) * (r - torch.tensor([1.0, 2.0])) / torch.tensor([2.0, 4.0])
     assert torch.allclose(world.r[1, :8], expected)
+
+
+def test_a_run_is_evaluated_from_anywhere(work, panacea, tmp_path, monkeypatch):
+    """Base, data and reward models are found by whole paths; a base that is gone is one clear line. Wrong: paths that
+    mean something in the working directory of the training alone."""
+    write_rows("near.jsonl", [{"prompt": "a", "response_0": "b", "response_1": "c", "better": {"x": 0, "y": 1}}] * 4)
+    files = go("train_dpo", "files-near", init=BASE, data=["near.jsonl"], eval_data=["near.jsonl"], eval=False)
+    monkeypatch.chdir(tmp_path)
+    for run in (panacea, files):
+        evaluate(run, parts=1)
+    shutil.copytree(panacea, tmp_path / "run")
+    config = read(tmp_path / "run", "config.json")
+    write_json(tmp_path / "run/config.json", config | {"base": str(tmp_path / "gone")})
+    with pytest.raises(UserError, match="gone, the base model of this run, is not there any more: bring it back, or"):
+        evaluate("run", parts=1)
+
+
+def test_a_policy_that_says_nothing_is_one_line(panacea, tmp_path):
+    """Finite weights, so large that log-probs are none: an update diverged, the last one of its training."""
+    run = shutil.copytree(panacea, tmp_path / "run", ignore=shutil.ignore_patterns("front.*"))
+    adapter, header = load_file(run / "adapter.safetensors"), read_adapter_header(run / "adapter.safetensors")
+    save_file({name: 1e12 + x for name, x in adapter.items()}, run / "adapter.safetensors",
+              metadata={"panacea": json.dumps(header)})
+    with pytest.raises(UserError, match="^J is not finite at λ = 0.00 1.00: the training has diverged; train again"):
+        evaluate(run, parts=1)
+    assert not (run / "front.json").exists()

@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from running import BASE, ROOT, go, killed, metrics, read, timeless, words
+from running import ELSEWHERE, ROOT, go, killed, killing, metrics, read, timeless, words
 from safetensors.torch import load_file
 from threads import in_processes
 
@@ -41,7 +42,7 @@ OTHERS = {"sft": ("train_sft", dict(aggregate="tche", lams_per_step=2)),
 EXACT = {"step", "member", "lam", "lr", "tokens", "flops", "labels", "rewards", "length", "finished", "collapsed",
          "stage", "adapter", "first_ratio"}
 LONG = dict(steps=30, save_every=4, snapshots=0, rows=24, responses=4, batch_size=4, lams_per_step=4, eval=False,
-            log_every=1, device="cpu", init=BASE, keep=0.0)
+            log_every=1, device="cpu", keep=0.0, **ELSEWHERE)
 # several runs under one torchrun, since starting it is what takes the time
 DRIVER = f"""
 import json, os, sys
@@ -209,8 +210,9 @@ def test_all_trainers_under_torchrun(work):
 def test_one_process_goes_on_where_two_were_killed():
     flags = PPO | dict(aggregate="tche", steps=3, save_every=1)
     one = go("train_ppo", "one-killed", **flags)
-    step = lambda: killed("train_ppo", "two-killed-threads", lambda r: r["step"] == 2, **flags)
-    run = in_processes(2, step)[0]
+    with killing(lambda record: record["step"] == 2):
+        in_processes(2, lambda: go("train_ppo", "two-killed-threads", **flags))
+    run = Path("out/two-killed-threads").resolve()
     assert len(metrics(run)) == 2 and (run / "state.safetensors").exists()
     assert go("train_ppo", "two-killed-threads", **flags) == run
     equal(run, one, "train_ppo")

@@ -3,6 +3,7 @@ import math
 import subprocess
 
 import pytest
+import running
 import torch
 from running import BASE, metrics, read, refused
 
@@ -11,7 +12,7 @@ from data import base, toy
 from data.tokenizers import TokenRow, load_tokenizer
 from data.trees import batch_logprobs, pack
 from model import Transformer
-from runs.files import UserError
+from runs.files import UserError, write_json
 
 
 def test_it_learns_and_writes_a_model_directory(work):
@@ -42,7 +43,7 @@ def test_it_is_trained_on_the_base_split(work, monkeypatch):
     """Wrong: train prompts alone, without the new verbs."""
     given = []
     monkeypatch.setattr(train_base, "train", lambda model, out, trees, probs, *more: given.append((trees, probs)))
-    monkeypatch.setattr(train_base, "report_speed", lambda *args: 1.0)
+    monkeypatch.setattr(train_base, "end_training", lambda *args: None)
     monkeypatch.setattr(train_base, "SIZES", {"tiny": Transformer.from_pretrained(BASE).config})
     train_base.main(train_base.Flags(device="cpu", out="out/base-split"))
     (trees, probs), tokenizer = given[0], load_tokenizer("toy")
@@ -78,8 +79,8 @@ def test_a_missing_base_is_made_once_by_its_script(work, tmp_path, monkeypatch, 
 
     def run(command, env):
         calls.append(command[1:])
-        (tmp_path / LARGE).mkdir(parents=True)
-        (tmp_path / LARGE / "base.json").write_text("{}")
+        write_json(tmp_path / LARGE / "base.json", {"world": base.world_fingerprint()})
+        write_json(tmp_path / LARGE / "config.json", {})
         assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(env)     # it is one process
         return subprocess.CompletedProcess(command, 0)
 
@@ -87,7 +88,7 @@ def test_a_missing_base_is_made_once_by_its_script(work, tmp_path, monkeypatch, 
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setattr(base.subprocess, "run", run)
     find = lambda: base.find_base(None, "125m", None, torch.device("cpu"))
-    assert find() == find() == (LARGE, "toy") and len(calls) == 1
+    assert find() == find() == (str(tmp_path / LARGE), "toy") and len(calls) == 1
     assert calls[0][0].endswith("train_base.py") and calls[0][1:] == ["--size", "125m", "--device", "cpu"]
     assert "it (once)" in capsys.readouterr().out
     monkeypatch.setattr(base.subprocess, "run", lambda command, env: subprocess.CompletedProcess(command, 3))
@@ -95,12 +96,14 @@ def test_a_missing_base_is_made_once_by_its_script(work, tmp_path, monkeypatch, 
         base.find_base(None, "350m", None, torch.device("cpu"))
 
 
-def test_which_base_a_training_starts_from(monkeypatch, capsys):
-    """The one that ships, on every device, unless a size or a directory is named. Wrong: 125m on a GPU."""
+def test_which_base_a_training_starts_from(work, monkeypatch, capsys):
+    """The one that ships, on every device, unless a size or a directory is named. Wrong: 125m on a GPU; a path that
+    is another one in another working directory."""
+    BASE, elsewhere = str(work / running.BASE), str(work / "elsewhere")
     monkeypatch.setattr(base, "_world_base", lambda *args: pytest.fail("nothing is trained"))
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert base.find_base(None, None, None, cpu) == base.find_base(None, "tiny", None, cuda) == (BASE, "toy")
-    assert base.find_base("elsewhere", None, None, cuda) == ("elsewhere", "elsewhere")
+    assert base.find_base("elsewhere", None, None, cuda) == (elsewhere, elsewhere)
     assert base.find_base(BASE, None, "gpt2", cpu) == (BASE, "gpt2")
     assert capsys.readouterr().out == ""
     assert base.find_base(None, None, None, cuda) == (BASE, "toy")

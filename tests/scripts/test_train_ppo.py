@@ -3,6 +3,7 @@
 At step 1 the critic is 0 and the policy is its reference, so its losses are known in closed form.
 """
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -90,7 +91,7 @@ def test_run_directory(ppo_run):
     assert [f.name for f in (run / "snapshots").iterdir()] == ["adapter-000002.safetensors"]
     config = read(run, "config.json")
     assert config["dims"] == ["helpful", "harmless"] and config["models"] == 1 and config["script"] == "train_ppo.py"
-    assert config["base"] == BASE and config["flags"]["minibatch"] == 8 and config["prompts"] is None
+    assert config["base"] == os.path.abspath(BASE) and config["flags"]["minibatch"] == 8 and config["prompts"] is None
     assert config["objective"] == {"name": "rlhf", "beta": 0.2, "aggregate": "ls", "ideal": None}
     known = world_rewards(config["dims"], None)
     assert config["rewards"] == {"names": config["dims"], "mean": known.mean, "std": known.std, "scale": [1.0, 1.0]}

@@ -1,0 +1,76 @@
+"""test_files.py - what every system must be able to do: no module of one system alone, no encoding but UTF-8."""
+import ast
+import os
+import subprocess
+import sys
+
+import pytest
+
+from runs.files import ROOT
+
+CODE = [f for f in ROOT.rglob("*.py") if "tests" not in f.relative_to(ROOT).parts]
+
+
+def unnamed(source):
+    """The calls that open a text file without naming its encoding."""
+    for call in ast.walk(ast.parse(source)):
+        text = ast.unparse(call) if isinstance(call, ast.Call) else ""
+        function = text.partition("(")[0].rpartition(".")
+        of_paths = function[0] and function[2] in ("read_text", "write_text")
+        opens = of_paths or function[2] == "open" and function[0] != "os"
+        if opens and not any(word in text for word in ("encoding=", "'rb'", "'wb'", "/proc/")):
+            yield text
+
+
+def test_text_files_are_utf_8_on_every_system():
+    bad, good = ["open(p)", "q.read_text()"], ["open(p, 'rb')", "q.write_text(t, encoding='utf-8')", "write_text(p, t)"]
+    assert list(unnamed("\n".join(bad + good))) == bad
+    for file in CODE:
+        assert not list(unnamed(file.read_text(encoding="utf-8"))), file
+
+
+WITHOUT = """
+import sys
+import torch, safetensors.torch, matplotlib.figure, numpy, tqdm, tiktoken, pytest       # what these import is theirs
+import os, pathlib, signal
+sys.modules.update(dict.fromkeys(["fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog"]))
+for place, names in ((os, ("fork", "kill", "getuid", "sysconf")), (signal, ("SIGKILL", "SIGHUP", "SIGALRM"))):
+    for name in names:
+        delattr(place, name)
+exists = pathlib.Path.exists
+pathlib.Path.exists = lambda path: not str(path).startswith("/proc") and exists(path)
+sys.path[:0] = [{tests!r}, {root!r}]
+import running, train_dpo, eval_front
+from runs.flags import run_main
+with running.small_world():
+    running.make_base()
+    for _ in range(2):
+        sys.argv = "train_dpo.py --steps 2 --rows 8 --responses 4 --save_every 1 --device cpu --out out/λ".split()
+        run_main(train_dpo.main, train_dpo.Flags, "")
+    sys.argv = "eval_front.py out/λ --parts 2 --device cpu".split()
+    run_main(eval_front.main, eval_front.Flags, "")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_it_trains_and_evaluates_without_what_windows_lacks(tmp_path, encoding):
+    """Modules, signals and /proc of POSIX alone are hidden, and the terminal knows no λ."""
+    script = tmp_path / "go.py"
+    script.write_text(WITHOUT.format(tests=str(ROOT / "tests"), root=str(ROOT)), encoding="utf-8")
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert done.returncode == 0, done.stderr.decode("latin-1")[-3000:]
+    printed = done.stdout.decode(encoding)
+    assert printed.count("?_helpful") == 3 and "training has ended before" in printed
+    made = {f.name for f in (tmp_path / "out/λ").iterdir()}
+    assert {"adapter.safetensors", "front.json", "front.png"} <= made and not any(name[0] == "." for name in made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train_dpo.py", "train_ppo.py", "eval_front.py"])
+def test_help_on_a_terminal_of_few_letters(script):
+    """Wrong: UnicodeEncodeError at the first λ."""
+    done = subprocess.run([sys.executable, script, "--help-all"], cwd=ROOT, capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and b"?" in done.stdout, done.stderr[-2000:]
