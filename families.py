@@ -127,10 +127,12 @@ def weight_files(path):
     if path / "model.safetensors" in files:
         return [path / "model.safetensors"]
     if index.exists():
-        files = [path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    for file in files:
-        if not file.exists():
-            raise UserError(f"{file} does not exist, but {index.name} names it")
+        named, there = read_json(index).get("weight_map"), {file.name for file in files}
+        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+            raise UserError(f"{index} has no \"weight_map\" from tensors to files: copy it anew")
+        if missing := sorted(set(named.values()) - there):
+            raise UserError(f"{path / repr(missing[0])[1:-1]} does not exist, but {index.name} names it")
+        files = [path / name for name in sorted(set(named.values()))]
     if not files:
         raise UserError(f"{path} holds no *.safetensors (pickled *.bin weights are not read: convert them first)")
     return files
@@ -142,7 +144,7 @@ def stored_tensors(file, device):
         with safe_open(file, framework="pt", device=str(device)) as tensors:
             for key in tensors.keys():
                 yield key, tensors.get_tensor(key)
-    except SafetensorError as e:
+    except (SafetensorError, OSError) as e:
         raise UserError(f"{file} is damaged or not a safetensors file: {e}") from None
 
 
@@ -175,6 +177,37 @@ _ROPE_KEYS = {"linear": ("factor",), "dynamic": ("factor",),
               "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
               "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate",
                        "attention_factor")}
+_ROPE_NUMBERS = {*_ROPE_KEYS["llama3"], *_ROPE_KEYS["yarn"], "mscale", "mscale_all_dim", "rope_theta"} - {"truncate"}
+# Keys without a default in _DEFAULTS, and a value of their kind.
+_OPTIONAL = dict(sliding_window=4096, sliding_window_pattern=6, original_max_position_embeddings=2048, layer_types=[""],
+                 rope_scaling={}, rope_parameters={})
+_NULLABLE = {*_OPTIONAL, "num_key_value_heads", "head_dim", "n_inner", "bos_token_id", "eos_token_id"}
+MOST, MOST_LAYERS = 2 ** 24, 1000       # what a size, and the number of layers, may be: more is a mistake
+
+
+def _is_number(x):
+    """Whether a JSON value is a number above 0, with room to compute with."""
+    return type(x) in (int, float) and 1e-30 < x < 1e30
+
+
+def _is_like(value, usual, least=1):
+    """Whether a value of config.json is of the kind of this usual one: integers are sizes, from `least` to MOST."""
+    if type(usual) is float:
+        return _is_number(value)
+    if type(usual) is int:
+        return type(value) is int and least <= value <= MOST
+    return type(value) is type(usual) and (not isinstance(usual, list) or all(isinstance(x, str) for x in value))
+
+
+def _check_kinds(c, usual, path):
+    """Raises UserError for a key of config.json that has a value of another kind than usual."""
+    for key, example in (usual | _OPTIONAL).items():
+        value, example = c.get(key), 1 if example is None else example
+        if value is None and (key in _NULLABLE or key not in usual):
+            continue
+        each = value if key == "eos_token_id" and isinstance(value, list) and value else [value]
+        if not all(_is_like(x, example, int(key != "max_window_layers" and not key.endswith("_id"))) for x in each):
+            raise UserError(f"{path}: {key} cannot be {str(value)[:60]!r}; its usual value is {example!r}")
 
 
 def rope_scaling_from_hf(rope, context):
@@ -208,9 +241,10 @@ def config_from_hf(c, path="config.json"):
     """Hugging Face's config.json, as a dict -> Config. A key that is not there has the default that transformers gives
     it. Raises UserError for what this file does not implement."""
     kind = c.get("model_type")
-    if kind not in _DEFAULTS:
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
         raise UserError(f"{path}: model_type {kind!r} (only {', '.join(_DEFAULTS)}) is not implemented")
     c, gemma = _DEFAULTS[kind] | c, kind == "gemma3_text"
+    _check_kinds(c, _DEFAULTS[kind], path)
     eos = c["eos_token_id"]
     ids = dict(bos_id=c["bos_token_id"], eos_id=eos[0] if isinstance(eos, list) else eos, tied=c["tie_word_embeddings"])
     act = c["activation_function" if kind == "gpt2" else "hidden_activation" if gemma else "hidden_act"]
@@ -220,18 +254,27 @@ def config_from_hf(c, path="config.json"):
     if gemma:                                                                         # one for each type of layer
         by_type = c.get("rope_parameters") or {}
         local = by_type.get("sliding_attention") or {}
-        rope = (by_type.get("full_attention") or {}) | (c.get("rope_scaling") or {})
+        full = by_type.get("full_attention") or {}
+        if not isinstance(local, dict) or not isinstance(full, dict):
+            raise UserError(f"{path}: rope_parameters needs an object for each type of layer")
+        rope = full | (c.get("rope_scaling") or {})
     rope_type, window = rope.get("rope_type", rope.get("type", "default")), c.get("sliding_window")
     types = set(c.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
-    heads, kv_heads = c.get("num_attention_heads"), c.get("num_key_value_heads")
+    layers, heads, kv_heads = ((c["n_layer"], c["n_head"], None) if kind == "gpt2" else
+                               (c["num_hidden_layers"], c["num_attention_heads"], c["num_key_value_heads"]))
+    width = 2 if kind == "gpt2" else c["head_dim"] or c["hidden_size"] // heads
+    numbers = [(name, x) for each in (rope, local) for name, x in each.items() if name in _ROPE_NUMBERS and x]
+    wrong = next((f"{name} {str(x)[:60]!r}" for name, x in numbers if not _is_number(x)), None)
     refused = {
         f"activation {act!r}": act not in activations,
         f"rope type {rope_type!r}": rope_type not in ("default", *_ROPE_KEYS),
         "a rope type for local layers": local.get("rope_type", "default") != "default",
         "rope_parameters by layer type": any(isinstance(value, dict) for value in rope.values()),
         "partial_rotary_factor": (rope.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1) != 1,
-        f"sliding_window {window!r}": not isinstance(window, int | None),
-        f"layer_types {sorted(types)}": types,
+        f"{wrong} in rope_scaling": wrong,
+        f"{heads} heads of {width} entries": width % 2 or not 0 < heads * width <= MOST,
+        f"{layers} layers": layers > MOST_LAYERS,
+        f"layer_types {sorted(types)[:3]}": types,
         f"{kv_heads} key/value heads for {heads} heads": kv_heads and heads % kv_heads,
         "query_pre_attn_scalar, where it is not head_dim,": gemma and c["query_pre_attn_scalar"] != c["head_dim"],
         "scale_attn_weights = false": not c.get("scale_attn_weights", True),

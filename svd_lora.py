@@ -266,11 +266,16 @@ def read_adapter_header(path):
     """The header that save_adapter wrote, as a dict. Raises UserError if save_adapter did not write the file."""
     try:
         with safe_open(path, framework="pt") as f:
-            return json.loads((f.metadata() or {})["panacea"])
+            header = json.loads((f.metadata() or {})["panacea"])
+        kinds = {"k": int, "m": int, "gain": float, "dims": list, "base": str, "fixed_s": bool}
+        if (not all(type(header[key]) is kind for key, kind in kinds.items()) or min(header["k"], header["m"]) < 0
+                or not all(isinstance(dim, str) for dim in header["dims"])):
+            raise ValueError
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (SafetensorError, KeyError):
-        raise UserError(f"{path} is not an adapter written by save_adapter") from None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError):
+        raise UserError(f"{path} is damaged, or not an adapter written by save_adapter") from None
+    return header
 
 
 @torch.no_grad()
@@ -286,16 +291,21 @@ def load_adapter(model, path, dims=None):
     if header["base"] != fingerprint(model):
         raise UserError(f"{path} belongs to another base model (fingerprint {header['base']}, "
                         f"this one has {fingerprint(model)})")
-    if not svd_lora_layers(model):
-        inject_svd_lora(model, header["k"], header["m"], pref_scaling=0.0 if header["fixed_s"] else None,
-                        gain=header["gain"])
-    ours, layer = adapter_state(model), next(iter(svd_lora_layers(model).values()))
-    if (layer.k, layer.m) != (header["k"], header["m"]):
-        raise UserError(f"{path} has k = {header['k']}, m = {header['m']}; "
-                        f"the model's adapter has k = {layer.k}, m = {layer.m}")
     with safe_open(path, framework="pt") as f:
-        if set(f.keys()) != set(ours):
-            raise UserError(f"{path} adapts other layers: {sorted(set(f.keys()) ^ set(ours))[0]} is not in both")
+        stored = {name: (f.get_slice(name).get_dtype(), *f.get_slice(name).get_shape()) for name in f.keys()}
+        if not all(x[-1] == header["k"] + header["m"] for name, x in stored.items() if name.endswith((".U", ".V"))):
+            raise UserError(f"{path} is damaged: its matrices are not of rank {header['k']} + {header['m']}")
+        if not svd_lora_layers(model):
+            inject_svd_lora(model, header["k"], header["m"], pref_scaling=0.0 if header["fixed_s"] else None,
+                            gain=header["gain"])
+        ours, layer = adapter_state(model), next(iter(svd_lora_layers(model).values()))
+        if (layer.k, layer.m) != (header["k"], header["m"]):
+            raise UserError(f"{path} has k = {header['k']}, m = {header['m']}; "
+                            f"the model's adapter has k = {layer.k}, m = {layer.m}")
+        if set(stored) != set(ours):
+            raise UserError(f"{path} adapts other layers: {sorted(set(stored) ^ set(ours))[0]} is not in both")
+        if wrong := [name for name, tensor in ours.items() if stored[name] != ("F32", *tensor.shape)]:
+            raise UserError(f"{path} is damaged: {wrong[0]} is {stored[wrong[0]]}")
         for name, tensor in ours.items():
             tensor.copy_(f.get_tensor(name))
     for layer in svd_lora_layers(model).values():

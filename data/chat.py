@@ -89,9 +89,19 @@ def _tokens(directory):
     named = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if directory is not None and (directory / file).is_file():
-            named |= read_json(directory / file)
-    return {key: named[key]["content"] if isinstance(named[key], dict) else named[key] for key in TOKENS
-            if named.get(key)}
+            settings = read_json(directory / file)
+            named |= {key: settings[key] and spelled(settings, key, directory / file) for key in TOKENS
+                      if key in settings}
+    return {key: token for key, token in named.items() if token}
+
+
+def spelled(settings, key, path):
+    """The token that a file names under this key, as a string or as {"content": …}. Raises UserError for what is none.
+    """
+    token = settings[key].get("content") if isinstance(settings[key], dict) else settings[key]
+    if not isinstance(token, str) or re.search("[\ud800-\udfff]", token):
+        raise UserError(f"{path}: {key} must be a text, or {{\"content\": text}}, not {json.dumps(token)[:60]}")
+    return token
 
 
 def tried(template):

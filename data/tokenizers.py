@@ -6,6 +6,7 @@ ids: token ids   BOS, EOS: the special tokens that begin a text and end a respon
 row: one prompt, its responses and their labels (data.files.Row); a prompt of turns is written by a template (data.chat)
 """
 import base64
+import json
 import re
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Callable
 
 import tiktoken
 
-from data.chat import Template, find_template, shown, tried, write
+from data.chat import Template, find_template, shown, spelled, tried, write
 from runs.files import UserError, read_json
 
 # GPT-2's split into words, numbers, punctuation and spaces, before the byte pairs are merged. The toy BPE uses it too.
@@ -228,12 +229,20 @@ def _templated(tokenizer, template, trial, control, marked):
     return replace(tokenizer, eos_id=eos, more_ends=tuple(more), template=template, encode_marked=encode_marked)
 
 
+def _ids(settings, key, path):
+    """The token ids that a file has under this key, one or a list: a list, empty where it has none."""
+    given = settings.get(key)
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(type(number) is int and 0 <= number < 2 ** 31 for number in ids):
+        raise UserError(f"{path}: {key} must be the number of a token, not {json.dumps(given)[:60]}")
+    return ids
+
+
 def _stops(path):
     """The ids of all tokens at which generation stops, as generation_config.json or else config.json says."""
     for file in ("generation_config.json", "config.json"):
-        number = read_json(path / file).get("eos_token_id") if (path / file).is_file() else None
-        if number is not None:
-            return number if isinstance(number, list) else [number]
+        if (path / file).is_file() and (ids := _ids(read_json(path / file), "eos_token_id", path / file)):
+            return ids
     return []
 
 
@@ -244,13 +253,16 @@ def _special_id(model, path, kind):
         if not (path / file).is_file():
             continue
         settings = read_json(path / file)
-        token, number = settings.get(f"{kind}_token"), settings.get(f"{kind}_token_id")
-        if token:  # spelled, as a string or as {"content": …}
-            number = model.token_to_id(token["content"] if isinstance(token, dict) else token)
+        ids = _ids(settings, f"{kind}_token_id", path / file)  # chat models number several ends: take the first
+        number = ids[0] if ids else None
+        if settings.get(f"{kind}_token"):
+            number = model.token_to_id(spelled(settings, f"{kind}_token", path / file))
         if kind == "bos" and settings.get("add_bos_token") is False:
             return None
-        if number is not None:  # chat models number several ends in a list: take the first
-            return number[0] if isinstance(number, list) else number
+        if number is not None:
+            if model.id_to_token(number) is None:
+                raise UserError(f"{path / file}: {kind}_token_id is {number}, and tokenizer.json has no such token")
+            return number
         if kind == "bos" and "bos_token" in settings:  # null
             return None
     found = (model.token_to_id(token) for token in USUAL[kind])

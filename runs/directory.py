@@ -248,34 +248,41 @@ def close_run(out):
 
 def truncate_log(path, keep):
     """Drops the records of metrics.jsonl for which keep(record) is false, and a last line that was cut short."""
-    lines = []
-    for line in read_lines(path) if Path(path).exists() else []:
+    lines, kept = read_lines(path) if Path(path).exists() else [], []
+    for number, line in enumerate(lines, 1):
         try:
             if keep(json.loads(line)):
-                lines.append(line)
-        except json.JSONDecodeError:
-            break                                           # the line that was being written when the run was killed
-    write_text(path, "".join(line + "\n" for line in lines))
+                kept.append(line)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            if number < len(lines):                         # else: it was being written when the run was killed
+                raise UserError(f"{path}, line {number}: damaged; remove the line, or begin anew with --overwrite"
+                                ) from None
+    write_text(path, "".join(line + "\n" for line in kept))
 
 
 def save_state(path, named_parameters, *optimizers, **header):
-    """Writes all trainable parameters, the optimizers' states and `header` (JSON values, the step among them)."""
+    """Writes all trainable parameters, the optimizers' states and `header` (JSON values, model and step among them)."""
     tensors = {f"param.{name}": p.detach().cpu().contiguous() for name, p in named_parameters}
     for o, optimizer in enumerate(optimizers):
         for i, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{o}.{i}.{key}": torch.as_tensor(value).cpu().contiguous()
                         for key, value in state.items()}
-    write_whole(path, lambda f: save_file(tensors, f, metadata={"state": json.dumps(header)}))
+    text, shapes = json.dumps(header), {name: list(tensor.shape) for name, tensor in tensors.items()}
+    write_whole(path, lambda f: save_file(tensors, f, metadata={"state": text, "check": digest([text, shapes])}))
 
 
 def read_state_header(path):
-    """The header of a state file, or None where there is none."""
+    """The header of a state file, or None where there is none. Raises UserError for a file that save_state has not
+    written so."""
     if not Path(path).exists():
         return None
     try:
         with safe_open(path, framework="pt") as f:
-            return json.loads(f.metadata()["state"])
-    except (SafetensorError, KeyError, TypeError):
+            text, shapes = f.metadata()["state"], {name: f.get_slice(name).get_shape() for name in f.keys()}
+            if f.metadata()["check"] != digest([text, shapes]):
+                raise ValueError
+        return json.loads(text)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         raise UserError(f"{path} is not a state file; delete it to start afresh") from None
 
 

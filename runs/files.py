@@ -15,6 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 class UserError(Exception):
     """Bad input. Its message is one line: what is wrong, where, and what to do; scripts print it and exit with 2."""
 
+    def __init__(self, message):
+        line = " ".join(part.strip() for part in message.splitlines())[:1000]          # it may quote anything
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
+
 
 class Stopped(KeyboardInterrupt):
     """Stopped(message, status): a signal has ended the process, which has kept what it had; status is its exit status.
@@ -85,20 +89,26 @@ def write_jsonl(path, records):
 
 
 def read_lines(path):
-    """The lines of a UTF-8 text that this project wrote."""
-    return Path(path).read_text(encoding="utf-8").splitlines()
+    """The lines of a UTF-8 text that this project wrote. Raises UserError where it is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is damaged: not UTF-8 text") from None
 
 
 def read_json(path):
-    """Reads a JSON file. Raises UserError where there is none or it does not parse."""
+    """Reads a JSON file that holds an object -> dict. Raises UserError where there is none or it does not parse."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object, {{…}}, but {json.dumps(value)[:40]}")
+    return value
 
 
 def digest(value, length=8):

@@ -63,7 +63,7 @@ except ImportError:         # Windows: no limit of memory there
 SECONDS = 5                 # of this process's and its children's time; on the clock a busy machine gives it PATIENCE
 PATIENCE = 60
 MEMORY = 2 ** 30            # bytes that a case may take
-LONGEST = 1000              # characters of a message
+LONGEST = 1100              # characters of a message
 EVERY = 500
 SCRIPTS = (train_base, train_dpo, train_hqd, train_ppo, train_reward, train_sft, eval_front, check)
 
@@ -355,7 +355,10 @@ def states(rng, file):
     header = read_state_header(file)
     model = adapted(small_model("llama"))
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    load_state(file, trained, torch.optim.AdamW([p for _, p in trained]))
+    optimizer = torch.optim.AdamW([p for _, p in trained])
+    load_state(file, trained, optimizer)
+    sum(p.sum() for _, p in trained).backward()
+    optimizer.step()
     assert header["member"] + header["step"] >= 0
 
 

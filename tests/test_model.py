@@ -452,7 +452,7 @@ def test_a_wrong_shape_is_named(family, tiny, tmp_path):
     (dict(rope_parameters={"rope_type": "longrope", "factor": 2.0}), "rope type 'longrope'"),
     (dict(rope_parameters={"full_attention": {"rope_type": "linear", "factor": 2.0}}), "rope_parameters by layer type"),
     (dict(partial_rotary_factor=0.5), "partial_rotary_factor"), (dict(num_key_value_heads=3), "3 key/value heads"),
-    (dict(model_type="mistral", sliding_window=[4, 8]), r"sliding_window \[4, 8\]"),
+    (dict(model_type="mistral", sliding_window=[4, 8]), r"sliding_window cannot be '\[4, 8\]'"),
     (dict(model_type="qwen3", layer_types=["chunked_attention"]), r"layer_types \['chunked_attention'\]"),
     (dict(model_type="gemma3_text", head_dim=16), "query_pre_attn_scalar"),
     (dict(model_type="gemma3_text", head_dim=256, final_logit_softcapping=30.0), "final_logit_softcapping"),
