@@ -29,7 +29,7 @@ from fronts.dominance import nondominated
 from fronts.evaluation import SPLITS, evaluate
 from fronts.measure import run_config
 from fronts.metrics import hypervolume, inner_product, spacing, sparsity
-from fronts.objective import NATS, same_objective
+from fronts.objective import NATS, OBJECTIVES, same_objective
 from fronts.pictures import draw_comparison, draw_evolution, draw_fronts, draw_histograms
 from fronts.stationarity import stationarity
 from fronts.tables import shown, table
@@ -122,7 +122,10 @@ def show(out, flags):
     if ranks()[0] > 0:
         return out
     if flags.eval and (out / "front.json").exists():
-        print_tables([read_json(out / "front.json") | {"run": str(out)}])
+        try:
+            print_tables([read_json(out / "front.json") | {"run": str(out)}])
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+            raise UserError(f"{out}/front.json is damaged: python eval_front.py {out} makes it anew") from None
     elif flags.eval:
         main(Flags(runs=[str(out)], device=flags.device))
     close_run(out)
@@ -159,6 +162,8 @@ def check(flags, runs):
     for run, config in zip(runs, configs):
         if not (run / "timing.json").exists():
             raise UserError(f"{run}: the training has not ended; run its command again to resume it")
+        if config["objective"]["name"] not in OBJECTIVES or type(train_seconds(run)) is not float:
+            raise UserError(f"{run}: no training has written this config.json and timing.json: train the run again")
         if mixture_folder(flags) and (config["method"] != "rs" or flags.stationarity):
             raise UserError(f"{run}: --mix and --factor are ways to evaluate a run of --method rs")
         if flags.evolution and config["method"] != "panacea":
@@ -166,6 +171,11 @@ def check(flags, runs):
         if config["dims"] != configs[0]["dims"] and not flags.stationarity:
             raise UserError(f"{run} has the dimensions {' '.join(config['dims'])}, {runs[0]} has "
                             f"{' '.join(configs[0]['dims'])}: their fronts lie in different spaces")
+
+
+def train_seconds(run):
+    """How long the training of a run took, as its timing.json says."""
+    return read_json(Path(run) / "timing.json").get("train_seconds")
 
 
 def mixture_folder(flags):
@@ -206,7 +216,7 @@ def run_table(runs):
     responses that fell into a loop).
     """
     known = lambda x: x is not None and not (isinstance(x, list) and None in x)
-    runs = [{key: x for key, x in (r | read_json(Path(r["run"]) / "timing.json")).items() if known(x)} for r in runs]
+    runs = [{key: x for key, x in (r | {"train_seconds": train_seconds(r["run"])}).items() if known(x)} for r in runs]
     return table({"run": [Path(r["run"]).name for r in runs]} | {
         head: [say(r[key]) if key in r else "-" for r in runs]
         for head, (key, say) in COLUMNS.items() if any(key in r for r in runs)})

@@ -27,6 +27,7 @@ from data.tokenizers import tokenize, tokenizer_of
 from data.trees import pack_ends
 from model import Transformer
 from ops.heads import RewardModel
+from runs.directory import read_config
 from runs.files import UserError, read_json
 from runs.processes import pick_device
 from svd_lora import fingerprint, load_adapter, shared_base
@@ -168,7 +169,7 @@ def load_reward_model(path, policy=None, device="cpu"):
     path = Path(path)
     if not (path / "reward.json").exists() or read_json(path / "config.json").get("script") != "train_reward.py":
         raise UserError(f"{path} is not a finished run of train_reward.py")
-    config, report = read_json(path / "config.json"), read_json(path / "reward.json")
+    config, report = read_config(path), read_json(path / "reward.json")
     if policy is not None and fingerprint(policy) == config["fingerprint"]:
         backbone = shared_base(policy)
     else:

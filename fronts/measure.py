@@ -11,6 +11,7 @@ J (m,) the objectives as they were trained, scores (m,) the mean rewards (or acc
 known kl and outside_mass, and, where no exact front gives J a scale, points (m,). policies() gives a run's policies,
 one per preference.
 """
+import json
 import math
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,8 +31,8 @@ from fronts import optimum
 from model import Transformer, generate
 from objectives import losses_on_pairs
 from ops.generation import Mixture, frozen
-from runs.directory import adapter_file
-from runs.files import UserError, read_json
+from runs.directory import adapter_file, read_config
+from runs.files import UserError
 from runs.processes import pick_device
 from runs.randomness import generator_for
 from svd_lora import adapters_off, load_adapter, merged, set_preference, shared_base, soup
@@ -76,9 +77,15 @@ def held_out_batches(rows, config, tokenizer, model, device):
 
 def run_config(run):
     """config.json of a run directory. Raises UserError where it does not say what the run optimised."""
-    config = read_json(run / "config.json")
-    if "objective" not in config:
+    config = read_config(run)
+    o, m = config["objective"], len(config["dims"])
+    if o is None:
         raise UserError(f"{run}/config.json has no \"objective\": an older version wrote it; train the run again")
+    number = lambda x: type(x) in (int, float) and math.isfinite(x)
+    ideal = o.get("ideal")
+    if (m < 2 or o.get("aggregate") not in ("ls", "tche") or not (o.get("beta") is None or number(o["beta"]))
+            or not (ideal is None or isinstance(ideal, list) and len(ideal) == m and all(map(number, ideal)))):
+        raise UserError(f"{run}/config.json: no training has written these dims and this objective, {json.dumps(o)}")
     return config
 
 

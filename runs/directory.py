@@ -40,6 +40,14 @@ UNTRAINED = {"out", "device", "plain", "log_every", "save_every", "snapshots", "
 FILES = ("data", "eval_data", "prompts")    # flags that name files
 NAMED = {*FILES, "rewards", "init", "tokenizer", "template"}       # what is in what they name is compared, not the name
 TRAINED = "trained"             # open_run's answer, in the place of a state, where nothing is left to train
+# of what kind config.json's values are, and those of its flags; a script may have no value for what may be None
+NONE = type(None)
+CONFIG = {"script": str, "flags": dict, "dims": list, "base": str, "tokenizer": str, "fingerprint": str,
+          "method": str | NONE, "label": str | NONE, "models": int | NONE, "objective": dict | NONE,
+          "rewards": dict | NONE, "prompts": list | NONE}
+FLAGS = {"steps": int, "seed": int, "batch_size": int, "max_length": int, "precision": str, "quantize": str,
+         "template": str, "system": str | NONE, "eos_id": int | NONE, "fields": list | NONE, "data": list | NONE,
+         "eval_data": list | NONE, "prompt_words": int | NONE, "max_new_tokens": int | NONE}
 LOCKS = {}                      # run directory -> its lock file, open as long as this process trains in it
 # methods as tables and pictures call them
 LABELS = {"panacea": "Panacea", "rs": "Rewarded soups", "dps": "Discrete policy solutions", "prompt": "Prompted λ",
@@ -87,6 +95,22 @@ def open_run(script, parts, named, given, flags, dims, model, base, tokenizer, m
     if "rewards" in config:
         config["rewards"] = more["rewards"] | {"names": list(map(absolute, more["rewards"]["names"]))}
     return out, prepare_run(out, config, flags.overwrite, done=done)
+
+
+def read_config(run):
+    """config.json of a run directory. Raises UserError where a value is of another kind than a training writes."""
+    config = read_json(run / "config.json")
+    for kinds, values in ((CONFIG, config), (FLAGS, config.get("flags"))):
+        for key, kind in kinds.items():
+            if not isinstance(values.get(key), kind):
+                raise UserError(f"{run}/config.json: {key} cannot be {json.dumps(values.get(key))[:60]}; the training "
+                                f"wrote something else there, or an older version wrote it: train the run again")
+    texts = [*config["dims"], *(x for key in ("fields", "data", "eval_data") for x in config["flags"].get(key) or ())]
+    if not all(isinstance(x, str) for x in [*texts, *(config.get("prompts") or ())]):
+        raise UserError(f"{run}/config.json: dims, prompts, data, eval_data and fields are lists of texts")
+    if config["flags"]["batch_size"] < 1 or config["flags"]["max_length"] < 2:
+        raise UserError(f"{run}/config.json: no training has this batch_size and max_length")
+    return config
 
 
 def prepare_run(out, config, overwrite=False, file="config.json", done="timing.json"):
@@ -247,7 +271,8 @@ def close_run(out):
 # The state that a killed run goes on from.
 
 def truncate_log(path, keep):
-    """Drops the records of metrics.jsonl for which keep(record) is false, and a last line that was cut short."""
+    """Drops the records of metrics.jsonl for which keep(record) is false, and a last line that was cut short. Raises
+    UserError for another line that is no record."""
     lines, kept = read_lines(path) if Path(path).exists() else [], []
     for number, line in enumerate(lines, 1):
         try:

@@ -179,16 +179,23 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+class Parser(argparse.ArgumentParser):
+    """Its errors are one line, without the dozens of flags that argparse would repeat above it."""
+
+    def error(self, message):
+        raise UserError(f"{message}; {self.prog} --help-all lists the flags")
+
+
 def cli(cls, doc, argv=None):
-    """Parses sys.argv into the dataclass `cls`, one `--field` for each of its fields. Raises UserError for a number out
-    of its range.
+    """Parses sys.argv into the dataclass `cls`, one `--field` for each of its fields. Raises UserError for what is no
+    flag or no value of one, and for a number out of its range.
 
     Types come from the annotations: bool becomes --x/--no-x, Literal its choices, list[T] takes several values, and
     T | None a T. The classes that declare the fields are the groups of --help.
     """
     argv = sys.argv[1:] if argv is None else argv
     short = issubclass(cls, RunFlags) and "--help-all" not in argv
-    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, add_help=False)
+    parser = Parser(description=doc, formatter_class=HelpFormatter, add_help=False)
     parser.add_argument("-h", "--help", action="help", help="the flags that matter first" if short else "this text")
     parser.add_argument("--help-all", action="help", help=f"all {len(dataclasses.fields(cls))} flags")
     hints, groups = typing.get_type_hints(cls), {}

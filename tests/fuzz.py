@@ -74,6 +74,8 @@ ASK, SAY = {"role": "user", "content": "How do I paint a door?"}, {"role": "assi
 NO, GPT = SAY | {"content": "No."}, {"from": "gpt", "value": "No."}
 HH = "\n\nHuman: How do I paint a door?\n\nAssistant:"
 RATED = [{"response": text, "annotations": {"kind": {"Rating": n}}} for text, n in (("Yes.", "5"), ("No.", "1"))]
+SMALL = ("--device cpu --init base --data rows.jsonl --eval_data rows.jsonl --steps 1 --batch_size 2 --lams_per_step 1 "
+         "--lora_dim 2 --max_length 24")                     # a training of a second, in the folder `runs`
 RECORDS = [                 # one of every layout of data/layouts.py
     dict(prompt="Hi", response_0="Yes.", response_1="No.", better=dict(helpful=0, harmless=1)),
     dict(prompt="Hi", response_0="Yes.", response_1="No.", higher=dict(helpfulness=0), concise_response_id=1),
@@ -139,9 +141,7 @@ def make_valid(folder):
         torch.Generator().manual_seed(0)).save_pretrained(run / "base")
     write(run / "rows.jsonl", lines(RECORDS[0] | {"prompt": f"Question {n}?"} for n in range(24)).encode())
     with chdir(run):
-        train_dpo.main(cli(train_dpo.Flags, "", "--device cpu --init base --data rows.jsonl --eval_data rows.jsonl "
-                           "--steps 1 --batch_size 2 --lams_per_step 1 --lora_dim 2 --max_length 24 --no-eval "
-                           "--out run".split()))
+        train_dpo.main(cli(train_dpo.Flags, "", f"{SMALL} --out run".split()))
 
 
 def tokenizer_directory(folder):
@@ -363,7 +363,10 @@ def states(rng, file):
 
 
 def runs(rng, file):
-    eval_front.main(eval_front.Flags(["run"], parts=1, device="cpu"))
+    if rng.random() < 0.7:
+        eval_front.main(eval_front.Flags(["run"], parts=1, device="cpu"))
+    else:
+        eval_front.show(Path("run"), train_dpo.Flags())
 
 
 def preferences(rng, file):
@@ -381,7 +384,7 @@ def flags(rng, file):
     script = rng.choice(SCRIPTS)
     argv = []
     for f in rng.choices(list(script.Flags.__dataclass_fields__.values()), k=rng.randrange(1, 5)):
-        values = [str(rng.choice(ODD[:-12])) for _ in range(rng.randrange(3))]
+        values = [str(rng.choice(ODD[:-12])) for _ in range(rng.choice((0, 1, 1, 1, 2)))]
         argv += [*([] if f.metadata["positional"] else ["--" + f.name]), *(x for x in values)]
     argv = [x.replace("\x00", "").encode(errors="replace").decode() for x in argv]
     cli(script.Flags, "", argv)
