@@ -187,7 +187,7 @@ def absolute(name):
 def whole_path(file):
     """FILE, or dimension=FILE, by its whole path."""
     name, file = named(file)
-    return f"{name}{'=' * bool(name)}{Path(file).resolve()}"
+    return f"{name}=" * (name is not None) + str(Path(file).resolve())
 
 
 def content(path):

@@ -26,7 +26,7 @@ def better_and_worse(rows):
 
 
 def test_names_on_the_command_line_and_again_in_the_evaluation(tmp_path):
-    """Two files in HH-RLHF's layout, with their dimensions named; the run's own name has no "=" in it."""
+    """Two files in HH-RLHF's layout, with their dimensions named; the name of the run does without."""
     talk = "\n\nHuman: Bicycle {}?\n\nAssistant: {}".format
     for name, text in (("kind", "Look."), ("warm", "My friend!")):
         packed(f"{name}.jsonl.gz", [dict(chosen=talk(i, text), rejected=talk(i, "No.")) for i in range(8)])
@@ -34,7 +34,7 @@ def test_names_on_the_command_line_and_again_in_the_evaluation(tmp_path):
     flags = COMMON | SMALL["train_dpo"] | dict(init=BASE, data=files, eval_data=files, lams_per_step=2, eval=True)
     run = train_dpo.main(cli(train_dpo.Flags, "", words(flags)))
     r = read(run, "front.json")
-    assert r["dims"] == ["good", "warm"] and r["eval_labels"] == [8, 8] and "=" not in run.name
+    assert r["dims"] == ["good", "warm"] and r["eval_labels"] == [8, 8] and "good=" not in run.name
     assert run.name.startswith("dpo-kind-warm-panacea-ls-")
     assert metrics(run)[0]["losses"] == pytest.approx([math.log(2)] * 2, abs=1e-5)
 
