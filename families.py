@@ -274,6 +274,7 @@ def config_from_hf(c, path="config.json"):
         f"{wrong} in rope_scaling": wrong,
         f"{heads} heads of {width} entries": width % 2 or not 0 < heads * width <= MOST,
         f"{layers} layers": layers > MOST_LAYERS,
+        "a context of 1 token": 1 in (c.get("n_positions"), c.get("max_position_embeddings"), window),
         f"layer_types {sorted(types)[:3]}": types,
         f"{kv_heads} key/value heads for {heads} heads": kv_heads and heads % kv_heads,
         "query_pre_attn_scalar, where it is not head_dim,": gemma and c["query_pre_attn_scalar"] != c["head_dim"],

@@ -303,7 +303,7 @@ def _ultrafeedback(row):
 
 def _arena(row):
     ratings = {"model_a": (1, 0), "model_b": (0, 1), "tie": (0, 0), "tie (bothbad)": (0, 0)}
-    if row["winner"] not in ratings:
+    if _get(row, "winner") not in ratings:
         raise Broken('field "winner" must be model_a, model_b, tie or tie (bothbad)', row["winner"])
     return *_dialogues(row, "conversation_a", "conversation_b", counts=False), {"*": ratings[row["winner"]]}
 
@@ -326,7 +326,9 @@ def _sharegpt(row):
 def _alpaca(row):
     """A system text, earlier questions and answers, and the question, in two parts."""
     turns = [Message("system", _get(row, "system"))] if row.get("system") else []
-    for pair in row.get("history") or []:
+    for pair in _get(row, "history", list) if row.get("history") else []:
+        if not isinstance(pair, list):
+            raise Broken('field "history" must be a list of [question, answer]', pair)
         turns += [_message(dict(role=role, content=x), "history") for role, x in zip(("user", "assistant"), pair)]
     question = [_get(row, name) for name in ("instruction", "input") if row.get(name)]
     return *turns, Message("user", "\n".join(question))

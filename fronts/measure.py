@@ -76,11 +76,11 @@ def held_out_batches(rows, config, tokenizer, model, device):
 # 2. The policies of a run.
 
 def run_config(run):
-    """config.json of a run directory. Raises UserError where it does not say what the run optimised."""
+    """config.json of a run that has a front. Raises UserError where it does not say what the run optimised."""
     config = read_config(run)
     o, m = config["objective"], len(config["dims"])
-    if o is None:
-        raise UserError(f"{run}/config.json has no \"objective\": an older version wrote it; train the run again")
+    if missing := [key for key in ("objective", "method", "label", "models") if config.get(key) is None]:
+        raise UserError(f"{run}/config.json has no \"{missing[0]}\": an older version wrote it; train the run again")
     number = lambda x: type(x) in (int, float) and math.isfinite(x)
     ideal = o.get("ideal")
     if (m < 2 or o.get("aggregate") not in ("ls", "tche") or not (o.get("beta") is None or number(o["beta"]))

@@ -303,8 +303,9 @@ def read_state_header(path):
         return None
     try:
         with safe_open(path, framework="pt") as f:
-            text, shapes = f.metadata()["state"], {name: f.get_slice(name).get_shape() for name in f.keys()}
-            if f.metadata()["check"] != digest([text, shapes]):
+            text, stored = f.metadata()["state"], {name: f.get_slice(name) for name in f.keys()}
+            shapes = {name: tensor.get_shape() for name, tensor in stored.items()}
+            if f.metadata()["check"] != digest([text, shapes]) or {x.get_dtype() for x in stored.values()} != {"F32"}:
                 raise ValueError
         return json.loads(text)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
