@@ -43,7 +43,7 @@ def world_fingerprint():
 def is_world_base(path):
     """Whether train_base.py made this directory: a model that knows the embedded world and nothing else. Raises
     UserError where it knows another world than data/toy.py is now."""
-    if not all((Path(path) / name).exists() for name in ("base.json", "config.json")):      # the last one comes last
+    if not all(os.path.exists(Path(path) / name) for name in ("base.json", "config.json")):  # the last one comes last
         return False
     if (of := read_json(Path(path) / "base.json").get("world")) != world_fingerprint():
         raise UserError(f"{path} was made for another world than data/toy.py is now ({of}, not {world_fingerprint()}): "

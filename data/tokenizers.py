@@ -7,6 +7,7 @@ row: one prompt, its responses and their labels (data.files.Row); a prompt of tu
 """
 import base64
 import json
+import os
 import re
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -74,7 +75,7 @@ def load_tokenizer(where, template=None, system=None, eos_id=None):
         return replace(_from_tiktoken("gpt2", encoding, choice), **end)
     if path.suffix == ".tiktoken":
         return replace(_from_ranks(str(where), path, choice), **end)
-    if (path / "tokenizer.json").is_file():
+    if os.path.isfile(path / "tokenizer.json"):  # pathlib's raises where a name is too long
         return replace(_from_huggingface(str(where), path, choice), **end)
     raise UserError(f'tokenizer "{where}": no such tokenizer; give "toy", "gpt2", a *.tiktoken ranks file, or a '
                     f'directory that holds tokenizer.json')

@@ -90,7 +90,7 @@ def open_run(script, parts, named, given, flags, dims, model, base, tokenizer, m
     for place, name in ((values, "data"), (values, "eval_data"), (values, "prompts"), (config, "prompts")):
         if place.get(name):
             place[name] = [whole_path(file) for file in place[name]]
-    if Path(values.get("template") or "").is_file():
+    if os.path.isfile(values.get("template") or ""):
         values["template"] = str(Path(values["template"]).resolve())
     if "rewards" in config:
         config["rewards"] = more["rewards"] | {"names": list(map(absolute, more["rewards"]["names"]))}
@@ -173,7 +173,7 @@ def differences(before, config):
 def reward_run(name):
     """A name of --rewards, directory or directory:dimension -> (the run of train_reward.py, what stands behind it)."""
     for path, rest in ((name, ""), name.rpartition(":")[::2]):
-        if path and (Path(path) / "reward.json").exists():
+        if path and os.path.exists(Path(path) / "reward.json"):
             return Path(path), rest
     return None, name
 
@@ -193,12 +193,12 @@ def whole_path(file):
 def content(path):
     """A hash of a file, or of a tokenizer's or a reward model's files in a directory; of another name, the name."""
     path = Path(path)
-    if path.is_file():
+    if os.path.isfile(path):                                           # pathlib's raises where a name is too long
         with path.open("rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()[:16]
     files = [path / f for f in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "reward.json",
                                 "adapter.safetensors", "heads.safetensors")]
-    return digest([content(f) for f in files if f.exists()]) if path.is_dir() else str(path)
+    return digest([content(f) for f in files if f.exists()]) if os.path.isdir(path) else str(path)
 
 
 def contents(flags, tokenizer):

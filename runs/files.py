@@ -39,7 +39,7 @@ def writing(path):
 def named(path):
     """"helpful=FILE" -> ("helpful", "FILE"), "FILE" -> (None, "FILE"). A path that exists is one, whatever is in it."""
     name, found, file = str(path).partition("=")
-    return (name, file) if found and not Path(path).exists() else (None, str(path))
+    return (name, file) if found and not os.path.exists(path) else (None, str(path))
 
 
 def write_whole(path, write):

@@ -135,11 +135,11 @@ class RewardFlags:
 
 
 def check_valid(flags):
-    """Raises UserError for the first flag with a number that its declaration does not allow."""
+    """Raises UserError for the first flag with a number that its declaration does not allow, or that nobody means."""
     for f in dataclasses.fields(flags):
         valid, given = f.metadata.get("valid"), getattr(flags, f.name)
         for value in given if isinstance(given, list) else [given]:
-            if value is None or valid is None:
+            if not isinstance(value, (int, float)):
                 continue
             if isinstance(valid, int) and value < valid:
                 raise UserError(f"--{f.name} {value}: must be at least {valid}")
@@ -149,6 +149,8 @@ def check_valid(flags):
                 raise UserError(f"--{f.name} {value}: must be between 0 and 1")
             if valid == "not negative" and not 0 <= value < float("inf"):
                 raise UserError(f"--{f.name} {value}: must not be negative")
+            if not abs(value) < 2 ** 31:                               # nor NaN
+                raise UserError(f"--{f.name} {value}: must be between -2^31 and 2^31")
 
 
 def preferences_of(numbers, dims):

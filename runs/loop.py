@@ -134,7 +134,7 @@ class Run:
             first, self.kept = self.resume["step"], self.resume.get("kept", {})
         elif self.resume is not None and self.resume["member"] > self.member:
             return                                                     # what comes after this training has begun
-        snapshots, save_every = getattr(flags, "snapshots", 0), getattr(flags, "save_every", None)
+        snapshots, save_every = min(getattr(flags, "snapshots", 0), self.n_steps), getattr(flags, "save_every", None)
         snapshot_steps = {round(self.n_steps * (j + 1) / snapshots) for j in range(snapshots)} - {self.n_steps}
         self.lines = Log(self.out / "metrics.jsonl", self.n_steps, first, flags.log_every, self.name)
         with noted_signals() as signals:

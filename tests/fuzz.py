@@ -391,6 +391,15 @@ def flags(rng, file):
     cli(script.Flags, "", argv)
 
 
+def trainings(rng, file):
+    argv = SMALL.split() + ["--no-eval", "--out", "out"]
+    asked = [f for f in train_dpo.Flags.__dataclass_fields__.values() if f.name not in ("out", "steps", "epochs")]
+    for f in rng.choices(asked, k=rng.choice((1, 1, 2, 3))):
+        values = [str(rng.choice(ODD[:-12])) for _ in range(rng.choice((0, 1, 1, 1, 2)))]
+        argv += ["--" + f.name, *(x.replace("\x00", "").encode(errors="replace").decode() for x in values)]
+    train_dpo.main(cli(train_dpo.Flags, "", argv))
+
+
 # what reads, which of the target's files are changed, the target's share of the cases, the command line of its files
 TARGETS = {"rows": (rows, "*", 8, "-m data.check {file}"),
            "models": (models, "*/*", 5, "train_dpo.py --init {folder} --tokenizer toy --data ROWS --eval_data ROWS "
@@ -399,7 +408,7 @@ TARGETS = {"rows": (rows, "*", 8, "-m data.check {file}"),
            "templates": (tokenizers, "*.jinja", 0.2, "-m data.check ROWS --init {folder}"),
            "adapters": (adapters, "*", 5, None), "states": (states, "*", 3, None),
            "runs": (runs, "run/*", 0.3, "eval_front.py run --parts 1 --device cpu"),
-           "preferences": (preferences, None, 2, None), "flags": (flags, None, 2, None)}
+           "trainings": (trainings, "rows.jsonl", 0.5, None), "preferences": (preferences, None, 2, None), "flags": (flags, None, 2, None)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -436,9 +445,10 @@ def case(target, seed, valid, folder):
     rng, (read, pattern, *_) = random.Random(f"{target} {seed}"), TARGETS[target]
     file = folder
     if pattern:
-        shutil.copytree(valid / target, folder)
+        shutil.copytree(valid / {"trainings": "runs"}.get(target, target), folder)
         file = rng.choice(sorted(f for f in folder.glob(pattern) if f.is_file()))
-        file.write_bytes(changed_file(rng, file.name, file.read_bytes()))
+        if target != "trainings":
+            file.write_bytes(changed_file(rng, file.name, file.read_bytes()))
     else:
         folder.mkdir()
     return file, *outcome(read, rng, file, folder)
