@@ -239,6 +239,13 @@ def test_set_preference_reaches_every_layer(adapters):
             seen.append(logits(model))
         check((seen[0] - seen[1]).abs().max() > 1e-6, f"s ≠ 0 in {chosen} alone: λ = (1, 0) and λ = (0, 1) give the same "
               "logits, so λ does not reach that layer")
+    with torch.no_grad():
+        for p in adapters.parts(model).values():
+            p["sigma"].zero_()
+            p["V"][:, 4].zero_()                                      # the column of λ_2
+    adapters.set_preference(model, [0.0, 1.0])
+    same("σ = 0, the last column of every V is 0, λ = (0, 1): the logits beside those of the model before inject",
+         logits(model), logits(small()), looks_like={"λ_1 and λ_2 have changed places": seen[0]})
 
 
 @problem("set_preference", 2)
@@ -363,7 +370,8 @@ def test_merge_leaves_the_model_alone(adapters):
     model, _ = adapted(adapters)
     before, state = logits(model), {name: x.clone() for name, x in model.state_dict().items()}
     weights = adapters.merged_state_dict(model, torch.tensor([1.0, 0.0]))
-    loaded(weights)
+    check((logits(loaded(weights)) - logits(small())).abs().max() > 1e-6 and any(x.any() for x in weights.values()),
+          "nothing is merged")
     for name, x in model.state_dict().items():
         check(torch.equal(x, state[name]), f"merging has changed the model's own {name}")
     same("the model's logits after merging", logits(model), before)
@@ -398,7 +406,17 @@ def test_orthogonality_by_hand(adapters, U, V, want):
              "the norm is not squared": 12 * 5 ** 0.5 * (abs(U ** 2 - 1) + abs(V ** 2 - 1))})
 
 
-@problem("orthogonality", 2)
+@problem("orthogonality", 1)
+def test_orthogonality_of_equal_columns(adapters):
+    model = orthonormal(adapters)
+    with torch.no_grad():
+        U = adapters.parts(model)[MATRICES[3]]["U"]
+        U[:, 1] = U[:, 0]
+    same("one matrix with two equal columns, of length 1", adapters.orthogonality_penalty(model), 2.0, looks_like={
+        "lengths alone count, not angles": 0.0, "the norm is not squared": 2 ** 0.5, "each pair counts once": 1.0})
+
+
+@problem("orthogonality", 1)
 def test_orthogonality_gradient(adapters):
     model = orthonormal(adapters, 1.5, 0.5)
     value = lambda: adapters.orthogonality_penalty(model)
