@@ -363,17 +363,17 @@ class Table(torch.nn.Module):
         super().__init__()
         self.base = torch.nn.Parameter(numbers(3, 3, start=1.0), requires_grad=False)
         self.delta = torch.nn.Parameter(numbers(3, 3, start=8.0) * trained)
-        self.enabled, self.calls = True, []
+        self.share, self.calls = 1.0, []
 
     def forward(self, tokens):
-        self.calls.append(self.enabled)
-        return (self.base + self.delta * self.enabled)[tokens]
+        self.calls.append(self.share == 1)
+        return (self.base + self.share * self.delta)[tokens]
 
     @contextmanager
     def off(self):
-        self.enabled = False
+        self.share = 0.0
         yield
-        self.enabled = True
+        self.share = 1.0
 
 
 STEP = {"tokens": torch.tensor([[0, 1, 2, 0], [0, 2, 1, 1], [0, 1, 1, 0], [0, 2, 2, 2]]),
@@ -437,7 +437,7 @@ def test_training_step_reference(adapters):
     _, model = step(adapters)
     check(True in model.calls and False in model.calls, "expected one pass with the adapter on and one within adapters_off; "
           f"the model was called with the adapter {' '.join('on' if on else 'off' for on in model.calls) or 'never'}")
-    check(model.enabled, "after the step the adapter is off")
+    check(model.share == 1, "after the step the adapter is off")
     check(model.base.grad is None, "the frozen base has got a gradient")
 
 

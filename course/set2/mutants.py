@@ -117,7 +117,7 @@ def stepping(reference="off", after_off=None, losses=right.losses_on_pairs, coun
         if step:
             optimizer.step()
         if off_at_end:
-            model.enabled = False
+            model.share = 0.0
         return back(L)
     names = ("model", "adapters_off", "optimizer", "tokens", "mask", "pairs", "better", "lam", "beta", "expected", "aggregate")
     return {"training_step": lambda *a, **k: wrong(*a, *(k[name] for name in names[len(a):]))}
