@@ -25,24 +25,19 @@ class Recorder:
     """A pytest plugin: what every test was worth and how it went."""
 
     def __init__(self, problems):
-        self.problems, self.results, self.marks = problems, {}, {}
+        self.problems, self.results, self.worth = problems, {}, {}
 
     def pytest_collection_modifyitems(self, items):
-        items[:] = [item for item in items if not self.problems or mark(item)[0] in self.problems]
-        self.marks = {item.nodeid: mark(item) for item in items}
+        items[:] = [item for item in items if not self.problems or item.function.problem[0] in self.problems]
+        self.worth = {item.nodeid: item.function.problem for item in items}
 
     def pytest_runtest_logreport(self, report):
-        name, points = self.marks[report.nodeid]
+        name, points = self.worth[report.nodeid]
         test = report.nodeid.split("::")[1].partition("[")[0]         # all its parameters have to pass
         result = self.results.setdefault(test, {"problem": name, "name": test, "score": points, "max_score": points,
                                                 "output": ""})
         if not report.passed:
             result["score"], result["output"] = 0, result["output"] or message(report)
-
-
-def mark(item):
-    """(problem, points) of a test."""
-    return item.get_closest_marker("problem").args
 
 
 def message(report):
