@@ -135,8 +135,8 @@ def sample_preference(n: int, m: int, alpha: float, vertex_share: float, generat
     raise NotImplementedError
 
 
-def training_step(model: nn.Module, adapters_off, optimizer, tokens: Tensor, mask: Tensor, pairs: Tensor, better: Tensor,
-                  lam: Tensor, beta: float, expected: Tensor, aggregate: str) -> Tensor:
+def training_step(model: nn.Module, adapters_off, optimizer, tokens: Tensor, mask: Tensor, pairs: Tensor,
+                  better: Tensor, lam: Tensor, beta: float, expected: Tensor, aggregate: str) -> Tensor:
     """One step of Algorithm 1, lines 6 to 8, under one preference that is set already. Set 2: training_step.
 
     model(tokens) -> logits (R, T, V)   adapters_off(model): a context manager   aggregate: "ls" or "tche"

@@ -1,4 +1,4 @@
-"""conftest.py - the student's code for the graders: the fixture `adapters`, a module (course.adapters, or --adapters)."""
+"""conftest.py - the fixture `adapters`: the module with the functions to grade, course.adapters or --adapters."""
 import importlib
 
 import pytest

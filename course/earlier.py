@@ -24,10 +24,12 @@ def adapter(adapters):
     try:
         svd_lora = importlib.import_module("svd_lora")
     except ImportError:
-        return SimpleNamespace(name="the stand-in", inject=inject, set_preference=set_preference, adapters_off=adapters_off)
+        return SimpleNamespace(name="the stand-in", inject=inject, set_preference=set_preference,
+                               adapters_off=adapters_off)
     return SimpleNamespace(
         name="the reference's SVD-LoRA", set_preference=svd_lora.set_preference, adapters_off=svd_lora.adapters_off,
-        inject=lambda model, k, m, gain, generator=None: svd_lora.inject_svd_lora(model, k, m, gain=gain, generator=generator))
+        inject=lambda model, k, m, gain, generator=None: svd_lora.inject_svd_lora(model, k, m, gain=gain,
+                                                                                  generator=generator))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

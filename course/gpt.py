@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """tokens (B, T) -> logits (B, T, V). Attention is causal: what stands right of a token does not change its logits."""
+    """tokens (B, T) -> logits (B, T, V). Attention is causal: a token's logits depend on nothing right of it."""
 
     def __init__(self, vocabulary, context, layers, heads, width):
         super().__init__()
@@ -80,8 +80,8 @@ def load_base(path=BASE):
     return model.eval()
 
 
-NAMES = {"transformer.h.": "blocks.", "transformer.": "", "wte": "embed", "wpe": "pos_embed", "ln_1": "norm1", "ln_2": "norm2", "ln_f": "norm",
-         "attn.c_proj": "attn.o", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}
+NAMES = {"transformer.h.": "blocks.", "transformer.": "", "wte": "embed", "wpe": "pos_embed", "ln_1": "norm1",
+         "ln_2": "norm2", "ln_f": "norm", "attn.c_proj": "attn.o", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}
 
 
 def small(seed=0, layers=2, heads=2, width=16, vocabulary=23, context=12):

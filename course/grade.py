@@ -1,4 +1,4 @@
-"""grade.py - grades the functions in adapters.py: points, and for each test that fails what came and what it looks like.
+"""grade.py - grades the functions in adapters.py: points, and for each test that fails, what it looks like.
 
     python course/grade.py                          # all problems of all sets that are here
     python course/grade.py --sets 1
@@ -13,8 +13,9 @@ from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT) if __name__ == "__main__" else sys.path[0]    # the folder above: this file's own has a page.py …
-os.environ.setdefault("OMP_NUM_THREADS", "1")                         # tiny tensors: a second thread waits more than it works
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)                                           # the folder above this file's, for `course`
+os.environ.setdefault("OMP_NUM_THREADS", "1")                         # small tensors: a second thread only waits
 
 import pytest  # noqa: E402
 
@@ -57,7 +58,8 @@ def run(sets, adapters="course.adapters", problems=()):
     recorder = Recorder(problems)
     files = [str(ROOT / "course" / f"set{n}" / "grade.py") for n in sets]
     # the two others look for threads and warnings at the end of a session, which takes longer than the tests
-    off = [word for name in ("terminal", "cacheprovider", "unraisableexception", "threadexception") for word in ("-p", f"no:{name}")]
+    off = [word for name in ("terminal", "cacheprovider", "unraisableexception", "threadexception")
+           for word in ("-p", f"no:{name}")]
     pytest.main([*files, "--adapters", adapters, "-o", "addopts=", *off], plugins=[recorder])
     return list(recorder.results.values())
 

@@ -36,14 +36,14 @@ def raises(kind, call, what):
 
 
 def same(what, got, want, looks_like=None, tolerance=1e-6):
-    """Fails unless `got` has the shape of `want` and no entry is further off than tolerance · the largest one of `want`.
+    """Fails unless `got` has the shape of `want`, and its entries differ by at most tolerance · the largest of `want`.
 
     looks_like: {"a mistake in words": the value it leads to}
     """
     want = torch.as_tensor(want, dtype=torch.float64)
     check(isinstance(got, (torch.Tensor, float, int)),
-          f"{what}: expected a tensor of shape {tuple(want.shape)}, got {type(got).__name__}. Does your function return "
-          "its result?")
+          f"{what}: expected a tensor of shape {tuple(want.shape)}, got {type(got).__name__}. Does your function "
+          "return its result?")
     got = torch.as_tensor(got).detach().double()
     check(got.shape == want.shape, f"{what}: expected the shape {tuple(want.shape)}, got {tuple(got.shape)}")
     largest = max([1e-3, *want[want.isfinite()].abs().tolist()])
@@ -59,7 +59,8 @@ def same(what, got, want, looks_like=None, tolerance=1e-6):
         off = (got - want).abs().masked_fill(got == want, 0.0).nan_to_num(torch.inf).flatten()
         at = int(off.argmax())
         place = [int(i) for i in torch.unravel_index(off.argmax(), got.shape)]
-        message.append(f"  furthest off at index {place}: expected {want.flatten()[at]:.6g}, got {got.flatten()[at]:.6g}")
+        message.append(
+            f"  furthest off at index {place}: expected {want.flatten()[at]:.6g}, got {got.flatten()[at]:.6g}")
     if not got.isfinite().all() and want.isfinite().all():
         message.append("  yours has infinite numbers or NaN in it")
     elif (got == 0).all():

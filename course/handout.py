@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT) if __name__ == "__main__" else sys.path[0]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
 
 from course.grade import SETS  # noqa: E402
 from course.page import page  # noqa: E402
@@ -24,7 +25,7 @@ data/files.py data/tokenizers.py data/toy.py data/toy.tiktoken runs/__init__.py 
 LICENSE""".split()
 OF_SET = ("__init__.py", "grade.py", "experiment.py", "handout.md")
 REFERENCE = {   # set: the files that its solution needs to run, where a later set is handed out without it
-    1: ["svd_lora.py", "model.py", *(f"ops/{name}.py" for name in ("__init__", "fused", "check", "generation", "quantize"))],
+    1: "svd_lora.py model.py ops/__init__.py ops/fused.py ops/check.py ops/generation.py ops/quantize.py".split(),
     2: ["objectives.py", "aggregate.py"]}
 SOLVES = {      # set: {a file of REFERENCE or SHARED: the names in it that solve the set; None: the whole file}
     1: {"svd_lora.py": None, "ops/generation.py": None, "ops/check.py": None,
@@ -38,9 +39,9 @@ README = """# Problem sets: aligning one language model with many preferences
     pip install -r requirements.txt
     python course/grade.py              # at first every test fails with NotImplementedError
 
-Read `course/set*/handout.md` (or `handout.html`, the same as one page). Write your code in `solution.py`, or in files of
-your own, connect it in `course/adapters.py`, and grade it as often as you like: `python course/grade.py NAME` for one
-problem, `--sets 1` for one set. `pytest course/set1/grade.py -k NAME` does the same with pytest's own report.
+Read `course/set*/handout.md` (or `handout.html`, the same as one page). Write your code in `solution.py`, or in
+files of your own, connect it in `course/adapters.py`, and grade it as often as you like: `python course/grade.py NAME`
+for one problem, `--sets N` for one set. `pytest course/setN/grade.py -k NAME` does the same with pytest's own report.
 
 A set can be started before the earlier ones are solved. Sets: {sets}.
 """
@@ -62,13 +63,15 @@ def files(sets):
     """{path: text, or None to copy it} of a student's repository for these sets."""
     hidden = [SOLVES[n] for n in SOLVES if n in sets or n > max(sets)]
     earlier = [n for n in SETS if n < max(sets) and n not in sets]
-    wanted = [*SHARED, *(f"course/set{n}/{name}" for n in sets for name in OF_SET), *(f for n in earlier for f in REFERENCE[n])]
+    wanted = [*SHARED, *(f"course/set{n}/{name}" for n in sets for name in OF_SET),
+              *(f for n in earlier for f in REFERENCE[n])]
     out = {"README.md": README.format(sets=" ".join(map(str, sets))), "solution.py": START}
     for path in wanted:
         names = [solves[path] for solves in hidden if path in solves]
         if None not in names:
             out[path] = cut((ROOT / path).read_text(encoding="utf-8"), " ".join(names).split()) if names else None
-    return out | {f"course/set{n}/handout.html": page((ROOT / f"course/set{n}/handout.md").read_text(encoding="utf-8")) for n in sets}
+    return out | {f"course/set{n}/handout.html": page((ROOT / f"course/set{n}/handout.md").read_text(encoding="utf-8"))
+                  for n in sets}
 
 
 def write(out, sets):

@@ -3,8 +3,8 @@
     python course/mutants.py                    # of all sets: about two minutes
     python course/mutants.py --sets 1
 
-The reference and another right answer (setN/another.py) have to pass every test. A stub, an answer that returns nothing,
-and one of zeros have to fail every test of their problem. Of the mutants (setN/mutants.py) each should fail one.
+The reference and another right answer (setN/another.py) have to pass every test. A stub, an answer that returns
+nothing, and one of zeros have to fail every test of their problem. Each mutant (setN/mutants.py) should fail one.
 """
 import argparse
 import sys
@@ -12,7 +12,8 @@ import types
 from importlib import import_module
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1]) if __name__ == "__main__" else sys.path[0]
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from course import adapters, reference_adapters  # noqa: E402
 from course.grade import SETS, run  # noqa: E402
@@ -33,28 +34,30 @@ def passed(results):
 
 def answers(n, problem):
     """{what it is: functions} of the answers to a problem that have to fail every test."""
-    names, zeros = import_module(f"course.set{n}.grade").PROBLEMS[problem], import_module(f"course.set{n}.mutants").ZEROS
-    return {"stub": {name: getattr(adapters, name) for name in names}, "empty": {name: lambda *a, **k: None for name in names},
-            "zeros": {name: zeros[name] for name in names}}
+    zeros = import_module(f"course.set{n}.mutants").ZEROS
+    kinds = {"stub": lambda name: getattr(adapters, name), "empty": lambda name: lambda *a, **k: None,
+             "zeros": lambda name: zeros[name]}
+    names = import_module(f"course.set{n}.grade").PROBLEMS[problem]
+    return {kind: {name: of(name) for name in names} for kind, of in kinds.items()}
 
 
 def table(n):
     """Prints the table of a set. Returns (mutants caught, mutants, whether all else is as it should be)."""
-    wrong, another = import_module(f"course.set{n}.mutants").MUTANTS, import_module(f"course.set{n}.another")
+    mutants, another = import_module(f"course.set{n}.mutants").MUTANTS, import_module(f"course.set{n}.another")
     caught, total, fine = 0, 0, True
     for name, functions in (("reference", {}), ("another", vars(another))):
         results = graded(n, None, functions)
         fine &= passed(results) == len(results)
         print(f"set {n}, {name}: {passed(results)} of {len(results)} tests pass")
-    print("\n| problem | tests | stub, empty, zeros: tests that pass | mutants caught | not caught |\n|---|---|---|---|---|")
-    for problem in import_module(f"course.set{n}.grade").PROBLEMS:
-        got = [graded(n, problem, functions) for functions in answers(n, problem).values()]
-        fine &= not any(map(passed, got)) and len(wrong[problem]) >= 8
-        missed = [name for name, functions in wrong[problem].items()
-                  if passed(results := graded(n, problem, functions)) == len(results)]
-        caught, total = caught + len(wrong[problem]) - len(missed), total + len(wrong[problem])
-        print(f"| {problem} | {len(got[0])} | {', '.join(str(passed(g)) for g in got)} | {len(wrong[problem]) - len(missed)} of "
-              f"{len(wrong[problem])} | {'; '.join(missed)} |", flush=True)
+    print("\n| problem | tests | of stub, empty, zeros pass | mutants caught | not caught |\n|---|---|---|---|---|")
+    for problem, wrong in mutants.items():
+        bad = [graded(n, problem, functions) for functions in answers(n, problem).values()]
+        results = {name: graded(n, problem, functions) for name, functions in wrong.items()}
+        missed = [name for name, r in results.items() if passed(r) == len(r)]
+        fine &= not any(map(passed, bad)) and len(wrong) >= 8
+        caught, total = caught + len(wrong) - len(missed), total + len(wrong)
+        print(f"| {problem} | {len(bad[0])} | {', '.join(str(passed(r)) for r in bad)} | "
+              f"{len(wrong) - len(missed)} of {len(wrong)} | {'; '.join(missed)} |", flush=True)
     return caught, total, fine
 
 

@@ -52,9 +52,15 @@ def inline(text):
 def blocks(lines):
     """Markdown lines as HTML, block by block."""
     out, lines = [], list(lines)
+
+    def take(belongs):
+        """Takes the lines up to the first that does not belong."""
+        n = next((i for i, x in enumerate(lines) if not belongs(x)), len(lines))
+        taken, lines[:n] = lines[:n], []
+        return taken
+
     while lines:
         line = lines[0]
-        take = lambda belongs: [lines.pop(0) for _ in range(next((i for i, x in enumerate(lines) if not belongs(x)), len(lines)))]
         if not line.strip():
             lines.pop(0)
         elif line.startswith("```"):

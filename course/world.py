@@ -11,8 +11,8 @@ TOKENIZER = load_tokenizer("toy")
 
 
 def texts(prompts, responses):
-    """Prompts and responses, two lists of strings of one length, as tokens (R, T), padded on the right, and mask (R, T),
-    True on the tokens of the response, the one that ends it among them."""
+    """Prompts and responses, two lists of R strings, as tokens (R, T), padded on the right, and mask (R, T), True on
+    the tokens of the response, the one that ends it among them."""
     before = [TOKENIZER.encode(x + "\n") for x in prompts]
     after = [TOKENIZER.encode(y) + [TOKENIZER.eos_id] for y in responses]
     T = max(len(x) + len(y) for x, y in zip(before, after))
@@ -24,8 +24,8 @@ def texts(prompts, responses):
 
 
 def pairs(rows):
-    """Data rows (toy.sample_pairs) as one batch: tokens, mask, pairs (P, 2), indices of responses, and better (P, m), 0:
-    the first is better, 1: the second."""
+    """Data rows (toy.sample_pairs) as one batch: tokens, mask, pairs (P, 2), indices of responses, and better (P, m),
+    0: the first is better, 1: the second."""
     tokens, mask = texts([row.prompt.strip() for row in rows for _ in row.responses],
                          [y for row in rows for y in row.responses])
     first = torch.tensor([0] + [len(row.responses) for row in rows]).cumsum(0).tolist()

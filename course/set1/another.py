@@ -1,4 +1,4 @@
-"""another.py - set 1 solved once more from its handout alone: hooks and einsum in the place of layers and fused products."""
+"""another.py - set 1 solved once more from its handout alone: hooks and einsum instead of layers and fused products."""
 import torch
 from torch import nn
 
@@ -20,9 +20,8 @@ def hook(layer, inputs, output):
         return output
     if layer.now is None:
         raise RuntimeError("set a preference first")
-    zero = torch.zeros_like(layer.weight)
-    return output + svd_lora_linear(inputs[0], zero, None, layer.left, layer.right, layer.values, layer.scale, layer.now,
-                                    layer.gain)
+    return output + svd_lora_linear(inputs[0], torch.zeros_like(layer.weight), None, layer.left, layer.right,
+                                    layer.values, layer.scale, layer.now, layer.gain)
 
 
 def inject(model, k, m, gain, generator=None):
@@ -72,7 +71,8 @@ def merged_state_dict(model, lam):
                if name.rpartition(".")[2] not in ("left", "right", "values", "scale")}
     for name, p in parts(model).items():
         d = torch.cat([p["sigma"], p["s"] * torch.as_tensor(lam, dtype=p["U"].dtype)]).detach()
-        weights[name + ".weight"] += model.get_submodule(name).gain * p["U"].detach() @ torch.diag(d) @ p["V"].detach().T
+        delta = (p["U"] @ torch.diag(d) @ p["V"].T).detach()
+        weights[name + ".weight"] += model.get_submodule(name).gain * delta
     return weights
 
 

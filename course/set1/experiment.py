@@ -4,9 +4,9 @@
     python -m course.set1.experiment --out out/k0 --k 0
     python -m course.set1.experiment --out out/ends --vertices        # only λ = (1, 0) and λ = (0, 1) are ever trained
 
-An answer begins with the word "Dear" (warm) or "Ha" (humorous). The loss is the cross-entropy of the first word to λ, so
-the best model is known: it says "Dear" with probability λ_1 and "Ha" with probability λ_2. Each row of a batch has a
-preference of its own. Writes lambda.png and lambda.json to --out.
+An answer begins with the word "Dear" (warm) or "Ha" (humorous). The loss is the cross-entropy of the first word to λ,
+so the best model is known: it says "Dear" with probability λ_1 and "Ha" with probability λ_2. Each row of a batch has
+a preference of its own. Writes lambda.png and lambda.json to --out.
 """
 import argparse
 import importlib
@@ -73,7 +73,8 @@ def main():
     said = torch.stack(said)                                                          # (11, 2)
     values = {name: {"sigma": p["sigma"].tolist(), "s": p["s"].item()} for name, p in adapters.parts(model).items()}
     out.mkdir(parents=True, exist_ok=True)
-    (out / "lambda.json").write_text(json.dumps({"lam_1": along.tolist(), "said": said.tolist(), "values": values}, indent=1))
+    (out / "lambda.json").write_text(json.dumps({"lam_1": along.tolist(), "said": said.tolist(), "values": values},
+                                                indent=1))
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for i, word in enumerate(WORDS):
@@ -82,12 +83,14 @@ def main():
     left.set(xlabel="λ₁", ylabel="probability of the first word, new verbs", title=f"k = {args.k}; dotted: the best")
     left.legend()
     right.bar(range(len(values)), [abs(v["s"]) for v in values.values()], label="|s|")
-    right.plot(range(len(values)), [max(map(abs, v["sigma"]), default=0.0) for v in values.values()], "k_", label="largest |σ|")
+    right.plot(range(len(values)), [max(map(abs, v["sigma"]), default=0.0) for v in values.values()], "k_",
+               label="largest |σ|")
     right.set(title="the singular values of every matrix", xticks=range(len(values)))
     right.set_xticklabels([name.removeprefix("blocks.") for name in values], rotation=90, fontsize=6)
     right.legend()
     figure.savefig(out / "lambda.png", dpi=120)
-    print(f"largest distance from the dotted lines: {(said - torch.stack([along, 1 - along], 1)).abs().max():.3f}; {out}/lambda.png")
+    off = (said - torch.stack([along, 1 - along], 1)).abs().max()
+    print(f"largest distance from the dotted lines: {off:.3f}; {out}/lambda.png")
 
 
 if __name__ == "__main__":

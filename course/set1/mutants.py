@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import course.reference_adapters as right
-from course.set1 import another
 from svd_lora import svd_lora_layers
 
 
@@ -31,7 +30,7 @@ def shuffled(change):
 
 
 def per_row(d):
-    """svd_lora_linear for one preference a row, with its own d: (sigma, s, lam) -> what x V, (B, T, r), is multiplied by."""
+    """svd_lora_linear for one preference a row, with another d(sigma, s, lam), which multiplies x V, (B, T, r)."""
     def wrong(x, weight, bias, U, V, sigma, s, lam, gain):
         if lam.ndim == 1:
             return right.svd_lora_linear(x, weight, bias, U, V, sigma, s, lam, gain)
@@ -161,13 +160,15 @@ def some_off(model):
             layer.enabled = True
 
 
-def merging(weight=lambda W, p, d, gain: W + gain * p["U"] * d @ p["V"].T, values=lambda p, lam: torch.cat([p["sigma"], p["s"] * lam])):
+def merging(weight=lambda W, p, d, gain: W + gain * p["U"] * d @ p["V"].T,
+            values=lambda p, lam: torch.cat([p["sigma"], p["s"] * lam])):
     """merged_state_dict from the merged matrix and d."""
     def wrong(model, lam):
         weights = right.merged_state_dict(model, lam)
         for name, p in right.parts(model).items():
             p, layer = {key: x.detach() for key, x in p.items()}, model.get_submodule(name)
-            weights[name + ".weight"] = weight(layer.weight.detach(), p, values(p, torch.as_tensor(lam).double()), layer.gain)
+            weights[name + ".weight"] = weight(layer.weight.detach(), p, values(p, torch.as_tensor(lam).double()),
+                                               layer.gain)
         return weights
     return {"merged_state_dict": wrong}
 
@@ -186,7 +187,8 @@ def aliases(model, lam):
 
 def penalty(each, over=lambda p: (p["U"], p["V"]), pool=sum):
     """orthogonality_penalty from the term of one matrix, the matrices of a layer, and how they are pooled."""
-    return {"orthogonality_penalty": lambda model: pool([each(M) for p in right.parts(model).values() for M in over(p)])}
+    return {"orthogonality_penalty": lambda model: pool([each(M) for p in right.parts(model).values()
+                                                         for M in over(p)])}
 
 
 def gram(M):
@@ -207,7 +209,7 @@ MUTANTS = {
             **(dict(U=V, V=U) if U.shape == V.shape else dict(U=U, V=V)), **others)},
         "s as a Python number": branch(d=lambda sigma, s, lam: torch.cat([sigma, float(s) * lam])),
         "σ detached": branch(d=lambda sigma, s, lam: torch.cat([sigma.detach(), s * lam])),
-        "d² (square roots on both sides, forgotten)": branch(d=lambda sigma, s, lam: torch.cat([sigma, s * lam]).square()),
+        "d²": branch(d=lambda sigma, s, lam: torch.cat([sigma, s * lam]).square()),
         "softmax over λ": branch(d=lambda sigma, s, lam: torch.cat([sigma, s * lam.softmax(-1)])),
         "the branch under no_grad": branch(up=lambda h, U: (h @ U.T).detach())},
     "preference_per_row": {
@@ -230,7 +232,8 @@ MUTANTS = {
         "the base is not frozen": injected(lambda model, learned: [p.requires_grad_(True) for p in model.parameters()]),
         "norms stay trainable": injected(lambda model, learned: model.norm.requires_grad_(True)),
         "embeddings stay trainable": injected(lambda model, learned: model.embed.requires_grad_(True)),
-        "s does not require a gradient": injected(lambda model, learned: [p["s"].requires_grad_(False) for p in learned.values()]),
+        "s does not require a gradient": injected(
+            lambda model, learned: [p["s"].requires_grad_(False) for p in learned.values()]),
         "s starts at 1": injected(change("s", by=torch.ones_like)),
         "σ starts at 1": injected(change("sigma", by=torch.ones_like)),
         "U starts at 0": injected(change("U", by=torch.zeros_like)),
@@ -238,13 +241,15 @@ MUTANTS = {
         "σ random": injected(change("sigma", by=torch.randn_like)),
         "one s for all layers": injected(one_for_all),
         "the gain is 1": injected(gain=1.0),
-        "k and m exchanged": {"inject": lambda model, k, m, gain, generator=None: right.inject(model, m, k, gain, generator)},
+        "k and m exchanged": {
+            "inject": lambda model, k, m, gain, generator=None: right.inject(model, m, k, gain, generator)},
         "the generator is not used": injected(generator=None),
         "attention alone": injected(plain_again(lambda name: "mlp" in name)),
         "the first block alone": injected(plain_again(lambda name: "blocks.0" not in name)),
         "s is cut off from the gradient": injected(detached),
         "the branch merged into the base's weight": injected(
-            lambda model, learned: [layer.weight.data.add_(0.01 * layer.U @ layer.V.T) for layer in svd_lora_layers(model).values()]),
+            lambda model, learned: [layer.weight.data.add_(0.01 * layer.U @ layer.V.T)
+                                    for layer in svd_lora_layers(model).values()]),
         "parts returns copies": {"parts": lambda model: {name: {key: x.detach().clone() for key, x in p.items()}
                                                          for name, p in right.parts(model).items()}},
         "all layers from one seed": {"inject": lambda model, k, m, gain, generator=None: (
@@ -262,7 +267,8 @@ MUTANTS = {
         "the sum is not checked": checked(lambda lam: lam.shape[-1] == 2 and (lam >= 0).all()),
         "the length is not checked": checked(lambda lam: (lam >= 0).all() and ((lam.sum(-1) - 1).abs() < 1e-4).all()),
         "the sum of all rows together": checked(
-            lambda lam: lam.shape[-1] == 2 and (lam >= 0).all() and abs(lam.sum() - (len(lam) if lam.ndim == 2 else 1)) < 0.25),
+            lambda lam: lam.shape[-1] == 2 and (lam >= 0).all()
+            and abs(lam.sum() - (len(lam) if lam.ndim == 2 else 1)) < 0.25),
         "the first row alone is checked": checked(lambda lam: lam.shape[-1] == 2 and (
             (first := lam.view(-1, 2)[0]) >= 0).all() and abs(first.sum() - 1) < 1e-4),
         "normalises instead of refusing": preference(
@@ -274,7 +280,8 @@ MUTANTS = {
         "in reverse order": preference(lambda lam: lam.flip(-1))},
     "adapters_off": {
         "never on again": off(lambda layer: setattr(layer, "enabled", False)),
-        "not after an error": off(lambda layer: setattr(layer, "enabled", False), lambda layer: setattr(layer, "enabled", True),
+        "not after an error": off(lambda layer: setattr(layer, "enabled", False),
+                                  lambda layer: setattr(layer, "enabled", True),
                                   safe=False),
         "a nested one turns on": off(lambda layer: setattr(layer, "enabled", False),
                                      lambda layer: setattr(layer, "enabled", True)),
@@ -306,9 +313,11 @@ MUTANTS = {
         "matrices alone": {"merged_state_dict": lambda model, lam: {
             name: x for name, x in right.merged_state_dict(model, lam).items() if "blocks" in name}},
         "the first block alone": {"merged_state_dict": lambda model, lam: right.merged_state_dict(model, lam) | {
-            name + ".weight": model.get_submodule(name).weight.detach().clone() for name in right.parts(model) if "blocks.1" in name}},
+            name + ".weight": model.get_submodule(name).weight.detach().clone() for name in right.parts(model)
+            if "blocks.1" in name}},
         "still in the graph": {"merged_state_dict": lambda model, lam: {
-            name: x + 0 * model.get_submodule("blocks.0.attn.q").s for name, x in right.merged_state_dict(model, lam).items()}}},
+            name: x + 0 * model.get_submodule("blocks.0.attn.q").s for name,
+            x in right.merged_state_dict(model, lam).items()}}},
     "orthogonality": {
         "the norm is not squared": penalty(lambda M: gram(M).norm()),
         "the mean of the entries": penalty(lambda M: gram(M).square().mean()),

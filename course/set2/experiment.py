@@ -64,7 +64,8 @@ def main():
             points.append(mean_scores(model, adapters.response_logprobs, test, args.dims))
         fronts[aggregate] = {"scores": [p.tolist() for p, _ in points], "outside": [outside for _, outside in points]}
     out.mkdir(parents=True, exist_ok=True)
-    (out / "fronts.json").write_text(json.dumps({"dims": args.dims, "lam": lams.tolist(), "base": base[0].tolist()} | fronts, indent=1))
+    (out / "fronts.json").write_text(json.dumps({"dims": args.dims, "lam": lams.tolist(),
+                                                 "base": base[0].tolist()} | fronts, indent=1))
 
     figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
     for aggregate, front in fronts.items():
@@ -73,7 +74,8 @@ def main():
         for lam, *point in zip(lams, x, y):
             axes.annotate(f"{lam[0]:.2f}", point, fontsize=7)
     axes.plot(*base[0], "ks", label="base model")
-    axes.set(xlabel=f"mean score: {args.dims[0]}", ylabel=f"mean score: {args.dims[1]}", title=f"numbers: λ of “{args.dims[0]}”")
+    axes.set(xlabel=f"mean score: {args.dims[0]}", ylabel=f"mean score: {args.dims[1]}",
+             title=f"numbers: λ of “{args.dims[0]}”")
     axes.legend()
     figure.savefig(out / "fronts.png", dpi=120)
     print(f"{out}/fronts.png")

@@ -74,7 +74,8 @@ def test_response_logprobs_gradient_and_large_logits(adapters):
         same(f"the gradient to logits{list(index)}, beside a finite difference", logits.grad[index],
              slope(value, logits, index), tolerance=1e-5)
     same("with logits of 0 and 2000, a response of probability e^-2000",
-         adapters.response_logprobs(t([[2000, 0], [0, 0]]), torch.tensor([[0, 1]]), torch.tensor([[False, True]])), [-2000])
+         adapters.response_logprobs(t([[2000, 0], [0, 0]]), torch.tensor([[0, 1]]), torch.tensor([[False, True]])),
+         [-2000])
 
 
 LOGPROBS = t(-15.05245254, -5.59771512, -3.68003008)
@@ -90,14 +91,17 @@ def test_dpo_loss_by_hand(adapters):
          adapters.dpo_loss(t(-1, -5), t(-3, -2), t(-2, -6), t(-2.5, -2.25), 0.5), soft(0.75), looks_like={
              "chosen and rejected have changed places": soft(-0.75), "β is left out": soft(1.5),
              "policy and reference have changed places": soft(-0.75),
-             "it has the wrong sign": [-x for x in soft(0.75)], "the loss is divided by β": [2 * x for x in soft(0.75)]})
-    same("the same at four times the β", adapters.dpo_loss(t(-1, -5), t(-3, -2), t(-2, -6), t(-2.5, -2.25), 2.0), soft(3.0))
+             "it has the wrong sign": [-x for x in soft(0.75)],
+             "the loss is divided by β": [2 * x for x in soft(0.75)]})
+    same("the same at four times the β", adapters.dpo_loss(t(-1, -5), t(-3, -2), t(-2, -6), t(-2.5, -2.25), 2.0),
+         soft(3.0))
 
 
 @problem("dpo_loss", 2)
 def test_dpo_loss_at_the_reference(adapters):
     a, b = numbers(4, 3, start=1.0), numbers(4, 3, start=2.0)
-    same("π = π_ref, a (4, 3) tensor of pairs: ln 2 each", adapters.dpo_loss(a, b, a, b, 0.3), torch.full((4, 3), math.log(2)))
+    same("π = π_ref, a (4, 3) tensor of pairs: ln 2 each", adapters.dpo_loss(a, b, a, b, 0.3),
+         torch.full((4, 3), math.log(2)))
 
 
 @problem("dpo_loss", 2)
@@ -111,8 +115,10 @@ def test_dpo_loss_gradient(adapters):
     got.backward()
     for i, name in enumerate(("pi_chosen", "pi_rejected")):
         check(x[i].grad is not None, f"no gradient reaches {name}")
-        same(f"the gradient to {name}, beside a finite difference", x[i].grad[1], slope(value, x[i], (1,)), tolerance=1e-5)
-    check(x[0].grad.max() < 0, "a step against the gradient should make the chosen response more likely; this one makes it less")
+        same(f"the gradient to {name}, beside a finite difference", x[i].grad[1], slope(value, x[i], (1,)),
+             tolerance=1e-5)
+    check(x[0].grad.max() < 0,
+          "a step against the gradient should make the chosen response more likely; this one makes it less")
 
 
 @problem("dpo_loss", 2)
@@ -153,13 +159,16 @@ def test_losses_on_pairs_symmetries(adapters):
     better = torch.tensor([[0, 1, -1], [1, 1, 0], [-1, 0, 0], [0, -1, 1]])
     some = torch.tensor([[0, 1], [2, 0], [3, 1], [2, 3]])
     losses, known = pairs(adapters, PI, REF, some, better, 0.3)
-    check(losses.shape == (4, 3) and (losses > 0).sum() == 9, "four pairs, three dimensions, nine labels: expected nine "
+    check(losses.shape == (4, 3) and (losses > 0).sum() == 9,
+          "four pairs, three dimensions, nine labels: expected nine "
           f"losses above 0 in a (4, 3) tensor, got {int((losses > 0).sum())} in {tuple(losses.shape)}")
     order = torch.tensor([2, 0, 1])
-    for name, want, got in zip(("losses", "known"), (losses, known), pairs(adapters, PI, REF, some, better[:, order], 0.3)):
+    for name, want, got in zip(("losses", "known"), (losses, known),
+                               pairs(adapters, PI, REF, some, better[:, order], 0.3)):
         same(f"{name}, with the dimensions in another order", got, want[:, order])
     turned = torch.where(better < 0, better, 1 - better)
-    same("losses, with every pair turned round and its labels too", pairs(adapters, PI, REF, some.flip(1), turned, 0.3)[0], losses)
+    same("losses, with every pair turned round and its labels too",
+         pairs(adapters, PI, REF, some.flip(1), turned, 0.3)[0], losses)
 
 
 @problem("losses_on_pairs", 2)
@@ -207,10 +216,12 @@ def test_uneven_labels_is_unbiased(adapters):
 @problem("uneven_labels", 2)
 def test_uneven_labels_own_counts(adapters):
     known = t([1, 1], [1, 0], [1, 0], [1, 1])
-    same("expected = None: four labels and two", adapters.mean_losses(t([1, 6], [2, 9], [3, 9], [6, 2]), known, None), [3, 4],
+    losses = t([1, 6], [2, 9], [3, 9], [6, 2])
+    same("expected = None: four labels and two", adapters.mean_losses(losses, known, None), [3, 4],
          looks_like={"pairs without a label count": [3, 6.5], "the divisor is the number of pairs": [3, 2],
                      "sums are not divided": [12, 8]})
-    same("expected = None: no label of the second dimension", adapters.mean_losses(t([1, 6], [2, 9]), t([1, 0], [1, 0]), None),
+    same("expected = None: no label of the second dimension",
+         adapters.mean_losses(t([1, 6], [2, 9]), t([1, 0], [1, 0]), None),
          [1.5, -math.inf])
 
 
@@ -239,7 +250,8 @@ def test_linear_scalarization_by_hand(adapters):
     same("one preference", adapters.linear_scalarization(losses[0], lam[0]), 2.0, looks_like={
         "the mean is taken": 2 / 3, "λ is left out": 7.0, "the largest term is taken": 1.0, "the sign is wrong": -2.0})
     same("two preferences", adapters.linear_scalarization(losses, lam), [2.0, 1.0], looks_like={
-        "everything is summed": 3.0, "the first λ counts for both": [2.0, 3.5], "the λ of the other row counts": [4.0, 3.5]})
+        "everything is summed": 3.0, "the first λ counts for both": [2.0, 3.5],
+        "the λ of the other row counts": [4.0, 3.5]})
     same("one λ for (2, 2, 3) losses", adapters.linear_scalarization(losses.expand(2, 2, 3), lam[0]), [[2.0, 3.5]] * 2)
 
 
@@ -258,12 +270,14 @@ def test_linear_scalarization_gradient(adapters):
 def test_tchebycheff_by_hand(adapters):
     losses, lam = t([2, 1, 4], [3, 5, 1]), t([0.5, 0.375, 0.125], [0.1, 0.1, 0.8])
     same("one preference, no ideal", adapters.tchebycheff(losses[0], lam[0]), 1.0, looks_like={
-        "the terms are added": 1.875, "the largest loss is taken, without its λ": 4.0, "the smallest term is taken": 0.375,
+        "the terms are added": 1.875, "the largest loss is taken, without its λ": 4.0,
+        "the smallest term is taken": 0.375,
         "λ divides": 32.0})
     same("two preferences", adapters.tchebycheff(losses, lam), [1.0, 0.8], looks_like={
         "the maximum is taken over all rows": 1.0, "the first λ counts for both": [1.0, 1.875]})
     same("with the ideal (1, 0, 1)", adapters.tchebycheff(losses, lam, t(1, 0, 1)), [0.5, 0.5], looks_like={
-        "the ideal is left out": [1.0, 0.8], "the ideal is added": [1.5, 1.6], "the ideal is not weighted": [0.375, 0.5]})
+        "the ideal is left out": [1.0, 0.8], "the ideal is added": [1.5, 1.6],
+        "the ideal is not weighted": [0.375, 0.5]})
 
 
 @problem("tchebycheff", 2)
@@ -283,7 +297,8 @@ def test_tchebycheff_weight_zero(adapters):
     losses = t(1, 5).requires_grad_(True)
     got = adapters.tchebycheff(losses, t(1, 0), t(2, 2))
     same("losses (1, 5), λ = (1, 0), ideal (2, 2)", got, -1.0, looks_like={
-        "the term 0 · (5 − 2) of the dimension without weight is the largest": 0.0, "the largest gap is taken without its λ": 3.0})
+        "the term 0 · (5 − 2) of the dimension without weight is the largest": 0.0,
+        "the largest gap is taken without its λ": 3.0})
     check(got.requires_grad, "no gradient reaches the losses")
     got.backward()
     same("the gradient", losses.grad, [1, 0])
@@ -314,11 +329,13 @@ def drawn(adapters, n, m, alpha, share, seed=0):
 def test_sample_preference_vertices(adapters, share):
     lam = drawn(adapters, 3000, 3, 1.0, share)
     vertex = lam.max(1).values > 1 - 1e-6
-    check(abs(vertex.double().mean() - share) < 0.035, f"vertex_share = {share}: expected about this part of vertices, got "
+    check(abs(vertex.double().mean() - share) < 0.035,
+          f"vertex_share = {share}: expected about this part of vertices, got "
           f"{vertex.double().mean():.3f}")
     if share:
         counts = lam[vertex].mean(0)
-        check((counts - 1 / 3).abs().max() < 0.06, f"vertices should be drawn evenly; the parts of the three are {brief3(counts)}")
+        check((counts - 1 / 3).abs().max() < 0.06,
+              f"vertices should be drawn evenly; the parts of the three are {brief3(counts)}")
 
 
 @problem("sample_preference", 2)
@@ -326,14 +343,16 @@ def test_sample_preference_vertices(adapters, share):
 def test_sample_preference_dirichlet(adapters, alpha):
     """Mean and variance of a Dirichlet(α) in m = 3 dimensions: 1/3, and 2 / (9 (3α + 1))."""
     lam = drawn(adapters, 3000, 3, alpha, 0.0)
-    check((lam.mean(0) - 1 / 3).abs().max() < 0.03, f"α = {alpha}: expected the mean 1/3 everywhere, got {brief3(lam.mean(0))}")
+    check((lam.mean(0) - 1 / 3).abs().max() < 0.03,
+          f"α = {alpha}: expected the mean 1/3 everywhere, got {brief3(lam.mean(0))}")
     want, got = 2 / (9 * (3 * alpha + 1)), lam.var(0).mean().item()
     check(abs(got / want - 1) < 0.12, f"α = {alpha}: expected the variance {want:.4f}, got {got:.4f}"
           + (": uniform numbers divided by their sum are no Dirichlet(1)" if abs(got - 0.0284) < 0.003 else ""))
     # of Dirichlet(1), P(λ_1 > 1/2) is 1/4: the squares of both legs of a triangle
     if alpha == 1:
         share = (lam > 0.5).double().mean(0)
-        check((share - 0.25).abs().max() < 0.035, f"α = 1: λ_i > 1/2 should happen in 1/4 of the draws, happens in {brief3(share)}")
+        check((share - 0.25).abs().max() < 0.035,
+              f"α = 1: λ_i > 1/2 should happen in 1/4 of the draws, happens in {brief3(share)}")
 
 
 @problem("sample_preference", 2)
@@ -395,8 +414,10 @@ def step(adapters, aggregate="ls", trained=1.0, lr=0.1, **changed):
 @problem("training_step", 2)
 def test_training_step_losses(adapters):
     fresh = [3 * math.log(2) / 2, math.log(2) / 1.6]
-    same("L of a fresh adapter: ln 2 times labels over expected labels", step(adapters, trained=0.0)[0], fresh, looks_like={
-        "the batch's own counts divide": [math.log(2)] * 2, "the number of pairs divides": [math.log(2), math.log(2) / 3]})
+    same("L of a fresh adapter: ln 2 times labels over expected labels", step(adapters, trained=0.0)[0], fresh,
+         looks_like={
+             "the batch's own counts divide": [math.log(2)] * 2,
+             "the number of pairs divides": [math.log(2), math.log(2) / 3]})
     same("L of a trained adapter", step(adapters)[0], STEP_LOSSES, looks_like={
         "the reference is computed with the adapter on": fresh})
     check(not step(adapters)[0].requires_grad, "the returned losses should be detached")
@@ -407,7 +428,7 @@ def test_training_step_losses(adapters):
 def test_training_step_moves_the_adapter(adapters, aggregate):
     before, model = Table(1.0), step(adapters, aggregate)[1]
     moved, want = model.delta.detach() - before.delta.detach(), STEP_MOVED[aggregate]
-    same(f"{aggregate}: how far a step of SGD with learning rate 0.1 moves the adapter, from a gradient of ones that an earlier "
+    same(f"{aggregate}: how far SGD with learning rate 0.1 moves the adapter, from a gradient of ones that an earlier "
          "pass has left behind", moved, want, looks_like={
              "nothing is learned: was the step taken?": torch.zeros(3, 3), "the step goes uphill": -want,
              "the old gradient is not cleared": want - 0.1, "only the old gradient is used": torch.full((3, 3), -0.1)})
@@ -421,7 +442,8 @@ def test_training_step_at_a_vertex(adapters, lam, i):
     def own(model_delta):
         model = Table(1.0)
         model.delta.data.copy_(model_delta)
-        L = adapters.training_step(model, Table.off, torch.optim.SGD([model.delta], 0.0), aggregate="ls", **STEP | {"lam": lam})
+        L = adapters.training_step(model, Table.off, torch.optim.SGD([model.delta], 0.0), aggregate="ls",
+                                   **STEP | {"lam": lam})
         return L[i]
     before, model = Table(1.0), step(adapters, lam=lam)[1]
     moved, delta = model.delta.detach() - before.delta.detach(), before.delta.detach().clone()
@@ -435,7 +457,8 @@ def test_training_step_at_a_vertex(adapters, lam, i):
 def test_training_step_reference(adapters):
     """π_ref is the same model with the adapter off; it needs no gradient and the adapter is on again afterwards."""
     _, model = step(adapters)
-    check(True in model.calls and False in model.calls, "expected one pass with the adapter on and one within adapters_off; "
+    check(True in model.calls and False in model.calls,
+          "expected one pass with the adapter on and one within adapters_off; "
           f"the model was called with the adapter {' '.join('on' if on else 'off' for on in model.calls) or 'never'}")
     check(model.share == 1, "after the step the adapter is off")
     check(model.base.grad is None, "the frozen base has got a gradient")
@@ -447,12 +470,15 @@ def test_training_step_tche_leaves_out_what_has_no_label(adapters):
     L, model = step(adapters, "tche", better=better)
     same("tche, no label of the second dimension: L", L, [STEP_LOSSES[0] * 2 / 3, -math.inf])
     moved = model.delta.detach() - Table(1.0).delta.detach()
-    check(bool(moved.isfinite().all()) and moved.abs().max() > 1e-4, "the step should learn from the first dimension; the adapter "
+    check(bool(moved.isfinite().all()) and moved.abs().max() > 1e-4,
+          "the step should learn from the first dimension; the adapter "
           + ("stays where it is" if bool(moved.isfinite().all()) else "has become NaN or infinite"))
 
 
 STEP_LOSSES = t(1.47111873, 0.19914784)
 STEP_MOVED = {
-    "ls": t(0.00000000, -0.00141496, 0.00141496, 0.00069050, 0.00020868, -0.00089918, -0.00194145, -0.00386755, 0.00580901).view(3, 3),
-    "tche": t(0.00000000, 0.00332013, -0.00332013, -0.00113050, -0.00034166, 0.00147215, 0.00296914, -0.00684181, 0.00387267).view(3, 3),
+    "ls": t(0.00000000, -0.00141496, 0.00141496, 0.00069050, 0.00020868, -0.00089918, -0.00194145, -0.00386755,
+            0.00580901).view(3, 3),
+    "tche": t(0.00000000, 0.00332013, -0.00332013, -0.00113050, -0.00034166, 0.00147215, 0.00296914, -0.00684181,
+              0.00387267).view(3, 3),
 }

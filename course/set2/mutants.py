@@ -11,7 +11,8 @@ import torch.nn.functional as F
 import course.reference_adapters as right
 
 
-def logprobs(shift=1, pool=lambda x, mask: (x * mask).sum(1), of=lambda logits: logits.log_softmax(-1), mask=lambda mask: mask,
+def logprobs(shift=1, pool=lambda x, mask: (x * mask).sum(1), of=lambda logits: logits.log_softmax(-1),
+             mask=lambda mask: mask,
              row=lambda x: x):
     """response_logprobs with one of its pieces replaced."""
     def wrong(logits, tokens, on):
@@ -36,7 +37,8 @@ def dpo(h=lambda a, b, c, d, beta: beta * ((a - c) - (b - d)), loss=lambda h: -F
     return {"dpo_loss": lambda a, b, c, d, beta: loss(h(a, b, c, d, beta))}
 
 
-def on_pairs(better=lambda better: better, after=lambda losses, known, better: (losses, known), index=lambda pairs: pairs,
+def on_pairs(better=lambda better: better, after=lambda losses, known, better: (losses, known),
+             index=lambda pairs: pairs,
              ref=lambda pi, ref: ref, beta=lambda beta: beta):
     """losses_on_pairs with other labels, pairs or results."""
     def wrong(pi, ref_, pairs, labels, b):
@@ -62,7 +64,8 @@ def own(wrong):
 
 def given(wrong):
     """mean_losses that is wrong with expected counts."""
-    return {"mean_losses": lambda losses, known, expected: right.mean_losses(losses, known, None) if expected is None else
+    return {"mean_losses": lambda losses, known, expected: right.mean_losses(losses, known, None)
+            if expected is None else
             wrong(losses, known, expected)}
 
 
@@ -99,7 +102,8 @@ def normalised(draw):
 
 
 def stepping(reference="off", after_off=None, losses=right.losses_on_pairs, counts=None, sign=1, clear=True, step=True,
-             aggregate=None, lam=lambda lam: lam, back=lambda L: L.detach(), detach=lambda pi: pi, mask=lambda mask: mask,
+             aggregate=None, lam=lambda lam: lam, back=lambda L: L.detach(), detach=lambda pi: pi,
+             mask=lambda mask: mask,
              beta=lambda beta: beta, off_at_end=False):
     """training_step with one of its pieces replaced."""
     def wrong(model, adapters_off, optimizer, tokens, on, pairs, better, weights, b, expected, kind):
@@ -119,14 +123,15 @@ def stepping(reference="off", after_off=None, losses=right.losses_on_pairs, coun
         if off_at_end:
             model.share = 0.0
         return back(L)
-    names = ("model", "adapters_off", "optimizer", "tokens", "mask", "pairs", "better", "lam", "beta", "expected", "aggregate")
+    names = ("model", "adapters_off", "optimizer", "tokens", "mask", "pairs", "better", "lam", "beta", "expected",
+             "aggregate")
     return {"training_step": lambda *a, **k: wrong(*a, *(k[name] for name in names[len(a):]))}
 
 
 def both_off(model, adapters_off, optimizer, tokens, mask, pairs, better, lam, beta, expected, aggregate):
     with adapters_off(model):
-        return right.training_step(model, lambda model: nullcontext(), optimizer, tokens, mask, pairs, better, lam, beta,
-                                   expected, aggregate)
+        return right.training_step(model, lambda model: nullcontext(), optimizer, tokens, mask, pairs, better, lam,
+                                   beta, expected, aggregate)
 
 
 MUTANTS = {
@@ -193,10 +198,12 @@ MUTANTS = {
         "ones are counted": counting(lambda x: (x == 1).sum(0)),
         "without the batch size": {"expected_counts": lambda better, size: right.expected_counts(better, 1)},
         "of the whole data": {"expected_counts": lambda better, size: right.expected_counts(better, len(better))},
-        "per pair instead of per row": {"expected_counts": lambda better, size: size * (torch.cat(better) >= 0).double().mean(0)},
+        "per pair instead of per row": {
+            "expected_counts": lambda better, size: size * (torch.cat(better) >= 0).double().mean(0)},
         "rounded": {"expected_counts": lambda better, size: right.expected_counts(better, size).round()},
         "the mean of rows' shares": counting(lambda x: (x >= 0).double().mean(0)),
-        "one count for all dimensions": {"expected_counts": lambda better, size: right.expected_counts(better, size).mean().expand(2)},
+        "one count for all dimensions": {
+            "expected_counts": lambda better, size: right.expected_counts(better, size).mean().expand(2)},
         "own counts although expected ones are given": given(lambda losses, known, expected: torch.nan_to_num(
             right.mean_losses(losses, known, None), neginf=0.0)),
         "the number of pairs divides": means(lambda losses, known, expected: (losses * known).mean(0)),
@@ -206,7 +213,8 @@ MUTANTS = {
         "NaN where nothing is expected": given(lambda losses, known, expected: (losses * known).sum(0) / expected),
         "0 instead of −inf": own(lambda losses, known: (losses * known).sum(0) / known.sum(0).clamp(min=1)),
         "NaN instead of −inf": own(lambda losses, known: (losses * known).sum(0) / known.sum(0)),
-        "+inf instead of −inf": own(lambda losses, known: ((losses * known).sum(0) / known.sum(0)).nan_to_num(torch.inf)),
+        "+inf instead of −inf": own(lambda losses, known: ((losses * known).sum(0) / known.sum(0)).nan_to_num(
+            torch.inf)),
         "the expected counts are taken at least 1 each": given(
             lambda losses, known, expected: (losses * known).sum(0) / expected.clamp(min=2)),
         "detached": given(lambda losses, known, expected: right.mean_losses(losses, known, expected).detach())},
@@ -249,12 +257,15 @@ MUTANTS = {
     "sample_preference": {
         "uniform numbers, normalised": sampling(normalised(lambda n, m, alpha, g: torch.rand(n, m, generator=g))),
         "normal numbers, softmax": sampling(lambda n, m, alpha, g: torch.randn(n, m, generator=g).softmax(-1)),
-        "absolute normal numbers, normalised": sampling(normalised(lambda n, m, alpha, g: torch.randn(n, m, generator=g).abs())),
+        "absolute normal numbers, normalised": sampling(normalised(
+            lambda n, m, alpha, g: torch.randn(n, m, generator=g).abs())),
         "α is ignored": sampling(lambda n, m, alpha, g: right.sample_preference(n, m, 1.0, 0.0, g)),
         "1/α": sampling(lambda n, m, alpha, g: right.sample_preference(n, m, 1 / alpha, 0.0, g)),
-        "not normalised": sampling(lambda n, m, alpha, g: torch._standard_gamma(torch.full((n, m), float(alpha)), generator=g)),
+        "not normalised": sampling(lambda n, m, alpha, g: torch._standard_gamma(
+            torch.full((n, m), float(alpha)), generator=g)),
         "no vertices": sampling(take=lambda n, share, g: torch.zeros(n, 1, dtype=torch.bool)),
-        "vertices where it should be Dirichlet": sampling(take=lambda n, share, g: torch.rand(n, 1, generator=g) > share),
+        "vertices where it should be Dirichlet": sampling(
+            take=lambda n, share, g: torch.rand(n, 1, generator=g) > share),
         "the first vertex alone": sampling(vertex=lambda n, m, g: torch.eye(m)[torch.zeros(n, dtype=torch.long)]),
         "the last vertex never": sampling(vertex=lambda n, m, g: torch.eye(m)[torch.randint(m - 1, (n,), generator=g)]),
         "one coin for all": sampling(take=lambda n, share, g: (torch.rand(1, 1, generator=g) < share).expand(n, 1)),
@@ -266,9 +277,11 @@ MUTANTS = {
             n, m, alpha, share, torch.Generator().manual_seed(0))},
         "torch.manual_seed inside": {"sample_preference": lambda n, m, alpha, share, g=None: (
             torch.manual_seed(0), right.sample_preference(n, m, alpha, share, g))[1]},
-        "(m, n)": {"sample_preference": lambda n, m, alpha, share, g=None: right.sample_preference(n, m, alpha, share, g).T},
+        "(m, n)": {"sample_preference": lambda n, m, alpha, share, g=None: right.sample_preference(
+            n, m, alpha, share, g).T},
         "a grid": {"sample_preference": lambda n, m, alpha, share, g=None: F.pad(
-            torch.linspace(0, 1, n)[:, None].expand(n, 2) * torch.tensor([1.0, -1.0]) + torch.tensor([0.0, 1.0]), (0, m - 2))}},
+            torch.linspace(0, 1, n)[:, None].expand(n, 2) * torch.tensor([1.0, -1.0]) + torch.tensor([0.0, 1.0]),
+            (0, m - 2))}},
     "training_step": {
         "the reference with the adapter on": stepping("on"),
         "no reference": stepping("none"),

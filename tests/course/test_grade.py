@@ -18,7 +18,8 @@ GRADERS = {1: set1, 2: set2}
 @pytest.mark.parametrize("n", grade.SETS)
 def test_boxes_match_the_tests(n):
     """Every problem that is graded has a box with its points, its command and its functions' signatures."""
-    boxes = {name: int(points) for name, points in re.findall(r"\*\*Problem \((\w+)\): .+ \((\d+) points\) \(\d+ CPU minutes?\)\*\*",
+    boxes = {name: int(points) for name, points in re.findall(
+        r"\*\*Problem \((\w+)\): .+ \((\d+) points\) \(\d+ CPU minutes?\)\*\*",
                                                               HANDOUTS[n])}
     assert len(boxes) == HANDOUTS[n].count("**Problem (")
     points = {}
@@ -77,7 +78,8 @@ def test_results_are_what_gradescope_reads(tmp_path, monkeypatch, capsys):
 def test_same():
     same("x", torch.tensor([1.0, -torch.inf]), [1, -torch.inf])
     for got, says in ((torch.tensor([2.0, 2.0]), "is doubled"), (torch.tensor([1.0]), r"shape \(2,\), got \(1,\)"),
-                      (torch.zeros(2), "zero everywhere"), (None, "return its result"), (torch.tensor([1.0, torch.nan]), "NaN"),
+                      (torch.zeros(2), "zero everywhere"), (None, "return its result"),
+                      (torch.tensor([1.0, torch.nan]), "NaN"),
                       (torch.tensor([1.0, 1.001]), "expected 1 1")):
         with pytest.raises(pytest.fail.Exception, match=says):
             same("x", got, [1.0, 1.0], {"it is doubled": [2.0, 2.0]})

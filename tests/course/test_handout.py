@@ -11,9 +11,10 @@ from course import handout
 from course.grade import ROOT, SETS
 
 # lines, and pieces of lines, by which a solution is known; the handouts themselves may not have them
-TELLING = {1: ["self.s * lam", "cat([self.sigma", "x @ V", "* self.U", "layer.U.T @", ".enabled = False", "SVDLoRALinear", "svd_lora_linear_plain"],
-           2: ["logsigmoid", "softplus", "log_softmax", ".gather(", "(lam * losses)", "lam == 0", "_standard_gamma(", "amax(-1)",
-               "better == 1", "clamp(min=1e-9)", "gamma.sum(-1"]}
+TELLING = {1: ["self.s * lam", "cat([self.sigma", "x @ V", "* self.U", "layer.U.T @", ".enabled = False",
+               "SVDLoRALinear", "svd_lora_linear_plain"],
+           2: ["logsigmoid", "softplus", "log_softmax", ".gather(", "(lam * losses)", "lam == 0", "_standard_gamma(",
+               "amax(-1)", "better == 1", "clamp(min=1e-9)", "gamma.sum(-1"]}
 ALLOWED = {"handout.md": ["x @ V"], "handout.html": ["x @ V"],       # why (B, T, r) needs care
            "generation.py": ["log_softmax", ".gather("]}             # of next tokens, not of responses
 
@@ -35,7 +36,8 @@ def test_no_solution_is_handed_out(sets):
     texts = shipped(sets)
     for n in sets:
         assert leaks(texts, n) == []
-    assert not {path for path in texts if path.endswith(("mutants.py", "another.py", "reference_adapters.py", "instructor.md"))}
+    assert not {path for path in texts if path.endswith(("mutants.py", "another.py", "reference_adapters.py",
+                                                         "instructor.md"))}
 
 
 def test_a_leak_is_seen():
@@ -81,16 +83,18 @@ def go(folder, *command):
 @pytest.mark.slow
 @pytest.mark.parametrize("sets", [SETS, *([n] for n in SETS)])
 def test_it_runs_by_itself(tmp_path, sets):
-    """Graders fail with NotImplementedError alone; a solution written from the handout passes in it; experiments run."""
+    """Graders fail with NotImplementedError alone; a solution from the handout passes in it; experiments run."""
     folder = tmp_path / "student"
     handout.write(folder, sets)
     first = go(folder, "course/grade.py")
     assert first.returncode == 1 and re.search(r"^0 of \d+ points$", first.stdout, re.M)
     assert first.stdout.count("NotImplementedError") == len(re.findall(r"^  test_", first.stdout, re.M)) > 20
-    assert go(folder, "course/grade.py", "--results", "r.json").stdout and '"score": 0' in (folder / "r.json").read_text()
+    assert go(folder, "course/grade.py", "--results", "r.json").stdout and '"score": 0' in (
+        folder / "r.json").read_text()
     if 2 in sets:
         with_own = {1: "stand-in", 2: "stand-in"}[len(sets)] if 1 in sets else "reference"
-        said = go(folder, "-c", "import course.adapters as a; from course import earlier; print(earlier.adapter(a).name)")
+        said = go(folder, "-c",
+                  "import course.adapters as a; from course import earlier; print(earlier.adapter(a).name)")
         assert with_own in said.stdout
     adapters, stubs = folder / "course/adapters.py", (folder / "course/adapters.py").read_text()
     for n in sets:
