@@ -32,12 +32,13 @@ def main():
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--beta", type=float, default=1.0)
     parser.add_argument("--prompts", type=int, default=8, help="prompts to measure on")
+    parser.add_argument("--seed", type=int, default=0, help="of the data, the adapter, λ and the batches")
     parser.add_argument("--adapters", default="course.adapters")
     args = parser.parse_args()
     adapters, out = importlib.import_module(args.adapters), Path(args.out)
     layer = earlier.adapter(adapters)
     print(f"adapter: {layer.name}")
-    rows = toy.sample_pairs("train", args.dims, 320, 8, torch.Generator().manual_seed(0))
+    rows = toy.sample_pairs("train", args.dims, 320, 8, torch.Generator().manual_seed(args.seed))
     expected = adapters.expected_counts([torch.tensor(row.better) for row in rows], 8)
     test = toy.prompts("new_verbs")[::len(toy.prompts("new_verbs")) // args.prompts][:args.prompts]
     lams = torch.linspace(0, 1, 7)
@@ -45,7 +46,7 @@ def main():
 
     base, fronts = mean_scores(load_base(), adapters.response_logprobs, test, args.dims), {}
     for aggregate in ("ls", "tche"):
-        generator, start, model = torch.Generator().manual_seed(1), time.process_time(), load_base()
+        generator, start, model = torch.Generator().manual_seed(args.seed + 1), time.process_time(), load_base()
         layer.inject(model, 8, 2, 64.0, generator)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
         for step in range(args.steps):

@@ -1,4 +1,4 @@
-"""test_mutants.py - wrong answers are caught: all of them (slow), and those of two problems at every run."""
+"""test_mutants.py - wrong answers are caught: all of them (slow), and some of two problems at every run."""
 import sys
 
 import pytest
@@ -10,7 +10,7 @@ from course import mutants
 def test_some_mutants(n, problem):
     wrong = mutants.import_module(f"course.set{n}.mutants").MUTANTS[problem]
     assert len(wrong) >= 8
-    for name, functions in wrong.items():
+    for name, functions in list(wrong.items())[:8]:
         results = mutants.graded(n, problem, functions)
         assert mutants.passed(results) < len(results), name
     for name, functions in mutants.answers(n, problem).items():
