@@ -52,18 +52,14 @@ def logits(model, tokens=TOKENS):
 # svd_lora_forward
 
 
-def by_hand(adapters, **changed):
-    """One token by hand: k = 1, m = 2, x V = (1, 2, 3)."""
-    t = lambda *rows: torch.tensor(rows, dtype=torch.float64)
-    return adapters.svd_lora_linear(**{
-        "x": t([[1, 2]]), "weight": t([1, 0], [1, 1]), "bias": t(10, 20), "U": t([1, 0, 1], [0, 1, -1]),
-        "V": t([1, 0, 1], [0, 1, 1]), "sigma": t(2), "s": torch.tensor(4.0, dtype=torch.float64), "lam": t(0.25, 0.75),
-        "gain": 0.5} | changed)
-
-
 @problem("svd_lora_forward", 2)
 def test_svd_lora_forward_by_hand(adapters):
-    same("one token, by hand", by_hand(adapters), [[[16.5, 19.5]]], looks_like={
+    """k = 1, m = 2, x V = (1, 2, 3)."""
+    t = lambda *rows: torch.tensor(rows, dtype=torch.float64)
+    got = adapters.svd_lora_linear(x=t([[1, 2]]), weight=t([1, 0], [1, 1]), bias=t(10, 20), U=t([1, 0, 1], [0, 1, -1]),
+                                   V=t([1, 0, 1], [0, 1, 1]), sigma=t(2), s=torch.tensor(4.0, dtype=torch.float64),
+                                   lam=t(0.25, 0.75), gain=0.5)
+    same("one token, by hand", got, [[[16.5, 19.5]]], looks_like={
         "the gain is left out": [[[22, 16]]], "the bias is left out": [[[6.5, -0.5]]],
         "λ stands before σ": [[[14.5, 23]]], "s is left out": [[[13.125, 22.125]]],
         "U and V have changed places": [[[10.5, 22.5]]], "the branch is left out": [[[11, 23]]],

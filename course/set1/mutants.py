@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import course.reference_adapters as right
-from svd_lora import svd_lora_layers
+from svd_lora import check_preference, svd_lora_layers
 
 
 def branch(d=lambda sigma, s, lam: torch.cat([sigma, s * lam]), up=lambda h, U: h @ U.T, keep=lambda x: x,
@@ -79,16 +79,14 @@ def detached(model, learned):
 
 
 def preference(change=lambda lam: lam, layers=lambda found: found, refuse=True):
-    """set_preference that changes λ, sets some layers, or checks less."""
+    """set_preference that changes λ, sets some layers alone (the others have equal weights), or refuses nothing."""
     def wrong(model, lam):
-        lam = torch.as_tensor(lam, dtype=torch.float64)
+        lam, found = torch.as_tensor(lam, dtype=torch.float64), list(svd_lora_layers(model).values())
         if refuse:
-            before = [layer.lam for layer in svd_lora_layers(model).values()]
-            right.set_preference(model, lam)
-            for layer, old in zip(svd_lora_layers(model).values(), before):
-                layer.lam = old
-        for layer in layers(list(svd_lora_layers(model).values())):
-            layer.lam = change(lam)
+            check_preference(lam, 2)
+        chosen = layers(found)
+        for layer in found:
+            layer.lam = change(lam) if layer in chosen else torch.tensor([0.5, 0.5]) if layer.lam is None else layer.lam
     return {"set_preference": wrong}
 
 
@@ -281,8 +279,7 @@ MUTANTS = {
     "adapters_off": {
         "never on again": off(lambda layer: setattr(layer, "enabled", False)),
         "not after an error": off(lambda layer: setattr(layer, "enabled", False),
-                                  lambda layer: setattr(layer, "enabled", True),
-                                  safe=False),
+                                  lambda layer: setattr(layer, "enabled", True), safe=False),
         "a nested one turns on": off(lambda layer: setattr(layer, "enabled", False),
                                      lambda layer: setattr(layer, "enabled", True)),
         "σ and s overwritten": {"adapters_off": off_in_place},
@@ -316,8 +313,8 @@ MUTANTS = {
             name + ".weight": model.get_submodule(name).weight.detach().clone() for name in right.parts(model)
             if "blocks.1" in name}},
         "still in the graph": {"merged_state_dict": lambda model, lam: {
-            name: x + 0 * model.get_submodule("blocks.0.attn.q").s for name,
-            x in right.merged_state_dict(model, lam).items()}}},
+            name: x + 0 * model.get_submodule("blocks.0.attn.q").s
+            for name, x in right.merged_state_dict(model, lam).items()}}},
     "orthogonality": {
         "the norm is not squared": penalty(lambda M: gram(M).norm()),
         "the mean of the entries": penalty(lambda M: gram(M).square().mean()),
@@ -335,12 +332,14 @@ MUTANTS = {
 }
 
 
-def nothing(*arguments, **named):
-    """Does nothing."""
+def equal_weights(model, lam):
+    """Whatever is asked for."""
+    for layer in svd_lora_layers(model).values():
+        layer.lam = torch.tensor([0.5, 0.5])
 
 
-ZEROS = {"svd_lora_linear": lambda x, weight, *rest: x.new_zeros(*x.shape[:-1], len(weight)), "inject": nothing,
-         "parts": lambda model: {}, "set_preference": nothing, "adapters_off": lambda model: nullcontext(model),
+ZEROS = {"svd_lora_linear": lambda x, weight, **others: x.new_zeros(*x.shape[:-1], len(weight)), 
+         "inject": lambda *arguments: None, "parts": lambda model: {}, "set_preference": equal_weights, "adapters_off": lambda model: nullcontext(model),
          "merged_state_dict": lambda model, lam: {name: torch.zeros_like(x) for name, x in model.state_dict().items()
                                                   if name.rpartition(".")[2] in ("weight", "bias")},
          "orthogonality_penalty": lambda model: torch.tensor(0.0, dtype=torch.float64)}
