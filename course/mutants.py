@@ -1,6 +1,6 @@
 """mutants.py - grades wrong answers that students write, and right ones: does the grader tell them apart?
 
-    python course/mutants.py                    # of all sets: about two minutes
+    python course/mutants.py                    # of all sets: a CPU minute
     python course/mutants.py --sets 1
 
 The reference and another right answer (setN/another.py) have to pass every test. A stub, an answer that returns

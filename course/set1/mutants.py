@@ -338,8 +338,9 @@ def equal_weights(model, lam):
         layer.lam = torch.tensor([0.5, 0.5])
 
 
-ZEROS = {"svd_lora_linear": lambda x, weight, **others: x.new_zeros(*x.shape[:-1], len(weight)), 
-         "inject": lambda *arguments: None, "parts": lambda model: {}, "set_preference": equal_weights, "adapters_off": lambda model: nullcontext(model),
+ZEROS = {"svd_lora_linear": lambda x, weight, **others: x.new_zeros(*x.shape[:-1], len(weight)),
+         "inject": lambda *arguments: None, "parts": lambda model: {}, "set_preference": equal_weights,
+         "adapters_off": lambda model: nullcontext(model),
          "merged_state_dict": lambda model, lam: {name: torch.zeros_like(x) for name, x in model.state_dict().items()
                                                   if name.rpartition(".")[2] in ("weight", "bias")},
          "orthogonality_penalty": lambda model: torch.tensor(0.0, dtype=torch.float64)}
