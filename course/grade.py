@@ -28,6 +28,9 @@ class Recorder:
     def __init__(self, problems):
         self.problems, self.results, self.worth = problems, {}, {}
 
+    def pytest_configure(self, config):
+        config.option.tbstyle = "native"                              # no lines of source, which take time to find
+
     def pytest_collection_modifyitems(self, items):
         items[:] = [item for item in items if not self.problems or item.function.problem[0] in self.problems]
         self.worth = {item.nodeid: item.function.problem for item in items}
