@@ -1,4 +1,4 @@
-"""test_data_check.py - what data.check says of a file by hand, its example in data/README.md, and --json on the material."""
+"""test_data_check.py - what data.check says of a file, its example in data/README.md, and --json on the material."""
 import json
 import re
 import sys

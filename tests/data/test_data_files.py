@@ -1,4 +1,4 @@
-"""test_data_files.py - JSONL, arrays, gz and parquet to records; what is broken names file and row; no input takes long."""
+"""test_data_files.py - JSONL, arrays, gz and parquet to records; errors name file and row; nothing takes long."""
 import gzip
 import json
 import sys

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("data", "ops", "fronts", "runs", "experiments", "bench")
-FOLDERS = (*ROOMS, "tests", "docs", ".ci")
+FOLDERS = (*ROOMS, "course", "tests", "docs", ".ci")
 CODE = [*sorted(ROOT.glob("*.py")), *(f for room in ROOMS for f in sorted((ROOT / room).rglob("*.py")))]
 TEXTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 

@@ -502,7 +502,7 @@ def test_rewarded_soups_on_a_quantised_base(pair, tmp_path, close):
     lams = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
     for lam, policy in policies(tmp_path, config, pair("nf4")[0], lams):
         logits = policy(TOKENS)
-        assert isinstance(policy.blocks[0].attn.q, nn.Linear)
+        assert isinstance(policy.blocks[0].attn.q.weight, QuantizedWeight)            # nothing was dequantised
         if lam.max() == 1:
             assert close(logits, ends[lam.argmax()], 1e-5) and not close(logits, ends[lam.argmin()], 0.01)
         else:

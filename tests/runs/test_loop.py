@@ -252,6 +252,7 @@ def test_a_signal_ends_after_the_step_with_a_checkpoint(tmp_path, number, status
 
 def test_a_second_signal_ends_at_once(tmp_path):
     run, done = start(tmp_path, model_of(), flags_of(save_every=5)), []
+    signal.signal(signal.SIGINT, signal.default_int_handler)           # a shell's background processes ignore it
     with pytest.raises(KeyboardInterrupt) as stopped:
         for step in run.steps():
             signal.raise_signal(signal.SIGINT)
