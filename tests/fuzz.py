@@ -408,7 +408,8 @@ TARGETS = {"rows": (rows, "*", 8, "-m data.check {file}"),
            "templates": (tokenizers, "*.jinja", 0.2, "-m data.check ROWS --init {folder}"),
            "adapters": (adapters, "*", 5, None), "states": (states, "*", 3, None),
            "runs": (runs, "run/*", 0.3, "eval_front.py run --parts 1 --device cpu"),
-           "trainings": (trainings, "rows.jsonl", 0.5, None), "preferences": (preferences, None, 2, None), "flags": (flags, None, 2, None)}
+           "trainings": (trainings, "rows.jsonl", 0.5, None), "preferences": (preferences, None, 2, None),
+           "flags": (flags, None, 2, None)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -493,12 +494,12 @@ def fuzz(minutes, seed, targets, valid):
             process.start()
             theirs.close()
         folder = valid.parent / f"case-{target}-{seed}"
-        pipe.send((target, seed, folder))
         file, kind, message, seconds = folder, "hangs", "", 0
         try:
+            pipe.send((target, seed, folder))
             if pipe.poll(PATIENCE):
                 file, kind, message, seconds = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             kind = "dies"
         if kind in ("hangs", "dies"):
             process.kill()

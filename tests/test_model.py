@@ -469,6 +469,32 @@ def test_other_architectures_are_refused(change, message, tiny, tmp_path):
     assert str(file) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("change, message", [
+    (dict(vocab_size="61"), "vocab_size cannot be '61'; its usual value is 32000"),
+    (dict(hidden_size=32.0), "hidden_size cannot be '32.0'"), (dict(hidden_size=True), "hidden_size cannot be 'True'"),
+    (dict(num_attention_heads=0), "num_attention_heads cannot be '0'"), (dict(num_hidden_layers=10 ** 6), "layers"),
+    (dict(intermediate_size=2 ** 40), "intermediate_size cannot be"), (dict(model_type=["llama"]), "model_type"),
+    (dict(rms_norm_eps=math.nan), "rms_norm_eps cannot be 'nan'"), (dict(rope_theta=0), "rope_theta cannot be '0'"),
+    (dict(eos_token_id=[]), "eos_token_id cannot be"), (dict(tie_word_embeddings=None), "tie_word_embeddings"),
+    (dict(hidden_act=["silu"]), "hidden_act cannot be"), (dict(rope_scaling=[8.0]), "rope_scaling cannot be"),
+    (dict(rope_scaling={"type": "linear", "factor": "2"}), "factor '2' in rope_scaling"),
+    (dict(model_type="gemma3_text", head_dim=256, rope_parameters=dict(sliding_attention=3)), "each type of layer"),
+    (dict(head_dim=7), "4 heads of 7 entries"), (dict(layer_types=[{}]), "layer_types cannot be"),
+    (dict(max_position_embeddings=1), "a context of 1 token")])
+def test_values_of_another_kind_are_refused(change, message, tiny, tmp_path):
+    """Wrong: a traceback of torch, a model of a million layers, a frequency of 0."""
+    test_other_architectures_are_refused(change, message, tiny, tmp_path)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": ["a"]}, {"weight_map": {"x": 3}}])
+def test_an_index_of_another_kind_is_refused(index, tiny, tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match='index.json has no "weight_map" from tensors to files'):
+        Transformer.from_pretrained(tmp_path)
+
+
 def test_broken_directories(tiny, tmp_path):
     tiny("llama").save_pretrained(tmp_path / "whole")
 

@@ -382,6 +382,30 @@ def test_what_a_wrong_adapter_file_says(tiny, tmp_path):
         refused(tiny(), match, path=tmp_path / f"{name}.safetensors")
 
 
+def test_a_damaged_adapter_is_refused_before_it_is_loaded(tiny, tmp_path):
+    """Wrong: broadcast into place, memory for the rank that the header says, a traceback."""
+    path, whole = tmp_path / "a.safetensors", adapted(tiny())
+    save_adapter(whole, path, ["helpful", "harmless"])
+    header, tensors, name = read_adapter_header(path), load_file(path), "blocks.1.attn.q"
+
+    def refused(match, header=header, **changed):
+        stored = tensors | {f"{name}.{part}": x for part, x in changed.items()}
+        save_file(stored, path, metadata={"panacea": header if isinstance(header, str) else json.dumps(header)})
+        model = tiny()
+        with pytest.raises(UserError, match=match):
+            load_adapter(model, path)
+        return model
+
+    for change in (dict(k=-1), dict(k=True), dict(m="2"), dict(gain=None), dict(dims="ab"), dict(dims=[1, 2])):
+        refused("is damaged, or not an adapter", header | change)
+    for text in ("[" * 10_000, "[]", "null", "{"):
+        refused("is damaged, or not an adapter", text)
+    assert not svd_lora_layers(refused(r"not of rank 1000000000 \+ 2", header | dict(k=10 ** 9)))
+    for changed in (dict(s=torch.zeros(1)), dict(sigma=torch.zeros(1)), dict(sigma=torch.zeros(4, dtype=torch.int32)),
+                    dict(U=torch.zeros(1, 6))):
+        refused(f"is damaged: {name}.{next(iter(changed))} is", **changed)
+
+
 def test_fingerprint_knows_the_base_and_nothing_else(tiny):
     model = tiny()
     mark = fingerprint(model)

@@ -182,6 +182,23 @@ def test_bad_huggingface_directory(tmp_path):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("file, settings, says", [
+    ("tokenizer_config.json", dict(eos_token=3), 'eos_token must be a text, or {"content": text}, not 3'),
+    ("tokenizer_config.json", dict(bos_token={"text": "<s>"}), "bos_token must be a text"),
+    ("special_tokens_map.json", dict(eos_token="\ud800"), "eos_token must be a text"),
+    ("generation_config.json", dict(eos_token_id=[1, "2"]), "eos_token_id must be the number of a token"),
+    ("generation_config.json", dict(eos_token_id=-1), "eos_token_id must be the number of a token, not -1"),
+    ("config.json", dict(eos_token_id=999), "eos_token_id is 999, and tokenizer.json has no such token"),
+    ("config.json", [1, 2], "holds no JSON object")])
+def test_settings_of_another_kind(tmp_path, file, settings, says):
+    """Wrong: a traceback of the first function that takes them."""
+    (small_hf(tmp_path, tokens=("a", "b", "</s>" if file != "config.json" else "c")) / file).write_text(
+        json.dumps(settings))
+    with pytest.raises(UserError) as error:
+        load_tokenizer(tmp_path)
+    assert f"{file}: {says}" in str(error.value) or f"{file} {says}" in str(error.value)
+
+
 # ---- tokenize ----
 
 def test_nothing_cut():

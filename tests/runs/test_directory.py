@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import train_hqd
 from runs.directory import (
@@ -226,6 +227,14 @@ def test_a_state_comes_back(tmp_path):
     (tmp_path / "bad").write_bytes(b"text")
     with pytest.raises(UserError, match="bad is not a state file; delete it to start afresh"):
         read_state_header(tmp_path / "bad")
+    tensors, metadata = load_file(tmp_path / "state.safetensors"), {}
+    with safe_open(tmp_path / "state.safetensors", "pt") as f:
+        metadata = f.metadata()
+    for other, more in ((dict(weight=torch.zeros(1, 3)), {}), (dict(weight=torch.zeros(2, 3).int()), {}),
+                        (dict(x=torch.ones(1)), {}), ({}, dict(state="{}")), ({}, dict(check=""))):
+        save_file(tensors | {f"param.{name}": x for name, x in other.items()}, tmp_path / "bad", metadata | more)
+        with pytest.raises(UserError, match="bad is not a state file"):
+            read_state_header(tmp_path / "bad")
 
 
 def test_the_log_is_cut_where_it_was_being_written(tmp_path):
@@ -233,6 +242,10 @@ def test_the_log_is_cut_where_it_was_being_written(tmp_path):
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
     truncate_log(path, lambda record: record["step"] < 3)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    for damaged in ("[1]", '{"ste', "3"):                     # wrong: dropped with all that follows it; a traceback
+        path.write_text(f'{{"step": 1}}\n{damaged}\n{{"step": 2}}\n')
+        with pytest.raises(UserError, match="metrics.jsonl, line 2: damaged"):
+            truncate_log(path, lambda record: record["step"] < 3)
     truncate_log(tmp_path / "none", lambda record: True)
     assert (tmp_path / "none").read_text() == ""
 

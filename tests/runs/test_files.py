@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from runs.files import ROOT
+from runs.files import ROOT, UserError, read_json
 
 CODE = [f for f in ROOT.rglob("*.py") if "tests" not in f.relative_to(ROOT).parts]
 
@@ -74,3 +74,16 @@ def test_help_on_a_terminal_of_few_letters(script):
     done = subprocess.run([sys.executable, script, "--help-all"], cwd=ROOT, capture_output=True,
                           env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and b"?" in done.stdout, done.stderr[-2000:]
+
+
+def test_a_message_is_one_line_whatever_it_quotes():
+    assert str(UserError("a: b\n  c\x00\ud800\u2028 λ")) == "a: b c\\x00\\ud800 λ"
+    assert len(str(UserError("x" * 10 ** 6))) == 1000
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "null", "[" * 10_000, "1" * 10_000, '{"a": ', "\x00"])
+def test_json_files_hold_an_object(tmp_path, text):
+    """Wrong: RecursionError, ValueError, and AttributeError of whoever asks a list for a key."""
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match="a.json (holds no JSON object|is not JSON)"):
+        read_json(tmp_path / "a.json")

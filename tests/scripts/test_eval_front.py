@@ -2,6 +2,7 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -306,6 +307,22 @@ def test_comparison_of_runs_of_different_objectives(work, panacea, sft_run, hqd_
         assert run["gain_share"] <= 1 and 0 <= run["hypervolume_share"] < 1 and run["kl"] == r["kl"]
 
 
+def changed(run, copy, file, refused, **values):
+    """Asserts that a copy of a run, with other values in one of its files, is refused before anything is written."""
+    shutil.copytree(run, copy, dirs_exist_ok=True)
+    write_json(copy / file, read(copy, file) | values)
+    before = sorted(copy.rglob("*"))
+    with pytest.raises(UserError, match=refused):
+        evaluate(copy)
+    assert sorted(copy.rglob("*")) == before
+
+
+def test_a_damaged_front_is_made_anew_by_a_command(tmp_path):
+    write_json(tmp_path / "front.json", {"dims": 3})
+    with pytest.raises(UserError, match="front.json is damaged: python eval_front.py .* makes it anew"):
+        eval_front.show(tmp_path, SimpleNamespace(eval=True))
+
+
 def test_what_cannot_be_evaluated_is_refused(work, panacea, sft_run, soups, ppo_run):
     with pytest.raises(UserError, match="does not exist"):
         evaluate("out/nowhere")
@@ -317,6 +334,11 @@ def test_what_cannot_be_evaluated_is_refused(work, panacea, sft_run, soups, ppo_
     (half / "config.json").write_text("{}")
     with pytest.raises(UserError, match="an older version wrote it"):
         evaluate(half)
+    changed(panacea, half, "config.json", base=3, refused="base cannot be 3")
+    changed(panacea, half, "config.json", objective=None, refused='has no "objective"')
+    changed(panacea, half, "config.json", dims=["helpful"], refused="no training has written these dims")
+    changed(panacea, half, "config.json", objective=dict(name="x", beta=1.0, aggregate="ls"), refused="no training has")
+    changed(panacea, half, "timing.json", train_seconds="1", refused="no training has written this .* timing.json")
     warm = go("train_sft", "warm", dims=["helpful", "warm"], steps=1)
     with pytest.raises(UserError, match="different spaces"):
         evaluate(sft_run, warm, parts=1)
