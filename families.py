@@ -3,6 +3,7 @@
 Config says which model model.py computes. A Hugging Face directory says the same in the words of its family (GPT-2,
 Llama, Mistral, Qwen2, Qwen3, Gemma 3), with defaults for what it leaves out, and stores tensors under names of its own.
 """
+import json
 import math
 from dataclasses import KW_ONLY, dataclass
 
@@ -207,7 +208,8 @@ def _check_kinds(c, usual, path):
             continue
         each = value if key == "eos_token_id" and isinstance(value, list) and value else [value]
         if not all(_is_like(x, example, int(key != "max_window_layers" and not key.endswith("_id"))) for x in each):
-            raise UserError(f"{path}: {key} cannot be {str(value)[:60]!r}; its usual value is {example!r}")
+            raise UserError(f"{path}: {key} cannot be {json.dumps(value)[:60]}; its usual value is "
+                            f"{json.dumps(example)}")
 
 
 def rope_scaling_from_hf(rope, context):
@@ -264,7 +266,7 @@ def config_from_hf(c, path="config.json"):
                                (c["num_hidden_layers"], c["num_attention_heads"], c["num_key_value_heads"]))
     width = 2 if kind == "gpt2" else c["head_dim"] or c["hidden_size"] // heads
     numbers = [(name, x) for each in (rope, local) for name, x in each.items() if name in _ROPE_NUMBERS and x]
-    wrong = next((f"{name} {str(x)[:60]!r}" for name, x in numbers if not _is_number(x)), None)
+    wrong = next((f"{name} {json.dumps(x)[:60]}" for name, x in numbers if not _is_number(x)), None)
     refused = {
         f"activation {act!r}": act not in activations,
         f"rope type {rope_type!r}": rope_type not in ("default", *_ROPE_KEYS),

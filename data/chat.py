@@ -71,8 +71,8 @@ def _own(directory):
         return directory / "chat_template.jinja", _read(directory / "chat_template.jinja")
     path = directory / "tokenizer_config.json"
     source = read_json(path).get("chat_template") if path.is_file() else None
-    if isinstance(source, list):                            # several, by name
-        source = {each.get("name"): each.get("template") for each in source}.get("default")
+    if isinstance(source, list) and all(isinstance(each, dict) for each in source):          # several, by name
+        source = next((each.get("template") for each in source if each.get("name") == "default"), None)
     return path, source
 
 

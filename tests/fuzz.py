@@ -26,7 +26,7 @@ import time
 import traceback
 from collections import Counter
 from contextlib import chdir, redirect_stderr, redirect_stdout
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -61,7 +61,7 @@ except ImportError:         # Windows: no limit of memory there
     resource = None
 
 SECONDS = 5                 # of this process's and its children's time; on the clock a busy machine gives it PATIENCE
-PATIENCE = 60
+PATIENCE = 120
 MEMORY = 2 ** 30            # bytes that a case may take
 LONGEST = 1100              # characters of a message
 EVERY = 500
@@ -111,7 +111,7 @@ def make_valid(folder):
         rows = [record | {key: value + " " * n for key, value in record.items() if key == "prompt" and value == "Hi"}
                 for n in range(24)]                          # more than 20: one broken row alone does not stop a file
         for name, data in ((f"{i}.jsonl", lines(rows).encode()), (f"{i}.json", json.dumps(rows).encode()),
-                           (f"{i}.jsonl.gz", gzip.compress(lines(rows).encode()))):
+                           (f"{i}.jsonl.gz", gzip.compress(lines(rows).encode(), mtime=0))):
             write(folder / "rows" / name, data)
     story = " ".join(f"Word{n}" for n in range(30)) + "\n"
     write(folder / "rows" / "stories.txt", (story * 3).encode())
@@ -119,8 +119,12 @@ def make_valid(folder):
         small_model(family).save_pretrained(folder / "models" / family, None if family == "gpt2" else 20_000)
 
     tokenizer_directory(folder / "tokenizers")
-    shutil.copytree(folder / "tokenizers", folder / "templates")
-    write(folder / "templates" / "chat_template.jinja", TEMPLATE.encode())
+    for kind in ("jinja", "json"):                           # a template in a file of its own, or among the settings
+        shutil.copytree(folder / "tokenizers", folder / "templates" / kind)
+    write(folder / "templates" / "jinja" / "chat_template.jinja", TEMPLATE.encode())
+    settings = json.loads((folder / "tokenizers" / "tokenizer_config.json").read_text())
+    write(folder / "templates" / "json" / "tokenizer_config.json", json.dumps(
+        settings | {"chat_template": [{"name": "default", "template": TEMPLATE}]}).encode())
     shutil.copy(ROOT / "data" / "toy.tiktoken", folder / "tokenizers" / "toy.tiktoken")
 
     model = adapted(small_model("llama"))
@@ -295,32 +299,32 @@ def changed_template(rng, data):
 def changed_file(rng, name, data):
     """The content of a file of this name, changed."""
     if name.endswith(".gz") and rng.random() < 0.7:
-        return gzip.compress(changed_file(rng, name.removesuffix(".gz"), gzip.decompress(data)))
+        return gzip.compress(changed_file(rng, name.removesuffix(".gz"), gzip.decompress(data)), mtime=0)
     by_suffix = {".jsonl": changed_rows, ".json": changed_json, ".safetensors": changed_tensors,
                  ".jinja": changed_template}
     return by_suffix.get(Path(name).suffix if rng.random() < 0.8 else "", changed_bytes)(rng, data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Targets: what reads the files that lie in the working directory. Each returns the command line that reads them too.
+# Targets: what reads a file. The rest of the folder that it lies in is as it should be.
 
 PROMPTS = [Row("How do I paint a door?", ["Sand it."]), Row((Message(**ASK),), ["Sand it.", "No.</s>"]),
            Row((Message(**ASK), Message(**SAY), Message("user", "<|im_end|> \ud800 {{ x }}")), [" Yes."])]
 
 
 def rows(rng, file):
-    fields = rng.choice((None, None, None, ["prompt=prompt", "helpful=better"], ["response_0=chosen", "x=labels"]))
+    names = rng.choice((None, None, None, ["prompt=prompt", "helpful=better"], ["response_0=chosen", "x=labels"]))
     kind, data = rng.randrange(5), str(file)
     if kind == 0:
-        read = read_preferences(data, fields=fields)[0]
+        read = read_preferences(data, fields=names)[0]
     elif kind == 1:
-        read = read_prompts(data, 3, fields)[0]
+        read = read_prompts(data, 3, names)[0]
     elif kind == 2:
-        read = read_demonstrations([data], fields)[0]
+        read = read_demonstrations([data], names)[0]
     elif kind == 3:
-        read = read_offline(data, 3, fields)[0]
+        read = read_offline(data, 3, names)[0]
     else:
-        check.main(check.Flags([data], fields=fields, json=rng.random() < 0.5))
+        check.main(check.Flags([data], fields=names, json=rng.random() < 0.5))
     if kind < 4:
         tokenize(read, load_tokenizer("toy"), 64)
 
@@ -381,35 +385,37 @@ def preferences(rng, file):
         set_preference(model, lam)
 
 
+def arguments(rng, cls, without=()):
+    """Some flags of a script with odd values."""
+    argv = []
+    for f in rng.choices([f for f in fields(cls) if f.name not in without], k=rng.randrange(1, 4)):
+        values = [str(rng.choice(ODD)).replace("\0", "")[:500] for _ in range(rng.choice((0, 1, 1, 1, 2)))]
+        argv += [*([] if f.metadata["positional"] else ["--" + f.name]), *values]
+    return [x.encode(errors="replace").decode() for x in argv]
+
+
 def flags(rng, file):
     script = rng.choice(SCRIPTS)
-    argv = []
-    for f in rng.choices(list(script.Flags.__dataclass_fields__.values()), k=rng.randrange(1, 5)):
-        values = [str(rng.choice(ODD[:-12])) for _ in range(rng.choice((0, 1, 1, 1, 2)))]
-        argv += [*([] if f.metadata["positional"] else ["--" + f.name]), *(x for x in values)]
-    argv = [x.replace("\x00", "").encode(errors="replace").decode() for x in argv]
-    cli(script.Flags, "", argv)
+    cli(script.Flags, "", arguments(rng, script.Flags))
 
 
 def trainings(rng, file):
-    argv = SMALL.split() + ["--no-eval", "--out", "out"]
-    asked = [f for f in train_dpo.Flags.__dataclass_fields__.values() if f.name not in ("out", "steps", "epochs")]
-    for f in rng.choices(asked, k=rng.choice((1, 1, 2, 3))):
-        values = [str(rng.choice(ODD[:-12])) for _ in range(rng.choice((0, 1, 1, 1, 2)))]
-        argv += ["--" + f.name, *(x.replace("\x00", "").encode(errors="replace").decode() for x in values)]
-    train_dpo.main(cli(train_dpo.Flags, "", argv))
+    argv = arguments(rng, train_dpo.Flags, ("out", "steps", "epochs"))         # those may ask for a long training
+    train_dpo.main(cli(train_dpo.Flags, "", [*SMALL.split(), "--no-eval", "--out", "out", *argv]))
 
 
-# what reads, which of the target's files are changed, the target's share of the cases, the command line of its files
-TARGETS = {"rows": (rows, "*", 8, "-m data.check {file}"),
-           "models": (models, "*/*", 5, "train_dpo.py --init {folder} --tokenizer toy --data ROWS --eval_data ROWS "
-                                        "--steps 1 --lams_per_step 1 --batch_size 2 --no-eval --device cpu --out out"),
-           "tokenizers": (tokenizers, "*", 4, "-m data.check ROWS --init {folder}"),
-           "templates": (tokenizers, "*.jinja", 0.2, "-m data.check ROWS --init {folder}"),
-           "adapters": (adapters, "*", 5, None), "states": (states, "*", 3, None),
-           "runs": (runs, "run/*", 0.3, "eval_front.py run --parts 1 --device cpu"),
-           "trainings": (trainings, "rows.jsonl", 0.5, None), "preferences": (preferences, None, 2, None),
-           "flags": (flags, None, 2, None)}
+CHECK, TRAIN = "-m data.check ROWS --init {folder}", (
+    "train_dpo.py --init {folder} --tokenizer toy --data ROWS --eval_data ROWS --steps 1 --batch_size 2 --no-eval "
+    "--device cpu --out out")
+# {target: (what reads, the folder of valid files, those that are changed, share of the cases, the command line)}
+TARGETS = {"rows": (rows, "rows", "*", 8, "-m data.check {file}"),
+           "models": (models, "models", "*/*", 4, TRAIN), "configs": (models, "models", "*/config.json", 2, TRAIN),
+           "tokenizers": (tokenizers, "tokenizers", "*", 4, CHECK),
+           "templates": (tokenizers, "templates", "*/*t*_[ct]*", 0.3, CHECK),
+           "adapters": (adapters, "adapters", "*", 5, None), "states": (states, "states", "*", 3, None),
+           "runs": (runs, "runs", "run/*", 0.3, "eval_front.py run --parts 1 --device cpu"),
+           "trainings": (trainings, "runs", None, 0.5, None), "preferences": (preferences, None, None, 2, None),
+           "flags": (flags, None, None, 2, None)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -420,7 +426,8 @@ def listing(folder):
 
 
 def outcome(read, rng, file, folder):
-    """What comes of read(rng, file) in this folder: "works", "refused" or the kind of a finding, and the message."""
+    """What comes of read(rng, file) in this folder: "works", "refused" or the kind of a finding, and the message. (A
+    training that diverges leaves its run.)"""
     before, said, place = listing(folder), io.StringIO(), os.getcwd()
     os.chdir(folder)
     try:
@@ -433,7 +440,8 @@ def outcome(read, rng, file, folder):
             return ("works", "") if e.code == 0 else (f"exit status {e.code}", message)
         if not message.isprintable() or len(message) > LONGEST:
             return "more than a line", message[:2 * LONGEST]
-        return ("refused", message) if listing(folder) == before else ("leaves something behind", message)
+        left = [name for name, _ in set(listing(folder)) ^ set(before) if read is not trainings or ".tmp" in name]
+        return ("leaves something behind", f"{message}: {left}") if left else ("refused", message)
     except Exception as e:
         own = [f for f in traceback.extract_tb(e.__traceback__) if f.filename.startswith(str(ROOT))][-1]
         return f"{type(e).__name__} in {Path(own.filename).name}: {own.name}", traceback.format_exc()
@@ -443,25 +451,24 @@ def outcome(read, rng, file, folder):
 
 def case(target, seed, valid, folder):
     """Makes `folder` with the files of a case, and reads them. Returns the changed file, and what outcome returns."""
-    rng, (read, pattern, *_) = random.Random(f"{target} {seed}"), TARGETS[target]
-    file = folder
+    rng, (read, source, pattern, *_), file = random.Random(f"{target} {seed}"), TARGETS[target], folder
+    shutil.copytree(valid / source, folder) if source else folder.mkdir()
     if pattern:
-        shutil.copytree(valid / {"trainings": "runs"}.get(target, target), folder)
         file = rng.choice(sorted(f for f in folder.glob(pattern) if f.is_file()))
-        if target != "trainings":
-            file.write_bytes(changed_file(rng, file.name, file.read_bytes()))
-    else:
-        folder.mkdir()
+        file.write_bytes(changed_file(rng, file.name, file.read_bytes()))
     return file, *outcome(read, rng, file, folder)
 
 
 def by_command(target, file, valid, folder):
-    """The same files by the command line. Returns a finding, or None."""
-    argv, before = TARGETS[target][3], listing(folder)
+    """The same files by the command line, which may find them good. Returns a finding, or None."""
+    argv, before = TARGETS[target][4], listing(folder)
     argv = argv.format(file=file, folder=file.parent).replace("ROWS", str(valid / "runs" / "rows.jsonl")).split()
     argv = [str(ROOT / word) if word.endswith(".py") else word for word in argv]
-    done = subprocess.run([sys.executable, *argv], cwd=folder, capture_output=True, text=True, timeout=2 * PATIENCE,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    try:
+        done = subprocess.run([sys.executable, *argv], cwd=folder, capture_output=True, text=True, timeout=PATIENCE,
+                              env=os.environ | {"PYTHONPATH": str(ROOT)})
+    except subprocess.TimeoutExpired:
+        return "hangs"
     if done.returncode == 0:
         return None
     if done.returncode != 2 or done.stderr.count("\n") != 1 or not done.stderr.startswith("error: "):
@@ -471,8 +478,6 @@ def by_command(target, file, valid, folder):
 
 def work(pipe, valid):
     """The process of the cases: (target, seed, folder) -> (file, kind, message, seconds of this process)."""
-    if hasattr(os, "nice"):
-        os.nice(10)
     if resource and Path("/proc/self/statm").exists():
         now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
@@ -487,7 +492,7 @@ def fuzz(minutes, seed, targets, valid):
     context, order, end = multiprocessing.get_context("spawn"), random.Random(seed), time.monotonic() + 60 * minutes
     findings, counts, process, refused = {}, Counter(), None, 0
     while time.monotonic() < end:
-        target = order.choices(targets, [TARGETS[name][2] for name in targets])[0]
+        target = order.choices(targets, [TARGETS[name][3] for name in targets])[0]
         if process is None:
             pipe, theirs = context.Pipe()
             process = context.Process(target=work, args=(theirs, valid), daemon=True)
@@ -506,9 +511,9 @@ def fuzz(minutes, seed, targets, valid):
             process = None
         if seconds > SECONDS:
             kind, message = f"takes more than {SECONDS} s", f"{seconds:.1f} s; {kind}: {message}"
-        if kind == "refused":
+        if kind == "refused" and TARGETS[target][4]:
             refused += 1
-            if refused % EVERY == 0 and TARGETS[target][3] and (found := by_command(target, file, valid, folder)):
+            if refused % EVERY == 0 and (found := by_command(target, file, valid, folder)):
                 kind, message = "by the command line", found
         counts[target, kind if kind in ("works", "refused") else "findings"] += 1
         if kind not in ("works", "refused"):

@@ -452,7 +452,7 @@ def test_a_wrong_shape_is_named(family, tiny, tmp_path):
     (dict(rope_parameters={"rope_type": "longrope", "factor": 2.0}), "rope type 'longrope'"),
     (dict(rope_parameters={"full_attention": {"rope_type": "linear", "factor": 2.0}}), "rope_parameters by layer type"),
     (dict(partial_rotary_factor=0.5), "partial_rotary_factor"), (dict(num_key_value_heads=3), "3 key/value heads"),
-    (dict(model_type="mistral", sliding_window=[4, 8]), r"sliding_window cannot be '\[4, 8\]'"),
+    (dict(model_type="mistral", sliding_window=[4, 8]), r"sliding_window cannot be \[4, 8\]"),
     (dict(model_type="qwen3", layer_types=["chunked_attention"]), r"layer_types \['chunked_attention'\]"),
     (dict(model_type="gemma3_text", head_dim=16), "query_pre_attn_scalar"),
     (dict(model_type="gemma3_text", head_dim=256, final_logit_softcapping=30.0), "final_logit_softcapping"),
@@ -470,14 +470,14 @@ def test_other_architectures_are_refused(change, message, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(vocab_size="61"), "vocab_size cannot be '61'; its usual value is 32000"),
-    (dict(hidden_size=32.0), "hidden_size cannot be '32.0'"), (dict(hidden_size=True), "hidden_size cannot be 'True'"),
-    (dict(num_attention_heads=0), "num_attention_heads cannot be '0'"), (dict(num_hidden_layers=10 ** 6), "layers"),
+    (dict(vocab_size="61"), "vocab_size cannot be \"61\"; its usual value is 32000"),
+    (dict(hidden_size=32.0), "hidden_size cannot be 32.0"), (dict(hidden_size=True), "hidden_size cannot be true"),
+    (dict(num_attention_heads=0), "num_attention_heads cannot be 0"), (dict(num_hidden_layers=10 ** 6), "layers"),
     (dict(intermediate_size=2 ** 40), "intermediate_size cannot be"), (dict(model_type=["llama"]), "model_type"),
-    (dict(rms_norm_eps=math.nan), "rms_norm_eps cannot be 'nan'"), (dict(rope_theta=0), "rope_theta cannot be '0'"),
+    (dict(rms_norm_eps=math.nan), "rms_norm_eps cannot be NaN"), (dict(rope_theta=0), "rope_theta cannot be 0"),
     (dict(eos_token_id=[]), "eos_token_id cannot be"), (dict(tie_word_embeddings=None), "tie_word_embeddings"),
     (dict(hidden_act=["silu"]), "hidden_act cannot be"), (dict(rope_scaling=[8.0]), "rope_scaling cannot be"),
-    (dict(rope_scaling={"type": "linear", "factor": "2"}), "factor '2' in rope_scaling"),
+    (dict(rope_scaling={"type": "linear", "factor": "2"}), "factor \"2\" in rope_scaling"),
     (dict(model_type="gemma3_text", head_dim=256, rope_parameters=dict(sliding_attention=3)), "each type of layer"),
     (dict(head_dim=7), "4 heads of 7 entries"), (dict(layer_types=[{}]), "layer_types cannot be"),
     (dict(max_position_embeddings=1), "a context of 1 token")])
