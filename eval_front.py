@@ -162,7 +162,7 @@ def check(flags, runs):
     for run, config in zip(runs, configs):
         if not (run / "timing.json").exists():
             raise UserError(f"{run}: the training has not ended; run its command again to resume it")
-        if config["objective"]["name"] not in OBJECTIVES or type(train_seconds(run)) is not float:
+        if config["objective"].get("name") not in list(OBJECTIVES) or not isinstance(train_seconds(run), float):
             raise UserError(f"{run}: no training has written this config.json and timing.json: train the run again")
         if mixture_folder(flags) and (config["method"] != "rs" or flags.stationarity):
             raise UserError(f"{run}: --mix and --factor are ways to evaluate a run of --method rs")

@@ -132,7 +132,7 @@ def weight_files(path):
         if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
             raise UserError(f"{index} has no \"weight_map\" from tensors to files: copy it anew")
         if missing := sorted(set(named.values()) - there):
-            raise UserError(f"{path / repr(missing[0])[1:-1]} does not exist, but {index.name} names it")
+            raise UserError(f"{path / missing[0]} does not exist, but {index.name} names it")
         files = [path / name for name in sorted(set(named.values()))]
     if not files:
         raise UserError(f"{path} holds no *.safetensors (pickled *.bin weights are not read: convert them first)")
@@ -191,8 +191,8 @@ def _is_number(x):
     return type(x) in (int, float) and 1e-30 < x < 1e30
 
 
-def _is_like(value, usual, least=1):
-    """Whether a value of config.json is of the kind of this usual one: integers are sizes, from `least` to MOST."""
+def _is_like(value, usual, least):
+    """Whether a value of config.json is of the kind of this usual one; integers are from `least` to MOST."""
     if type(usual) is float:
         return _is_number(value)
     if type(usual) is int:
@@ -204,10 +204,9 @@ def _check_kinds(c, usual, path):
     """Raises UserError for a key of config.json that has a value of another kind than usual."""
     for key, example in (usual | _OPTIONAL).items():
         value, example = c.get(key), 1 if example is None else example
-        if value is None and (key in _NULLABLE or key not in usual):
-            continue
+        least = 0 if key == "max_window_layers" or key.endswith("_id") else 1
         each = value if key == "eos_token_id" and isinstance(value, list) and value else [value]
-        if not all(_is_like(x, example, int(key != "max_window_layers" and not key.endswith("_id"))) for x in each):
+        if not all(_is_like(x, example, least) for x in each) and not (value is None and key in _NULLABLE):
             raise UserError(f"{path}: {key} cannot be {json.dumps(value)[:60]}; its usual value is "
                             f"{json.dumps(example)}")
 
@@ -265,8 +264,9 @@ def config_from_hf(c, path="config.json"):
     layers, heads, kv_heads = ((c["n_layer"], c["n_head"], None) if kind == "gpt2" else
                                (c["num_hidden_layers"], c["num_attention_heads"], c["num_key_value_heads"]))
     width = 2 if kind == "gpt2" else c["head_dim"] or c["hidden_size"] // heads
-    numbers = [(name, x) for each in (rope, local) for name, x in each.items() if name in _ROPE_NUMBERS and x]
-    wrong = next((f"{name} {json.dumps(x)[:60]}" for name, x in numbers if not _is_number(x)), None)
+    numbers = [(name, x) for each in (rope, local) for name, x in each.items() if name in _ROPE_NUMBERS]
+    wrong = next((f"{name} {json.dumps(x)[:60]}" for name, x in numbers
+                  if not (_is_number(x) or x is None or x == 0 and name.startswith("mscale"))), None)
     refused = {
         f"activation {act!r}": act not in activations,
         f"rope type {rope_type!r}": rope_type not in ("default", *_ROPE_KEYS),

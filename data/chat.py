@@ -128,8 +128,9 @@ def hide(text, control):
 
 
 def shown(text, control):
-    """hide() undone."""
-    return re.sub("\ufdd0(\\d+)\ufdd1", lambda match: control[int(match[1])], text)
+    """hide() undone. Other numbers, which a template wrote itself, stay."""
+    known = {str(number): token for number, token in enumerate(control)}
+    return re.sub("\ufdd0(\\d+)\ufdd1", lambda match: known.get(match[1], match[0]), text)
 
 
 def write(template, prompts):

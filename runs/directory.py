@@ -45,9 +45,10 @@ NONE = type(None)
 CONFIG = {"script": str, "flags": dict, "dims": list, "base": str, "tokenizer": str, "fingerprint": str,
           "method": str | NONE, "label": str | NONE, "models": int | NONE, "objective": dict | NONE,
           "rewards": dict | NONE, "prompts": list | NONE}
-FLAGS = {"steps": int, "seed": int, "batch_size": int, "max_length": int, "precision": str, "quantize": str,
-         "template": str, "system": str | NONE, "eos_id": int | NONE, "fields": list | NONE, "data": list | NONE,
-         "eval_data": list | NONE, "prompt_words": int | NONE, "max_new_tokens": int | NONE}
+FLAGS = {"steps": int, "seed": int, "batch_size": int, "max_length": int, "precision": str | NONE,
+         "quantize": str | NONE, "template": str | NONE, "system": str | NONE, "eos_id": int | NONE,
+         "fields": list | NONE, "data": list | NONE, "eval_data": list | NONE, "prompt_words": int | NONE,
+         "max_new_tokens": int | NONE}
 LOCKS = {}                      # run directory -> its lock file, open as long as this process trains in it
 # methods as tables and pictures call them
 LABELS = {"panacea": "Panacea", "rs": "Rewarded soups", "dps": "Discrete policy solutions", "prompt": "Prompted λ",

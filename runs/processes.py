@@ -31,6 +31,8 @@ def pick_device(name, precision="auto", plain=False):
         raise UserError(f"--device {name}: {str(e).splitlines()[0]}") from None
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
+    if precision not in ("fp32", "bf16"):
+        raise UserError(f"precision is auto, fp32 or bf16, not {precision!r}")
     return device, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 

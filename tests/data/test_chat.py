@@ -257,6 +257,8 @@ def test_hidden_and_shown():
     text = "x<a>b<a>|\ufdd07\ufdd1"
     assert not any(token in hide(text, control) for token in control)
     assert shown(hide(text, control), control) == text.replace("\ufdd0", "\ufffd")
+    for number in ("7", "9" * 5000):                         # as a template may write it. Wrong: IndexError, ValueError
+        assert shown(f"\ufdd0{number}\ufdd1 \ufdd01\ufdd1", control) == f"\ufdd0{number}\ufdd1 <a>b"
 
 
 def test_questions_and_json():
