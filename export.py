@@ -1,6 +1,6 @@
 """export.py - a run at one preference λ, or at several, as what other programs load.
 
-    python export.py out/a --pref 0.3 0.7 --out DIR         # a whole model: transformers, vLLM, and this project's --init
+    python export.py out/a --pref 0.3 0.7 --out DIR         # a whole model: transformers, vLLM, this project's --init
     python export.py out/a --pref helpful=0.3 harmless=0.7 --to peft --out DIR       # a LoRA adapter for PEFT
     python export.py out/a --to grid --parts 4 --out DIR    # an adapter for every λ of a lattice, over one base: for
                                                             # servers that choose an adapter for each request
@@ -57,7 +57,7 @@ class Flags:
     out: str | None = flag(None, "the directory that is made")
     pref: list[str] | None = flag(None, "λ: one number per dimension, in the run's order, or dimension=number; for a "
                                         "grid one λ after the other")
-    to: Literal["merged", "peft", "grid"] = flag("merged", "a whole model, an adapter for PEFT, or a folder of adapters")
+    to: Literal["merged", "peft", "grid"] = flag("merged", "a whole model, a PEFT adapter, or a folder of these")
     parts: int | None = flag(None, "grid: cut the simplex into so many parts (default 4)", 1)
     dtype: Literal["base", "fp32", "bf16"] = flag("base", "merged: of the weights (base: as the base is stored)")
     device: str = flag("auto", "cpu, cuda, or auto")
@@ -81,7 +81,8 @@ def main(flags):
             place = folder / name if flags.to == "grid" else folder
             if flags.to == "merged":
                 write_merged(policy, lam, config["base"], dtype, place)
-                off = difference(policy, Transformer.from_pretrained(place, model.embed.weight.dtype, device), tokenizer)
+                again = Transformer.from_pretrained(place, model.embed.weight.dtype, device)
+                off = difference(policy, again, tokenizer)
             else:
                 adapters[name] = export_peft(policy, lam, place, Path(config["base"]).resolve()), lam
                 off = difference(policy, same_adapter(full, policy, lam), tokenizer) if quantised else 0.0
@@ -211,19 +212,21 @@ def card(flags, run, config, lams, lam, tokenizer, exact):
     """The model card of what was exported at λ."""
     given, o = config["flags"], config["objective"]
     asked = lams[torch.cdist(lams, lam[None]).argmin()]
-    nearest = "" if torch.allclose(asked, lam, atol=1e-4) else f" (asked for: {said(config, asked)}; this is the nearest)"
+    same = torch.allclose(asked, lam, atol=1e-4)
+    files = lambda names: ", ".join(Path(name).name for name in names)                # nobody's folders
     data = given.get("data") or config.get("prompts") or ["a small synthetic world of prompts and responses"]
-    rows = {"preference λ": said(config, lam) + nearest,
-            "method": f"{config['label'] or config['method']}, {o['name']}, {o['aggregate']}, {given['steps']} steps in "
-                      f"all, seed {given['seed']}",
-            "data": ", ".join(data),
-            "base": config["base"] + (f" in {given['quantize']}" if given.get("quantize", "none") != "none" else ""),
+    rows = {"preference λ": said(config, lam) + (
+                "" if same else f" (asked for: {said(config, asked)}; this is the nearest)"),
+            "method": f"{config['label'] or config['method']}, {o['name']}, {o['aggregate']}, {given['steps']} steps, "
+                      f"seed {given['seed']}",
+            "data": files(data),
+            "base": f"{Path(config['base']).resolve().name}, fingerprint {config['fingerprint']}",
             "this directory": exact,
-            "prompts": f"chat template {tokenizer.template.name}" + (
+            "prompts": f"chat template {Path(tokenizer.template.name).name}" + (
                 f", system turn: {tokenizer.template.system}" if tokenizer.template.system else ""),
             "reached": measured(run, lam)}
     if "rewards" in config:
-        rows["rewards"] = ", ".join(config["rewards"]["names"])
+        rows["rewards"] = files(config["rewards"]["names"])
     command = shlex.join(["python", "export.py", str(run), "--to", flags.to, "--pref",
                           *(f"{x:.4g}" for x in lam.tolist())])
     library = "transformers" if flags.to == "merged" else "peft"
