@@ -41,6 +41,7 @@ from svd_lora import (
 )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NO_PREFERENCE = ("pama", "mgda")        # methods of one model, that has none
 SHARD = 5 * 10 ** 9                     # bytes of one file of weights
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "tokenizer.model", "vocab.json", "merges.txt")
@@ -110,6 +111,8 @@ def preferences(flags, run, config):
         raise UserError("--dtype is of --to merged: adapters are in fp32")
     if flags.parts is not None and (flags.to != "grid" or flags.pref):
         raise UserError("--parts is of --to grid, in the place of --pref")
+    if flags.pref is None and config["method"] in NO_PREFERENCE:
+        return torch.full((1, len(dims)), 1 / len(dims))
     if flags.pref is None and flags.to == "grid":
         return simplex_lattice(len(dims), flags.parts or 4).float()
     if flags.pref is None or flags.to != "grid" and len(flags.pref) > len(dims):
@@ -205,6 +208,8 @@ def exactness(to, config, dtype, off):
 
 def said(config, lam):
     """λ in words: "helpful 0.3, harmless 0.7"."""
+    if config["method"] in NO_PREFERENCE:
+        return "no preference"
     return ", ".join(f"{dim} {x:.4g}" for dim, x in zip(config["dims"], lam.tolist()))
 
 
@@ -212,7 +217,7 @@ def card(flags, run, config, lams, lam, tokenizer, exact):
     """The model card of what was exported at λ."""
     given, o = config["flags"], config["objective"]
     asked = lams[torch.cdist(lams, lam[None]).argmin()]
-    same = torch.allclose(asked, lam, atol=1e-4)
+    same = torch.allclose(asked, lam, atol=1e-4) or config["method"] in NO_PREFERENCE
     files = lambda names: ", ".join(Path(name).name for name in names)                # nobody's folders
     data = given.get("data") or config.get("prompts") or ["a small synthetic world of prompts and responses"]
     rows = {"preference λ": said(config, lam) + (

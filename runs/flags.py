@@ -128,8 +128,9 @@ class RewardFlags:
     pref_dim: int = flag(2, "m: the number of preference dimensions, the first m of the embedded world's")
     dims: list[str] | None = flag(None, "these dimensions of the embedded world instead, in this order")
     rewards: list[str] | None = flag(None, "other rewards: names of text rewards, directories of train_reward.py "
-                                           "(directory:dimension for one of several), or, on the embedded world, its "
-                                           "dimensions and concise:WORDS")
+                                           "(directory:dimension for one of several), your own functions as "
+                                           "file.py:function, or, on the embedded world, its dimensions and "
+                                           "concise:WORDS")
     prompt_words: int = flag(12, "stories are cut into a prompt of so many words and the rest, its response", 1)
     eos_id: int | None = flag(None, "the token that ends a response (default: the one of the chat template, else the "
                                      "tokenizer's EOS; sampling also stops at other ends that the model names)")
