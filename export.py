@@ -5,8 +5,8 @@
     python export.py out/a --to grid --parts 4 --out DIR    # an adapter for every λ of a lattice, over one base: for
                                                             # servers that choose an adapter for each request
 
-merged: W(λ) = W0 + gain · U diag(σ, s·λ) Vᵀ, Eq. (9), under the base's own config.json
-peft:   the same as W0 + B A, Eq. (4); rewarded soups are one adapter too, of the specialists' ranks together
+merged: W(λ) = W0 + gain · U diag(σ, s·λ) Vᵀ, under the base's own config.json
+peft:   the same as W0 + B A; rewarded soups are one adapter too, of the specialists' ranks together
 Where a run has a model for each of its own preferences (dps, ParetoHqD, PAMA, MGDA), the nearest to λ is exported.
 Tokenizer, chat template, the tokens that end a response and a model card go with it.
 """
@@ -159,13 +159,18 @@ def write_tokenizer(config, tokenizer, folder):
         for file in (Path(config["tokenizer"]) / name for name in TOKENIZER_FILES):
             if file.exists():
                 shutil.copyfile(file, folder / file.name)
-    template, on_world = tokenizer.template, not (config["flags"].get("data") or config.get("prompts"))
-    if template.source or template.name == "hh" and not on_world:
+    template = tokenizer.template
+    if template.source or template.name == "hh" and files_of(config):
         bos = "{{ bos_token }}" if tokenizer.bos_id is not None else ""
         write_text(folder / "chat_template.jinja", template.source or bos + HH)
     settings = Path(config["base"]) / "generation_config.json"
     ends = list(tokenizer.ends) if tokenizer.more_ends else tokenizer.eos_id
     write_json(folder / settings.name, (read_json(settings) if settings.exists() else {}) | {"eos_token_id": ends})
+
+
+def files_of(config):
+    """The names of the data files that a run has read, without their folders; [] on the embedded world."""
+    return [Path(name).name for name in config["flags"].get("data") or config.get("prompts") or []]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,20 +223,20 @@ def card(flags, run, config, lams, lam, tokenizer, exact):
     given, o = config["flags"], config["objective"]
     asked = lams[torch.cdist(lams, lam[None]).argmin()]
     same = torch.allclose(asked, lam, atol=1e-4) or config["method"] in NO_PREFERENCE
-    files = lambda names: ", ".join(Path(name).name for name in names)                # nobody's folders
-    data = given.get("data") or config.get("prompts") or ["a small synthetic world of prompts and responses"]
+    template, files = tokenizer.template, files_of(config)
     rows = {"preference λ": said(config, lam) + (
                 "" if same else f" (asked for: {said(config, asked)}; this is the nearest)"),
             "method": f"{config['label'] or config['method']}, {o['name']}, {o['aggregate']}, {given['steps']} steps, "
                       f"seed {given['seed']}",
-            "data": files(data),
+            "data": ", ".join(files) or "a small synthetic world of prompts and responses, which are plain texts",
             "base": f"{Path(config['base']).resolve().name}, fingerprint {config['fingerprint']}",
             "this directory": exact,
-            "prompts": f"chat template {Path(tokenizer.template.name).name}" + (
-                f", system turn: {tokenizer.template.system}" if tokenizer.template.system else ""),
             "reached": measured(run, lam)}
+    if files:
+        rows["turns"] = f"written by the template {Path(template.name).name}" + (
+            f", system turn: {template.system}" if template.system else "")
     if "rewards" in config:
-        rows["rewards"] = files(config["rewards"]["names"])
+        rows["rewards"] = ", ".join(Path(name).name for name in config["rewards"]["names"])
     command = shlex.join(["python", "export.py", str(run), "--to", flags.to, "--pref",
                           *(f"{x:.4g}" for x in lam.tolist())])
     library = "transformers" if flags.to == "merged" else "peft"

@@ -10,8 +10,8 @@ RECORD = ("run", "script", "method", "dims", "steps", "step", "finished", "measu
 
 
 def runs_under(folder):
-    """A dict of RECORD for every run directory in a folder or below, the last written first. step: where a training that
-    has not ended would go on; measure, result: None where it was not evaluated; written: seconds since 1970."""
+    """A dict of RECORD for every run directory in a folder or below, the last written first. step: where a training
+    that has not ended would go on; measure, result: None without an evaluation; written: seconds since 1970."""
     records = []
     for file in Path(folder).rglob("config.json"):
         config, run = read_json(file), file.parent
