@@ -136,6 +136,16 @@ def test_a_quantised_base(close, capsys):
     assert "trained on a base in nf4" in printed and float(printed.split("by up to ")[1].split()[0]) > 0.05
 
 
+def test_the_same_adapter_on_another_copy_of_the_base(on_world, soups, close):
+    """What measures a quantised base's difference adds none of its own: on an equal base it is 0."""
+    for run in (on_world, soups):
+        config, lam = read(run, "config.json"), torch.tensor([0.3, 0.7])
+        _, model = next(policies(run, config, base_of(config, "cpu"), lam[None]))
+        other = base_of(config, "cpu")
+        far = export.difference(model, other, load_tokenizer("toy"))
+        assert export.difference(model, export.same_adapter(other, model, lam), load_tokenizer("toy")) < 1e-5 < far
+
+
 def test_all_or_nothing(on_world, monkeypatch):
     """Wrong: weights are left behind where the model card could not be written."""
     monkeypatch.setattr(export, "card", lambda *a: 1 / 0)
