@@ -72,9 +72,10 @@ def main(flags):
     device, _ = pick_device(flags.device)
     tokenizer, model = tokenizer_of(config), base_of(config, device)
     dtype = DTYPES.get(flags.dtype) or next(stored_tensors(weight_files(Path(config["base"]))[0], "cpu"))[1].dtype
-    quantised, adapters = config["flags"].get("quantize", "none") != "none", {}
-    full = Transformer.from_pretrained(config["base"], model.embed.weight.dtype, device) if quantised else None
-    out = Path(flags.out).resolve()
+    load = lambda path: Transformer.from_pretrained(path, model.embed.weight.dtype, device)
+    quantised = config["flags"].get("quantize", "none") != "none"
+    whole = load(config["base"]) if quantised and flags.to != "merged" else None
+    out, adapters = Path(flags.out).resolve(), {}
     with whole_directory(out) as folder:
         write_tokenizer(config, tokenizer, folder)
         for lam, policy in models_at(run, config, model, lams):
@@ -82,14 +83,13 @@ def main(flags):
             place = folder / name if flags.to == "grid" else folder
             if flags.to == "merged":
                 write_merged(policy, lam, config["base"], dtype, place)
-                again = Transformer.from_pretrained(place, model.embed.weight.dtype, device)
-                off = difference(policy, again, tokenizer)
+                off = difference(policy, load(place), tokenizer)
             else:
                 adapters[name] = export_peft(policy, lam, place, Path(config["base"]).resolve()), lam
-                off = difference(policy, same_adapter(full, policy, lam), tokenizer) if quantised else 0.0
-            exact = exactness(flags.to, config, dtype, off)
-            write_text(place / "README.md", card(flags, run, config, lams, lam, tokenizer, exact))
-            print(f"λ = {said(config, lam)}: {exact}")
+                off = difference(policy, same_adapter(whole, policy, lam), tokenizer) if quantised else 0.0
+            what, exact = said(config, lam, lams), exactness(flags.to, config, dtype, off)
+            write_text(place / "README.md", card(flags, run, config, lam, what, tokenizer, exact))
+            print(f"λ = {what}: {exact}")
         if flags.to == "grid":
             text = grid_card(run, config, adapters, out, (folder / "chat_template.jinja").exists())
             write_text(folder / "README.md", text)
@@ -176,14 +176,14 @@ def files_of(config):
 # ---------------------------------------------------------------------------------------------------------------------
 # How exact it is.
 
-def same_adapter(full, model, lam):
-    """`full`, a base of the same shape, with the adapter of `model`: at λ, or as it is where it has none."""
+def same_adapter(whole, model, lam):
+    """`whole`, a base of the same shape, with the adapter of `model`: at λ, or as it is where it has none."""
     layer = next(iter(svd_lora_layers(model).values()))
-    inject_svd_lora(full, layer.k, layer.m, gain=layer.gain)
-    full.load_state_dict(adapter_state(model), strict=False)
+    inject_svd_lora(whole, layer.k, layer.m, gain=layer.gain)
+    whole.load_state_dict(adapter_state(model), strict=False)
     if layer.m:
-        set_preference(full, lam)
-    return full
+        set_preference(whole, lam)
+    return whole
 
 
 @torch.no_grad()
@@ -211,21 +211,23 @@ def exactness(to, config, dtype, off):
 # ---------------------------------------------------------------------------------------------------------------------
 # What a reader is told.
 
-def said(config, lam):
-    """λ in words: "helpful 0.3, harmless 0.7"."""
+def said(config, lam, lams=None):
+    """λ in words: "helpful 0.3, harmless 0.7"; where none of lams, which were asked for, is it, the nearest of them
+    too."""
     if config["method"] in NO_PREFERENCE:
-        return "no preference"
-    return ", ".join(f"{dim} {x:.4g}" for dim, x in zip(config["dims"], lam.tolist()))
+        return "none, for this method balances the objectives by itself"
+    words = ", ".join(f"{dim} {x:.4g}" for dim, x in zip(config["dims"], lam.tolist()))
+    asked = lam if lams is None else lams[torch.cdist(lams, lam[None]).argmin()]
+    if torch.allclose(asked, lam, atol=1e-4):
+        return words
+    return f"{words} (asked for: {said(config, asked)}; the run's nearest model was trained for this)"
 
 
-def card(flags, run, config, lams, lam, tokenizer, exact):
-    """The model card of what was exported at λ."""
+def card(flags, run, config, lam, what, tokenizer, exact):
+    """The model card of what was exported at λ, `what` in words."""
     given, o = config["flags"], config["objective"]
-    asked = lams[torch.cdist(lams, lam[None]).argmin()]
-    same = torch.allclose(asked, lam, atol=1e-4) or config["method"] in NO_PREFERENCE
     template, files = tokenizer.template, files_of(config)
-    rows = {"preference λ": said(config, lam) + (
-                "" if same else f" (asked for: {said(config, asked)}; this is the nearest)"),
+    rows = {"preference λ": what,
             "method": f"{config['label'] or config['method']}, {o['name']}, {o['aggregate']}, {given['steps']} steps, "
                       f"seed {given['seed']}",
             "data": ", ".join(files) or "a small synthetic world of prompts and responses, which are plain texts",
@@ -237,10 +239,10 @@ def card(flags, run, config, lams, lam, tokenizer, exact):
             f", system turn: {template.system}" if template.system else "")
     if "rewards" in config:
         rows["rewards"] = ", ".join(Path(name).name for name in config["rewards"]["names"])
-    command = shlex.join(["python", "export.py", str(run), "--to", flags.to, "--pref",
+    command = shlex.join(["python", "export.py", str(run), "--to", flags.to, "--dtype", flags.dtype, "--pref",
                           *(f"{x:.4g}" for x in lam.tolist())])
     library = "transformers" if flags.to == "merged" else "peft"
-    return (f"---\nlibrary_name: {library}\n---\n# {run.name}: {said(config, lam)}\n\nA language model aligned to "
+    return (f"---\nlibrary_name: {library}\n---\n# {run.name}\n\nA language model aligned to "
             f"{len(lam)} objectives, at one preference λ between them.\n\n| | |\n|---|---|\n"
             + "".join(f"| {key} | {' '.join(value.replace('|', '/').split())} |\n" for key, value in rows.items())
             + f"\nMade by `{command}`.\n\nIt serves this λ alone: another one is another export. Nothing was measured "

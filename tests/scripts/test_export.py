@@ -108,7 +108,9 @@ def test_every_method(soups, hqd_run, ppo_run, close):
     own = {tuple(read_adapter_header(f)["lam"]): f for f in hqd.glob("adapter-*.safetensors")}
     assert len(own) == 3
     card = (written(hqd, [0.1, 0.9]) / "README.md").read_text()
-    assert "helpful 0, harmless 1 (asked for: helpful 0.1, harmless 0.9; this is the nearest)" in card
+    assert "helpful 0, harmless 1 (asked for: helpful 0.1, harmless 0.9; the run's nearest model" in card
+    pama = go("train_ppo", "export-pama", aggregate="pama", steps=1)
+    assert "| none, for this method" in (written(pama, None) / "README.md").read_text()
     folder = written(hqd, None, "grid", parts=8)
     assert sorted(f.name for f in folder.glob("*/")) == ["0-1", "0_5-0_5", "1-0"]
 
