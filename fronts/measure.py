@@ -78,7 +78,8 @@ def run_config(run):
     """config.json of a run directory. Raises UserError where it does not say what the run optimised."""
     config = read_json(run / "config.json")
     if "objective" not in config:
-        raise UserError(f"{run}/config.json has no \"objective\": an older version wrote it; train the run again")
+        raise UserError(f"{run}/config.json has no \"objective\": it is a reward model's, or an older "
+                        f"version wrote it; train the run again")
     return config
 
 
