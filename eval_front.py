@@ -6,6 +6,7 @@
     python eval_front.py out/a --evolution       # the front at every snapshot of the training (Fig. 4)
     python eval_front.py out/rs --mix logprobs   # MOD: the specialists of rewarded soups mixed by their log-probs
     python eval_front.py out/a --stationarity    # how far an RLHF run is from Pareto-stationary, before and after
+    python eval_front.py --list                  # the runs under out/, or DIR (--list DIR): a line each; --tsv, --json
 
 F: preferences   m: dimensions   lams: (F, m)   points: (F, m) what is reached at each preference, larger is better
 What J is, and what it is measured on, stands in fronts/objective.py, one row per objective. On the embedded world
@@ -17,6 +18,7 @@ front's; fronts/evaluation.py defines both.
 "outside": outside mass, the probability that a policy gives to texts other than the world's listed responses.
 """
 import runs.waiting  # noqa: F401  # isort: skip
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,6 +38,7 @@ from fronts.tables import shown, table
 from runs.directory import close_run, end_training
 from runs.files import UserError, read_json, write_json
 from runs.flags import PLAIN, check_valid, flag, run_main
+from runs.listing import RECORD, age, runs_under
 from runs.processes import pick_device, ranks
 from svd_lora import read_adapter_header
 
@@ -46,7 +49,7 @@ __all__ = ["hypervolume", "inner_product", "sparsity", "spacing", "nondominated"
 class Flags:
     """The script's flags, with defaults and --help texts."""
 
-    runs: list[str] = flag([], "run directories", positional=True)
+    runs: list[str] = flag([], "run directories", positional="any")
     parts: int | None = flag(None, "cut the simplex into so many parts (default 10 for m = 2 and 3; beyond, paths from "
                                    "the centre to the vertices and 100 random preferences instead)", 1)
     out: str = flag("out/compare", "where the comparison of several runs is written")
@@ -61,10 +64,15 @@ class Flags:
                          "positive")
     device: str = flag("auto", "cpu, cuda, or auto")
     plain: bool = flag(False, PLAIN)
+    list: bool = flag(False, "instead: the runs under out/, or under the directories that are named")
+    tsv: bool = flag(False, "of --list: for scripts, a line of tab-separated fields each")
+    json: bool = flag(False, "of --list: for scripts, one JSON array")
 
 
 def main(flags):
     """Evaluates the runs, prints the tables, writes the JSON files and pictures. Returns the results."""
+    if flags.list:
+        return print_list(flags)
     device, _ = pick_device(flags.device, plain=flags.plain)
     runs = [Path(run) for run in flags.runs]
     check(flags, runs)
@@ -251,7 +259,32 @@ def front_table(r):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What else can be asked of a run.
+# What else can be asked of runs.
+
+def print_list(flags):
+    """Prints the runs under the directories that are named, as a table or for scripts. Returns runs_under's records."""
+    folders = flags.runs or ["out"]
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise UserError(f"{folder} is not a directory")
+    records = [record for folder in folders for record in runs_under(folder)]
+    if flags.json:
+        print(json.dumps(records, indent=1))
+    elif flags.tsv:
+        words = lambda value: " ".join(value) if isinstance(value, list) else "" if value is None else str(value)
+        for line in [RECORD, *(map(words, record.values()) for record in records)]:
+            print("\t".join(line))
+    else:
+        print(table({"run": [r["run"] for r in records], "method": [r["method"] or r["script"] for r in records],
+                     "dimensions": [" ".join(r["dims"]) for r in records],
+                     "steps": [str(r["steps"]) if r["finished"] else f"{r['step']} of {r['steps']}" for r in records],
+                     "finished": ["yes" if r["finished"] else "no" for r in records],
+                     "measure": [r["measure"] or "not evaluated" for r in records],
+                     "result": shown([r["result"] for r in records], ".4f"),
+                     "written": [age(r["written"]) for r in records]}))
+    return records
+
+
 
 def evolution(run, device, parts):
     """Evaluates every snapshot of one Panacea run: evolution.json and evolution.png in its directory."""

@@ -313,24 +313,31 @@ def load_adapter(model, path, dims=None):
     return header
 
 
-def export_peft(model, lam, path):
+@torch.no_grad()
+def export_peft(model, lam, path, base=""):
     """Writes the adapter at one λ as a plain LoRA for PEFT, Eq. (4): W0 + B A with A = diag(d) Vᵀ, B = gain · U.
 
-    path: a directory, gets adapter_config.json and adapter_model.safetensors; rank k + m, alpha = rank, so that PEFT's
-    own factor is 1. lam: (m,), None where m = 0. The base is not written. Raises UserError for GPT-2, whose q, k, v are
-    one matrix on disk, so that theirs is no plain LoRA.
+    path: a directory, gets adapter_config.json and adapter_model.safetensors (fp32); rank k + m, alpha = rank, so that
+    PEFT's own factor is 1. lam: (m,), None where m = 0. base: where the base is, which is not written. Returns the
+    largest rank. GPT-2's q, k, v are one matrix on disk, c_attn, and their adapters one of three times the rank: the A
+    one below the other, (3r, d_in), and the B in the blocks of a diagonal, (3 d_out, 3r).
     """
-    if model.config.family == "gpt2":
-        raise UserError("only Llama-family adapters can be exported: Hugging Face's GPT-2 keeps q, k, v in one matrix")
-    layers, tensors, modules = svd_lora_layers(model), {}, set()
+    layers, factors, tensors, ranks = svd_lora_layers(model), {}, {}, {}
     lam = _preference_of(layers, lam)
     for name, layer in layers.items():
         theirs = hf_name(name + ".weight", model.config).removesuffix(".weight")
-        modules.add(theirs.rpartition(".")[2])
-        for part, matrix in (("A", (layer.V * layer.singular_values(lam)).T), ("B", layer.gain * layer.U)):
-            tensors[f"base_model.model.{theirs}.lora_{part}.weight"] = matrix.detach().cpu().contiguous()
-    r = layer.k + layer.m
-    config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=r, lora_alpha=r, lora_dropout=0.0, bias="none",
-                  fan_in_fan_out=False, target_modules=sorted(modules))
+        A, B = (layer.V * layer.singular_values(lam)).T, layer.gain * layer.U         # (r, d_in), (d_out, r)
+        factors.setdefault(theirs, []).append((A, B))
+    for theirs, parts in factors.items():
+        A, B = (torch.cat([A for A, _ in parts]), torch.block_diag(*(B for _, B in parts)))
+        ranks[theirs.rpartition(".")[2]] = len(A)
+        for part, matrix in (("A", A), ("B", B)):
+            tensors[f"base_model.model.{theirs}.lora_{part}.weight"] = matrix.cpu().contiguous()
+    r = min(ranks.values())
+    other = {module: rank for module, rank in ranks.items() if rank != r}
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=r, lora_alpha=r,
+                  rank_pattern=other, alpha_pattern=other, lora_dropout=0.0, bias="none", inference_mode=True,
+                  fan_in_fan_out=model.config.family == "gpt2", target_modules=sorted(ranks))
     write_whole(Path(path) / "adapter_model.safetensors", lambda f: save_file(tensors, f, metadata={"format": "pt"}))
     write_json(Path(path) / "adapter_config.json", config)
+    return max(ranks.values())

@@ -1,6 +1,7 @@
-"""rewards.py - where rewards come from: the embedded world, trained reward models, or short text rewards.
+"""rewards.py - where rewards come from: the embedded world, trained reward models, short text rewards, or the user's.
 
     --rewards happy concise                    # text rewards of data/text_rewards.py, by name
+    --rewards mine.py:polite happy             # a function of the user's own (data/own_rewards.py)
     --rewards out/reward-a                     # every dimension of a reward model that train_reward.py wrote
     --rewards out/reward-a:harmless length     # one dimension of it, beside a text reward
     --rewards helpful harmless concise:12      # on the embedded world: its own scores, and a text reward of 12 words
@@ -21,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from data import toy
+from data.own_rewards import is_own, own_reward
 from data.preferences import Row
 from data.text_rewards import TEXT_REWARDS, is_concise, text_rewards
 from data.tokenizers import tokenize, tokenizer_of
@@ -116,12 +118,16 @@ def world_ideal(rewards):
 
 
 def named_rewards(names, scale, policy, device):
-    """The sources of --rewards side by side. A reward model brings its own statistics; text rewards leave them open."""
+    """The sources of --rewards side by side. A reward model brings its own statistics; functions leave them open."""
     dims, parts, mean, std = [], [], [], []
     for name in names:
         if name in TEXT_REWARDS or is_concise(name):
             dims, mean, std = dims + [name.partition(":")[0]], mean + [None], std + [None]
             parts.append(lambda x, y, end, name=name: text_rewards([name], x, y))
+            continue
+        if is_own(name):
+            dims, mean, std = dims + [name.rpartition(":")[2]], mean + [None], std + [None]
+            parts.append(lambda x, y, end, reward=own_reward(name): reward(x, y))
             continue
         directory, _, dim = name.partition(":")
         judge, judged = load_reward_model(directory, policy, device)

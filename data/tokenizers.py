@@ -61,24 +61,28 @@ def load_tokenizer(where, template=None, system=None, eos_id=None):
     """-> Tokenizer. `where`: "toy", "gpt2", a `*.tiktoken` ranks file (text is split by PATTERN), or a Hugging Face
     directory. template, system, eos_id: the flags of these names; with eos_id no other token ends a response.
     Raises UserError where it is none of these, or cannot be read."""
-    path = Path(where)
     choice, end = (template or "auto", system), {} if eos_id is None else {"eos_id": eos_id, "more_ends": ()}
+    if encoding := encoding_of(where):
+        return replace(_from_tiktoken(str(where), encoding, choice), **end)
+    if os.path.isfile(Path(where) / "tokenizer.json"):  # pathlib's raises where a name is too long
+        return replace(_from_huggingface(str(where), Path(where), choice), **end)
+    raise UserError(f'tokenizer "{where}": no such tokenizer; give "toy", "gpt2", a *.tiktoken ranks file, or a '
+                    f'directory that holds tokenizer.json')
+
+
+def encoding_of(where):
+    """tiktoken's Encoding for "toy", "gpt2" or a `*.tiktoken` ranks file, None for anything else. Raises UserError
+    where it cannot be read."""
     if where == "toy":
-        return replace(_from_ranks("toy", Path(__file__).with_name("toy.tiktoken"), choice), **end)
+        return _from_ranks("toy", Path(__file__).with_name("toy.tiktoken"))
     if where == "gpt2":
         try:
-            encoding = tiktoken.get_encoding("gpt2")
+            return tiktoken.get_encoding("gpt2")
         except Exception as error:  # offline and not cached: several packages' errors, no common base
             raise UserError(f'tokenizer "gpt2": its ranks are not in tiktoken\'s cache and could not be downloaded '
                             f'({type(error).__name__}); go online once, or give a gpt2.tiktoken file, a Hugging Face '
                             f'directory with tokenizer.json, or "toy"') from None
-        return replace(_from_tiktoken("gpt2", encoding, choice), **end)
-    if path.suffix == ".tiktoken":
-        return replace(_from_ranks(str(where), path, choice), **end)
-    if os.path.isfile(path / "tokenizer.json"):  # pathlib's raises where a name is too long
-        return replace(_from_huggingface(str(where), path, choice), **end)
-    raise UserError(f'tokenizer "{where}": no such tokenizer; give "toy", "gpt2", a *.tiktoken ranks file, or a '
-                    f'directory that holds tokenizer.json')
+    return _from_ranks(str(where), Path(where)) if Path(where).suffix == ".tiktoken" else None
 
 
 def tokenizer_of(config):
@@ -147,7 +151,7 @@ def _cut_left(prompt, length, bos):
     return begin + prompt[len(prompt) - length + len(begin):]
 
 
-def _from_ranks(name, path, choice):
+def _from_ranks(name, path):
     """A file of lines "base64(token bytes) rank", ranks 0, 1, 2, … and every single byte among the tokens."""
     try:  # read here, not by tiktoken's loader: that caches by path, and would not see that a file has changed
         pairs = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
@@ -159,8 +163,7 @@ def _from_ranks(name, path, choice):
     if sorted(ranks.values()) != list(range(len(pairs))) or not all(bytes([byte]) in ranks for byte in range(256)):
         raise UserError(f"tokenizer {path}: the ranks must be 0, 1, 2, …, each once, and all 256 single bytes among "
                         f"the tokens; train or copy the file anew")
-    return _from_tiktoken(name, tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks,
-                                                  special_tokens={EOS: len(ranks)}), choice)
+    return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOS: len(ranks)})
 
 
 def _from_tiktoken(name, encoding, choice):

@@ -80,7 +80,8 @@ def run_config(run):
     config = read_config(run)
     o, m = config["objective"], len(config["dims"])
     if missing := [key for key in ("objective", "method", "label", "models") if config.get(key) is None]:
-        raise UserError(f"{run}/config.json has no \"{missing[0]}\": an older version wrote it; train the run again")
+        raise UserError(f"{run}/config.json has no \"{missing[0]}\": it is a reward model's, or an older version "
+                        f"wrote it; train the run again")
     number = lambda x: type(x) in (int, float) and math.isfinite(x)
     ideal = o.get("ideal")
     if (m < 2 or o.get("aggregate") not in ("ls", "tche") or not (o.get("beta") is None or number(o["beta"]))

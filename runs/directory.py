@@ -172,9 +172,10 @@ def differences(before, config):
 
 
 def reward_run(name):
-    """A name of --rewards, directory or directory:dimension -> (the run of train_reward.py, what stands behind it)."""
+    """A name of --rewards, directory, directory:dimension or file.py:function -> (the run of train_reward.py or the
+    file, what stands behind it)."""
     for path, rest in ((name, ""), name.rpartition(":")[::2]):
-        if path and os.path.exists(Path(path) / "reward.json"):
+        if path and os.path.exists(Path(path) / "reward.json") or path.endswith(".py") and os.path.isfile(path):
             return Path(path), rest
     return None, name
 

@@ -1,8 +1,10 @@
 """files.py - the ground floor: errors that a user reads, and files that are written whole or not at all."""
+import glob
 import hashlib
 import json
 import os
 import re
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,8 +61,32 @@ def write_whole(path, write):
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def whole_directory(path):
+    """Yields an empty directory, which is `path` when all has gone well; if not, nothing is there. Raises UserError
+    where `path` has something in it already, or cannot be written."""
+    path = Path(path).resolve()
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")
+    with writing(path):
+        if path.exists() and not (path.is_dir() and next(path.iterdir(), None) is None):
+            raise UserError(f"{path} exists and is not empty: choose another --out, or remove it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for old in path.parent.glob(f".{glob.escape(path.name[:40])}.*.tmp"):
+            if left_over(old.name):
+                shutil.rmtree(old)
+        temporary.mkdir()
+    try:
+        yield temporary
+        with writing(path):
+            if path.exists():
+                path.rmdir()
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def left_over(name):
-    """Whether write_whole made a file of this name and its process is dead: it was killed before it could rename it."""
+    """Whether a file or directory of this name is one that was being written by a process that is dead now."""
     named = re.fullmatch(r"\..*\.(\d+)\.tmp(\.\w+)?", name)
     if not named or os.name == "nt":                        # there os.kill(pid, 0) is no question, it ends the process
         return False

@@ -28,7 +28,8 @@ def flag(default, text, valid=None, positional=False):
     """A dataclass field that is a command line flag.
 
     valid: the numbers that it takes: an integer n (at least n), "positive", "share" (0 to 1) or "not negative"; of a
-    list, every entry. None, where a flag has no value yet, is always valid. positional: the flag has no dashes.
+    list, every entry. None, where a flag has no value yet, is always valid. positional: the flag has no dashes, and one
+    value of a text, one or more of a list; "any": none will do.
     """
     metadata = {"help": text, "valid": valid, "positional": positional}
     if isinstance(default, list):
@@ -127,8 +128,9 @@ class RewardFlags:
     pref_dim: int = flag(2, "m: the number of preference dimensions, the first m of the embedded world's")
     dims: list[str] | None = flag(None, "these dimensions of the embedded world instead, in this order")
     rewards: list[str] | None = flag(None, "other rewards: names of text rewards, directories of train_reward.py "
-                                           "(directory:dimension for one of several), or, on the embedded world, its "
-                                           "dimensions and concise:WORDS")
+                                           "(directory:dimension for one of several), your own functions as "
+                                           "file.py:function, or, on the embedded world, its dimensions and "
+                                           "concise:WORDS")
     prompt_words: int = flag(12, "stories are cut into a prompt of so many words and the rest, its response", 1)
     eos_id: int | None = flag(None, "the token that ends a response (default: the one of the chat template, else the "
                                      "tokenizer's EOS; sampling also stops at other ends that the model names)")
@@ -153,12 +155,24 @@ def check_valid(flags):
                 raise UserError(f"--{f.name} {value}: must be between -2^31 and 2^31")
 
 
-def preferences_of(numbers, dims):
-    """The numbers of --lam, one preference after the other: (n, m) float64. Raises UserError for what is none."""
-    m, given = len(dims), "--lam " + " ".join(map(str, numbers))
-    if len(numbers) % m:
-        raise UserError(f"--lam takes {m} numbers per preference, for {' '.join(dims)}; got {len(numbers)}")
-    lams = torch.tensor(numbers, dtype=torch.float64).view(-1, m)
+def preferences_of(words, dims, flag="lam"):
+    """The words of --lam, or of another flag, one preference after the other: (n, m) float64. Each is m numbers in the
+    order of dims, or dimension=number in any order. Raises UserError for what is none."""
+    m, given = len(dims), f"--{flag} " + " ".join(map(str, words))
+    if len(words) % m:
+        raise UserError(f"--{flag} takes {m} numbers per preference, for {' '.join(dims)}; got {len(words)}")
+    pairs = [str(word).rpartition("=")[::2] for word in words]
+    numbers = []
+    for each in (pairs[i:i + m] for i in range(0, len(pairs), m)):
+        if any(name for name, _ in each):
+            if sorted(name for name, _ in each) != sorted(dims):
+                raise UserError(f"{given}: the dimensions are {' '.join(dims)}, each once")
+            each = sorted(each, key=lambda pair: dims.index(pair[0]))
+        numbers += [number for _, number in each]
+    try:
+        lams = torch.tensor([float(x) for x in numbers], dtype=torch.float64).view(-1, m)
+    except ValueError:
+        raise UserError(f"{given}: a preference is numbers, or dimension=number") from None
     if not ((lams >= 0).all() and ((lams.sum(1) - 1).abs() < 1e-4).all()):
         raise UserError(f"{given}: a preference is not negative and sums to 1")
     return lams / lams.sum(1, keepdim=True)
@@ -222,7 +236,8 @@ def cli(cls, doc, argv=None):
         else:
             more |= dict(type=kind)
         if f.metadata["positional"]:
-            groups[place].add_argument(f.name, nargs="+", help=more["help"])
+            nargs = {"any": "*"}.get(f.metadata["positional"], None if kind is str else "+")
+            groups[place].add_argument(f.name, nargs=nargs, help=more["help"])
         else:
             groups[place].add_argument("--" + f.name, **more)
     flags = cls(**vars(parser.parse_args(argv)))

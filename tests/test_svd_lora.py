@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small import TOKENS, adapted
 
+from families import hf_names
 from model import Transformer
 from runs.files import UserError
 from svd_lora import (
@@ -417,28 +418,29 @@ def test_fingerprint_knows_the_base_and_nothing_else(tiny):
     assert fingerprint(llama) != "5c75b5e6b64265e5"
 
 
-def test_export_peft_is_the_merged_matrix(tiny, tmp_path):
-    """PEFT's W0 + (alpha / r) B A equals merged_state_dict, for every matrix, under Hugging Face's names."""
-    model = inject_svd_lora(tiny("llama"), k=3, m=2, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                p.normal_(0, 0.3, generator=torch.Generator().manual_seed(sum(map(ord, name))))
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "gemma3"])
+def test_export_peft_is_the_merged_matrix(tiny, tmp_path, family):
+    """PEFT's W0 + (alpha / r) B A equals merged_state_dict, for every matrix, under Hugging Face's names. Wrong: one
+    rank for all of GPT-2's, or their B below each other, so that q's A moves k."""
+    model = adapted(tiny(family), k=3)
     lam = torch.tensor([0.3, 0.7])
-    export_peft(model, lam, tmp_path)
+    assert export_peft(model, lam, tmp_path, "a/base") == (15 if family == "gpt2" else 5)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    merged = merged_state_dict(model, lam)
-    assert config["lora_alpha"] / config["r"] == 1 and config["r"] == 5 and len(tensors) == 2 * 14
-    theirs = {"attn.q": "self_attn.q_proj", "attn.o": "self_attn.o_proj",
-              "mlp.gate": "mlp.gate_proj", "mlp.down": "mlp.down_proj"}
-    for ours, hf in theirs.items():
-        A, B = (tensors[f"base_model.model.model.layers.1.{hf}.lora_{x}.weight"] for x in "AB")
-        W0 = model.get_submodule(f"blocks.1.{ours}").weight
-        assert torch.allclose(W0 + B @ A, merged[f"blocks.1.{ours}.weight"], atol=1e-5)
-        assert (B @ A).abs().max() > 0.1
-    with pytest.raises(UserError, match="only Llama-family"):
-        export_peft(inject_svd_lora(tiny("gpt2"), 3, 2), lam, tmp_path)
+    merged, before = merged_state_dict(model, lam), model.state_dict()
+    assert config["base_model_name_or_path"] == "a/base" and config["fan_in_fan_out"] == (family == "gpt2")
+    matrices = {key: names for key, names in hf_names(tiny(family)).items()
+                if key.endswith(".weight") and all(f"{name.removesuffix('weight')}U" in before for name in names)}
+    assert len(tensors) == 2 * len(matrices) == 2 * 2 * (4 if family == "gpt2" else 7)
+    for key, names in matrices.items():
+        module = key.removesuffix(".weight")
+        A, B = (tensors[f"base_model.model.{module}.lora_{x}.weight"] for x in "AB")
+        leaf = module.rpartition(".")[2]
+        r, alpha = (config[f"{x}_pattern"].get(leaf, config[default]) for x, default in (("rank", "r"),
+                                                                                       ("alpha", "lora_alpha")))
+        assert leaf in config["target_modules"] and len(A) == B.shape[1] == r
+        moved = torch.cat([merged[name] - before[name] for name in names])
+        assert torch.allclose(alpha / r * B @ A, moved, atol=1e-5) and moved.abs().max() > 0.05
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,4 +1,5 @@
-"""test_files.py - what every system must be able to do: no module of one system alone, no encoding but UTF-8."""
+"""test_files.py - directories that are whole or not there; and what every system must be able to do: no module of one
+system alone, no encoding but UTF-8."""
 import ast
 import os
 import subprocess
@@ -6,9 +7,34 @@ import sys
 
 import pytest
 
-from runs.files import ROOT, UserError, read_json
+from runs.files import ROOT, UserError, read_json, whole_directory
 
 CODE = [f for f in ROOT.rglob("*.py") if "tests" not in f.relative_to(ROOT).parts]
+
+
+def test_a_directory_is_whole_or_not_there(tmp_path, monkeypatch):
+    """Also where it exists and is empty, and after another process was killed while it wrote. Wrong: what there is gets
+    replaced, or what was left over stays."""
+    monkeypatch.chdir(tmp_path)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for left in (f".new.{dead.pid}.tmp", f".new.{os.getppid()}.tmp", f".other.{dead.pid}.tmp"):
+        (tmp_path / left / "deep").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "a/b/new", "empty"):
+        with whole_directory(name) as folder:
+            (folder / "file").write_text("text")
+            assert folder.parent == (tmp_path / name).parent and not (tmp_path / name / "file").exists()
+        assert (tmp_path / name / "file").read_text() == "text" and not folder.exists()
+    assert sorted(f.name for f in tmp_path.glob(".*")) == [f".new.{os.getppid()}.tmp", f".other.{dead.pid}.tmp"]
+    with pytest.raises(ZeroDivisionError), whole_directory("failed") as folder:
+        (folder / "file").write_text("text")
+        1 / 0
+    assert not (tmp_path / "failed").exists() and not folder.exists()
+    for name in ("new", "new/file"):
+        with pytest.raises(UserError, match=f"{name} exists and is not empty"), whole_directory(name):
+            pass
+    assert (tmp_path / "new" / "file").read_text() == "text"
 
 
 def unnamed(source):

@@ -68,6 +68,31 @@ def test_preferences_of_numbers():
             preferences_of(numbers, ["a", "b"])
 
 
+def test_preferences_of_names():
+    """Each of several in its own order. Wrong: the order of the words."""
+    words = ["b=0.75", "a=0.25", "a=1", "b=0", "0.5", "0.5"]
+    assert preferences_of(words, ["a", "b"]).tolist() == [[0.25, 0.75], [1, 0], [0.5, 0.5]]
+    assert preferences_of(["x=y=0.25", "c=0.75"], ["c", "x=y"]).tolist() == [[0.75, 0.25]]
+    for words, text in ((["a=0.5", "0.5"], "--pref a=0.5 0.5: the dimensions are a b, each once"),
+                        (["a=0.5", "a=0.5"], "each once"), (["a=0.5", "c=0.5"], "each once"),
+                        (["a=0.5", "b=half"], "--pref a=0.5 b=half: a preference is numbers, or dimension=number"),
+                        (["nan", "1"], "not negative")):
+        with pytest.raises(UserError, match=text):
+            preferences_of(words, ["a", "b"], "pref")
+
+
+def test_positional_flags():
+    @dataclass
+    class One:
+        """One text, and any number of others."""
+        run: str = flag(None, "a text", positional=True)
+        others: list[str] = flag([], "texts", positional="any")
+    assert cli(One, "", ["x"]) == One("x", []) and cli(One, "", ["x", "y", "z"]) == One("x", ["y", "z"])
+    for flags, words in ((One, []), (Flags, ["--count", "3"])):
+        with pytest.raises(SystemExit):
+            cli(flags, "", words)
+
+
 def test_lam_is_one_preference_of_dps():
     check_lam(train_dpo.Flags(), ["a", "b"])
     check_lam(train_dpo.Flags(method="dps", lam=[0.5, 0.5]), ["a", "b"])

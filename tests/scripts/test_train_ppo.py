@@ -5,6 +5,7 @@ At step 1 the critic is 0 and the policy is its reference, so its losses are kno
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -464,3 +465,13 @@ def test_estimator_by_default():
         flags = train_ppo.Flags(**given)
         train_ppo.defaults(flags, world_rewards(["helpful", "harmless"], None), 1)
         assert flags.estimator == want
+
+
+def test_a_reward_of_ones_own(tmp_path, monkeypatch):
+    """The evaluation finds the file from another working directory."""
+    Path("mine.py").write_text("def curious(prompt, response):\n    return len(prompt) + response.count('e')\n")
+    run = go("train_ppo", "own", rewards=["mine.py:curious", "length"], steps=1)
+    assert read(run, "config.json")["rewards"]["names"] == [f"{Path('mine.py').resolve()}:curious", "length"]
+    monkeypatch.chdir(tmp_path)
+    (r,) = eval_front.main(eval_front.Flags(runs=[str(run)], parts=1, device="cpu"))
+    assert r["dims"] == ["curious", "length"] and 20 < r["base"]["scores"][0] < 200

@@ -1,0 +1,286 @@
+"""export.py - a run at one preference λ, or at several, as what other programs load.
+
+    python export.py out/a --pref 0.3 0.7 --out DIR         # a whole model: transformers, vLLM, this project's --init
+    python export.py out/a --pref helpful=0.3 harmless=0.7 --to peft --out DIR       # a LoRA adapter for PEFT
+    python export.py out/a --to grid --parts 4 --out DIR    # an adapter for every λ of a lattice, over one base: for
+                                                            # servers that choose an adapter for each request
+
+merged: W(λ) = W0 + gain · U diag(σ, s·λ) Vᵀ, under the base's own config.json
+peft:   the same as W0 + B A; rewarded soups are one adapter too, of the specialists' ranks together
+Where a run has a model for each of its own preferences (dps, ParetoHqD, PAMA, MGDA), the nearest to λ is exported.
+Tokenizer, chat template, the tokens that end a response and a model card go with it.
+"""
+import runs.waiting  # noqa: F401  # isort: skip
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from aggregate import simplex_lattice
+from data import toy
+from data.tokenizer_json import tokenizer_json
+from data.tokenizers import EOS, encoding_of, tokenize, tokenizer_of
+from families import stored_tensors, weight_files
+from fronts.measure import base_of, policies, run_config
+from fronts.tables import table
+from model import Transformer
+from runs.files import UserError, read_json, whole_directory, write_json, write_text
+from runs.flags import flag, preferences_of, run_main
+from runs.processes import pick_device
+from svd_lora import (
+    adapter_state,
+    export_peft,
+    inject_svd_lora,
+    merged_state_dict,
+    read_adapter_header,
+    set_preference,
+    svd_lora_layers,
+)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NO_PREFERENCE = ("pama", "mgda")        # methods of one model, that has none
+SHARD = 5 * 10 ** 9                     # bytes of one file of weights
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "tokenizer.model", "vocab.json", "merges.txt")
+# the plain form of data/chat.py in Jinja
+HH = ("{% for m in messages %}{{ {'user': '\n\nHuman: ', 'assistant': '\n\nAssistant: '}.get(m['role'], '') + "
+      "m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}")
+
+
+@dataclass
+class Flags:
+    """The script's flags, with defaults and --help texts."""
+
+    run: str = flag(None, "run directory", positional=True)
+    out: str | None = flag(None, "the directory that is made")
+    pref: list[str] | None = flag(None, "λ: one number per dimension, in the run's order, or dimension=number; for a "
+                                        "grid one λ after the other")
+    to: Literal["merged", "peft", "grid"] = flag("merged", "a whole model, a PEFT adapter, or a folder of these")
+    parts: int | None = flag(None, "grid: cut the simplex into so many parts (default 4)", 1)
+    dtype: Literal["base", "fp32", "bf16"] = flag("base", "merged: of the weights (base: as the base is stored)")
+    device: str = flag("auto", "cpu, cuda, or auto")
+
+
+def main(flags):
+    """Writes --out, whole or not at all, and says what is in it. Returns its path."""
+    run = Path(flags.run)
+    config = run_config(run)
+    lams = preferences(flags, run, config)
+    device, _ = pick_device(flags.device)
+    tokenizer, model = tokenizer_of(config), base_of(config, device)
+    dtype = DTYPES.get(flags.dtype) or next(stored_tensors(weight_files(Path(config["base"]))[0], "cpu"))[1].dtype
+    load = lambda path: Transformer.from_pretrained(path, model.embed.weight.dtype, device)
+    quantised = config["flags"].get("quantize", "none") != "none"
+    whole = load(config["base"]) if quantised and flags.to != "merged" else None
+    out, adapters = Path(flags.out).resolve(), {}
+    with whole_directory(out) as folder:
+        write_tokenizer(config, tokenizer, folder)
+        for lam, policy in models_at(run, config, model, lams):
+            name = "-".join(f"{x:.4g}" for x in lam.tolist()).replace(".", "_")       # PEFT's names have no dots
+            place = folder / name if flags.to == "grid" else folder
+            if flags.to == "merged":
+                write_merged(policy, lam, config["base"], dtype, place)
+                off = difference(policy, load(place), tokenizer)
+            else:
+                adapters[name] = export_peft(policy, lam, place, Path(config["base"]).resolve()), lam
+                off = difference(policy, same_adapter(whole, policy, lam), tokenizer) if quantised else 0.0
+            what, exact = said(config, lam, lams), exactness(flags.to, config, dtype, off)
+            write_text(place / "README.md", card(flags, run, config, lam, what, tokenizer, exact))
+            print(f"λ = {what}: {exact}")
+        if flags.to == "grid":
+            text = grid_card(run, config, adapters, out, (folder / "chat_template.jinja").exists())
+            write_text(folder / "README.md", text)
+            print(text)
+    print(f"exported {run}: {out}")
+    return out
+
+
+def preferences(flags, run, config):
+    """The preferences to export, (n, m). Raises UserError for flags that do not fit the run, or each other."""
+    dims = config["dims"]
+    if flags.out is None:
+        raise UserError("--out names the directory that is made")
+    if not (run / "timing.json").exists():
+        raise UserError(f"{run}: the training has not ended; run its command again to resume it")
+    if config["method"] == "prompt":
+        raise UserError(f"{run}: --method prompt says λ in the prompt, so that there are no weights of a λ to export")
+    if flags.dtype != "base" and flags.to != "merged":
+        raise UserError("--dtype is of --to merged: adapters are in fp32")
+    if flags.parts is not None and (flags.to != "grid" or flags.pref):
+        raise UserError("--parts is of --to grid, in the place of --pref")
+    if flags.pref is None and config["method"] in NO_PREFERENCE:
+        return torch.full((1, len(dims)), 1 / len(dims))
+    if flags.pref is None and flags.to == "grid":
+        return simplex_lattice(len(dims), flags.parts or 4).float()
+    if flags.pref is None or flags.to != "grid" and len(flags.pref) > len(dims):
+        raise UserError(f"--to {flags.to} takes one preference: --pref and {len(dims)} numbers, for {' '.join(dims)}")
+    return preferences_of(flags.pref, dims, "pref").float()
+
+
+def models_at(run, config, model, lams):
+    """Yields (λ, model) as fronts.measure.policies; of a run with a model for each of its own preferences, those that
+    are nearest to one of lams, with the λ that they were trained for."""
+    pairs = policies(run, config, model, lams)
+    if config["method"] in ("panacea", "rs"):
+        yield from pairs
+    else:
+        own = torch.tensor([read_adapter_header(f)["lam"] for f in sorted(run.glob("adapter-*.safetensors"))])
+        nearest = set(torch.cdist(lams, own).argmin(1).tolist())
+        yield from (pair for i, pair in enumerate(pairs) if i in nearest)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is written.
+
+def write_merged(model, lam, base, dtype, folder):
+    """The model at λ as a Hugging Face directory: weights in `dtype`, and the config.json of the directory `base`."""
+    with torch.device("meta"):
+        plain = Transformer(model.config)
+    weights = merged_state_dict(model, lam, torch.float32)
+    plain.load_state_dict({name: weights[name].to(dtype) for name in list(weights)}, assign=True)
+    del weights
+    plain.save_pretrained(folder, SHARD)
+    settings = read_json(Path(base) / "config.json")                   # not ours: a Mistral stays one
+    settings["dtype" if "dtype" in settings else "torch_dtype"] = str(dtype).removeprefix("torch.")
+    write_json(folder / "config.json", settings)
+
+
+def write_tokenizer(config, tokenizer, folder):
+    """The tokenizer's files, of tiktoken's own ones as tokenizer.json; the chat template that the run's prompts were
+    written by; and a generation_config.json that stops where the run's responses end."""
+    if encoding := encoding_of(config["tokenizer"]):
+        tokenizer_json(encoding).save(str(folder / "tokenizer.json"))
+        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS,
+                                                      "clean_up_tokenization_spaces": False})
+    else:
+        for file in (Path(config["tokenizer"]) / name for name in TOKENIZER_FILES):
+            if file.exists():
+                shutil.copyfile(file, folder / file.name)
+    template = tokenizer.template
+    if template.source or template.name == "hh" and files_of(config):
+        bos = "{{ bos_token }}" if tokenizer.bos_id is not None else ""
+        write_text(folder / "chat_template.jinja", template.source or bos + HH)
+    settings = Path(config["base"]) / "generation_config.json"
+    ends = list(tokenizer.ends) if tokenizer.more_ends else tokenizer.eos_id
+    write_json(folder / settings.name, (read_json(settings) if settings.exists() else {}) | {"eos_token_id": ends})
+
+
+def files_of(config):
+    """The names of the data files that a run has read, without their folders; [] on the embedded world."""
+    return [Path(name).name for name in config["flags"].get("data") or config.get("prompts") or []]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How exact it is.
+
+def same_adapter(whole, model, lam):
+    """`whole`, a base of the same shape, with the adapter of `model`: at λ, or as it is where it has none."""
+    layer = next(iter(svd_lora_layers(model).values()))
+    inject_svd_lora(whole, layer.k, layer.m, gain=layer.gain)
+    whole.load_state_dict(adapter_state(model), strict=False)
+    if layer.m:
+        set_preference(whole, lam)
+    return whole
+
+
+@torch.no_grad()
+def difference(model, other, tokenizer):
+    """The largest difference of a logit between two models, on four of the embedded world's prompts, which are plain
+    questions."""
+    rows = [toy.as_row(prompt, []) for prompt in toy.prompts("new_verbs")[:4]]
+    prompts = [torch.tensor([row.prompt]) for row in tokenize(rows, tokenizer, model.config.context_length)[0]]
+    logits = lambda m, x: m(x.to(m.embed.weight.device)).float()
+    return max((logits(model, x) - logits(other, x)).abs().max().item() for x in prompts)
+
+
+def exactness(to, config, dtype, off):
+    """A sentence on what was exported, beside the run's own model."""
+    name, kind = str(dtype).removeprefix("torch."), config["flags"].get("quantize", "none")
+    if to == "merged":
+        more = f", the {kind} base as dense weights" if kind != "none" else ""
+        return f"weights in {name}{more}; a logit differs from the run's own by up to {off:.2g} on four prompts"
+    if kind != "none":
+        return (f"trained on a base in {kind}: on the whole base, which PEFT loads, a logit differs from the run's own "
+                f"by up to {off:.2g} on four prompts; --to merged has the base that it was trained on")
+    return "the run's own factors, in fp32: exact on the same base"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a reader is told.
+
+def said(config, lam, lams=None):
+    """λ in words: "helpful 0.3, harmless 0.7"; where none of lams, which were asked for, is it, the nearest of them
+    too."""
+    if config["method"] in NO_PREFERENCE:
+        return "none, for this method balances the objectives by itself"
+    words = ", ".join(f"{dim} {x:.4g}" for dim, x in zip(config["dims"], lam.tolist()))
+    asked = lam if lams is None else lams[torch.cdist(lams, lam[None]).argmin()]
+    if torch.allclose(asked, lam, atol=1e-4):
+        return words
+    return f"{words} (asked for: {said(config, asked)}; the run's nearest model was trained for this)"
+
+
+def card(flags, run, config, lam, what, tokenizer, exact):
+    """The model card of what was exported at λ, `what` in words."""
+    given, o = config["flags"], config["objective"]
+    template, files = tokenizer.template, files_of(config)
+    rows = {"preference λ": what,
+            "method": f"{config['label'] or config['method']}, {o['name']}, {o['aggregate']}, {given['steps']} steps, "
+                      f"seed {given['seed']}",
+            "data": ", ".join(files) or "a small synthetic world of prompts and responses, which are plain texts",
+            "base": f"{Path(config['base']).resolve().name}, fingerprint {config['fingerprint']}",
+            "this directory": exact,
+            "reached": measured(run, lam)}
+    if files:
+        rows["turns"] = f"written by the template {Path(template.name).name}" + (
+            f", system turn: {template.system}" if template.system else "")
+    if "rewards" in config:
+        rows["rewards"] = ", ".join(Path(name).name for name in config["rewards"]["names"])
+    command = shlex.join(["python", "export.py", str(run), "--to", flags.to, "--dtype", flags.dtype, "--pref",
+                          *(f"{x:.4g}" for x in lam.tolist())])
+    library = "transformers" if flags.to == "merged" else "peft"
+    return (f"---\nlibrary_name: {library}\n---\n# {run.name}\n\nA language model aligned to "
+            f"{len(lam)} objectives, at one preference λ between them.\n\n| | |\n|---|---|\n"
+            + "".join(f"| {key} | {' '.join(value.replace('|', '/').split())} |\n" for key, value in rows.items())
+            + f"\nMade by `{command}`.\n\nIt serves this λ alone: another one is another export. Nothing was measured "
+              f"but what stands above; it is not a claim of safety.\n")
+
+
+def measured(run, lam):
+    """What the run's front.json says of the preference that is nearest to λ."""
+    if not (run / "front.json").exists():
+        return "not evaluated"
+    r = read_json(run / "front.json")
+    i = torch.cdist(torch.tensor(r["lams"]).float(), lam[None]).argmin().item()
+    named = lambda values: ", ".join(f"{dim} {x:.3f}" for dim, x in zip(r["dims"], values))
+    regret = "" if r["regret"] is None else f"; regret over all preferences {r['regret']:.4f} (0: optimal, 1: the base)"
+    return f"{r['points_are']} at λ = {named(r['lams'][i])}: {named(r['points'][i])}{regret}"
+
+
+def grid_card(run, config, adapters, out, template):
+    """README.md of a folder of adapters: what they are, and how a server is started with them.
+
+    adapters: {name: (rank, λ)}   out: where the folder will be   template: whether there is a chat template
+    """
+    base, ranks = str(Path(config["base"]).resolve()), [rank for rank, _ in adapters.values()]
+    served = read_json(Path(config["base"]) / "config.json")["model_type"] != "gpt2"
+    chat = ["--chat-template", str(out / "chat_template.jinja")] if template else []
+    command = shlex.join(["vllm", "serve", base, "--tokenizer", str(out), *chat, "--enable-lora", "--max-lora-rank",
+                          str(max(8, 1 << (max(ranks) - 1).bit_length())), "--max-loras", str(len(adapters)),
+                          "--lora-modules", *(f"{name}={out / name}" for name in adapters)])
+    first, *others = adapters
+    listing = table({"adapter": list(adapters), "λ": [said(config, lam) for _, lam in adapters.values()]})
+    return (f"# {run.name}: {len(adapters)} adapters over one base\n\n```\n{listing}\n```\n\n"
+            + (f"vLLM, where a request's \"model\" is the name of an adapter:\n\n```\n{command}\n```\n" if served else
+               "vLLM serves no adapters of GPT-2: use PEFT, or `--to merged`.\n")
+            + f"\nPEFT:\n\n```python\nmodel = AutoPeftModelForCausalLM.from_pretrained({str(out / first)!r}, "
+              f"adapter_name={first!r})\n"
+            + "".join(f"model.load_adapter({str(out / name)!r}, adapter_name={name!r})\n" for name in others[:1])
+            + f"model.set_adapter({(others or [first])[0]!r})\n```\n")
+
+
+if __name__ == "__main__":
+    run_main(main, Flags, __doc__)
