@@ -89,7 +89,7 @@ def test_positional_flags():
         others: list[str] = flag([], "texts", positional="any")
     assert cli(One, "", ["x"]) == One("x", []) and cli(One, "", ["x", "y", "z"]) == One("x", ["y", "z"])
     for flags, words in ((One, []), (Flags, ["--count", "3"])):
-        with pytest.raises(SystemExit):
+        with pytest.raises(UserError, match="the following arguments are required: run"):
             cli(flags, "", words)
 
 
