@@ -28,7 +28,8 @@ def flag(default, text, valid=None, positional=False):
     """A dataclass field that is a command line flag.
 
     valid: the numbers that it takes: an integer n (at least n), "positive", "share" (0 to 1) or "not negative"; of a
-    list, every entry. None, where a flag has no value yet, is always valid. positional: the flag has no dashes.
+    list, every entry. None, where a flag has no value yet, is always valid. positional: the flag has no dashes; it may
+    be left out where it is no list.
     """
     metadata = {"help": text, "valid": valid, "positional": positional}
     if isinstance(default, list):
@@ -162,6 +163,23 @@ def preferences_of(numbers, dims):
     return lams / lams.sum(1, keepdim=True)
 
 
+def preference_given(words, dims):
+    """One preference as --pref takes it, "0.3 0.7" in the order of dims or "helpful=0.3 harmless=0.7", where what is
+    not named weighs nothing: (m,) float64. Raises UserError for what is none."""
+    given, pairs = "--pref " + " ".join(words), [word.rpartition("=")[::2] for word in words]
+    names = [name for name, _ in pairs] if any("=" in word for word in words) else dims
+    try:
+        numbers = dict(zip(names, [float(x) for _, x in pairs], strict=True))
+    except ValueError:                                       # no number, or not one for each
+        numbers = {"": 0.0}
+    if not set(numbers) <= set(dims):
+        raise UserError(f"{given}: give {len(dims)} numbers, for {' '.join(dims)}, or {dims[0]}=… and so on")
+    lam = torch.tensor([numbers.get(dim, 0.0) for dim in dims], dtype=torch.float64)
+    if not ((lam >= 0).all() and abs(lam.sum() - 1) < 1e-4):
+        raise UserError(f"{given}: a preference is not negative and sums to 1")
+    return lam / lam.sum()
+
+
 def check_lam(flags, dims):
     """Raises UserError where --lam is not one preference for --method dps."""
     if flags.lam is None:
@@ -213,7 +231,7 @@ def cli(cls, doc, argv=None):
         else:
             more |= dict(type=kind)
         if f.metadata["positional"]:
-            groups[place].add_argument(f.name, nargs="+", help=more["help"])
+            groups[place].add_argument(f.name, nargs="+" if isinstance(default, list) else "?", help=more["help"])
         else:
             groups[place].add_argument("--" + f.name, **more)
     flags = cls(**vars(parser.parse_args(argv)))

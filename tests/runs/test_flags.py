@@ -12,7 +12,7 @@ import train_ppo
 import train_reward
 import train_sft
 from runs.files import Stopped, UserError
-from runs.flags import FIRST, RunFlags, check_lam, cli, flag, preferences_of, run_main
+from runs.flags import FIRST, RunFlags, check_lam, cli, flag, preference_given, preferences_of, run_main
 
 
 @dataclass
@@ -53,6 +53,32 @@ def test_what_argparse_refuses(words, capsys):
     with pytest.raises(SystemExit) as end:
         cli(Flags, "", ["x", *words.split()])
     assert end.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, lam", [("0.3 0.7", [0.3, 0.7]), ("b=0.7 a=0.3", [0.3, 0.7]), ("b=1", [0, 1]),
+                                        ("0.5 0.50004", [0.5, 0.5])])
+def test_a_preference_by_numbers_or_names(words, lam):
+    given = preference_given(words.split(), ["a", "b"])
+    assert given.shape == (2,) and given.sum() == 1 and given.tolist() == pytest.approx(lam, abs=1e-4)
+
+
+@pytest.mark.parametrize("words", ["1", "1 0 0", "a=1 0", "0 a=1", "c=1", "0.5 x", "a=", "0.3 0.6", "-1 2", "nan 1", "inf 0",
+                                   "a=0.3 a=0.7"])
+def test_what_is_no_preference(words):
+    with pytest.raises(UserError, match=f"^--pref {words}: [^\n]*$"):
+        preference_given(words.split(), ["a", "b"])
+
+
+@dataclass
+class MayBeNone:
+    """One positional flag that may be left out."""
+    run: str | None = flag(None, "a directory", positional=True)
+
+
+def test_a_positional_flag_that_is_no_list_may_be_left_out():
+    assert cli(MayBeNone, "", []).run is None and cli(MayBeNone, "", ["x"]).run == "x"
+    with pytest.raises(SystemExit):
+        cli(MayBeNone, "", ["x", "y"])
 
 
 def test_preferences_of_numbers():
