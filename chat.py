@@ -108,7 +108,7 @@ class Talker(NamedTuple):
     world: bool                     # whether it knows the embedded world, and nothing else
     models: list[Transformer]
     files: dict[tuple[float, ...], Path]
-    system: str | None              # a first turn
+    system: list[Message]           # the turn in front of all, or none
 
 
 def load(flags):
@@ -138,8 +138,9 @@ def load(flags):
         files = {tuple(read_adapter_header(f)["lam"]): f for f in found}
         if not files:
             raise UserError(f"{run} holds no adapter: its training has not ended")
+    system = flags.system or config["flags"].get("system")
     return Talker(config["label"], method, dims, model.requires_grad_(False), tokenizer, is_world_base(config["base"]),
-                  models, files, flags.system or config["flags"].get("system"))
+                  models, files, [Message("system", system)] if system else [])
 
 
 def columns_of(words, dims, compare):
@@ -213,11 +214,6 @@ def answer(talker, turns, lams, flags, greedy=None, seed=None):
             yield i, visible(ids[i], tokenizer, cut=True)[0][len(said[i]):]
 
 
-def system_turn(text):
-    """[] where there is no text."""
-    return [Message("system", text)] if text else []
-
-
 def visible(ids, tokenizer, cut=False):
     """(what can be shown of an answer's tokens, whether it has ended). Half a character, white space and what may be
     the beginning of NEXT are held back until more is known; cut: no more will come."""
@@ -249,22 +245,20 @@ def prompt_ids(talker, turns, new, more=0):
         turns = turns[2:]
 
 
-def likeliest(talker, question, lams, most=4):
-    """For every λ the likeliest of the world's answers to a question, [(probability, text), …]; None where the question
-    is none of the world's."""
+def likeliest(talker, question, lam, most=4):
+    """The world's likeliest answers to a question at lam (m,), [(probability, text), …]; none where the question is not
+    one of the world's."""
     try:
-        texts = toy.responses(question.strip()) if talker.world else None
+        texts = toy.responses(question.strip()) if talker.world else []
     except ValueError:
-        texts = None
-    if texts is None:
-        return None
-    batches, found = world_batches([question.strip()], talker.tokenizer, talker.model.embed.weight.device), []
-    for i in range(len(lams)):
-        [(_, model, ids)] = policies_at(talker, lams[i:i + 1])
-        policy = (lambda batch, ids=ids: batch_logprobs(model, with_prefix(batch, torch.tensor(ids)))) if ids else model
-        probs, best = world_logprobs(policy, batches)[0].exp().topk(most)
-        found.append([(p, texts[j]) for p, j in zip(probs.tolist(), best.tolist())])
-    return found
+        texts = []
+    if not texts:
+        return []
+    batches = world_batches([question.strip()], talker.tokenizer, talker.model.embed.weight.device)
+    [(_, model, ids)] = policies_at(talker, lam[None])
+    policy = (lambda batch: batch_logprobs(model, with_prefix(batch, torch.tensor(ids)))) if ids else model
+    probs, best = world_logprobs(policy, batches)[0].exp().topk(most)
+    return [(p, texts[j]) for p, j in zip(probs.tolist(), best.tolist())]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,7 +269,7 @@ def answer_lines(talker, flags, lams):
     try:
         for line in map(str.strip, sys.stdin):
             texts = [""] * len(lams)
-            for i, text in answer(talker, [*system_turn(talker.system), Message("user", line)], lams, flags) if line else ():
+            for i, text in answer(talker, [*talker.system, Message("user", line)], lams, flags) if line else ():
                 texts[i] += text
                 if len(lams) == 1:
                     print(text, end="", flush=True)
@@ -316,18 +310,19 @@ def converse(talker, flags, lams):
                 now = [f"{x:g}" for x in lams[0].tolist()]
                 lams = lams[:1] if words == ["off"] else columns_of(words or now, talker.dims, True)
             elif command == "/system":
-                system = line.removeprefix("/system").strip() or None
+                system = [Message("system", " ".join(words))] if words else []
             elif command == "/reset":
                 turns = []
             elif command.startswith("/"):
                 print(f"{command} is no command; /help lists them")
             elif command:
-                asked = [*system_turn(system), *turns, Message("user", line)]
+                asked = [*system, *turns, Message("user", line)]
                 texts = say(talker, asked, lams, flags)
                 turns += [Message("user", line), Message("assistant", texts[0])]
-                for lam, top in zip(lams, likeliest(talker, line, lams) or []):
-                    print(dim(f"  the likeliest at {named(talker, lam)}" if len(lams) > 1 else "  the likeliest"))
-                    print(dim("\n".join(f"  {p:6.1%}  {text}" for p, text in top)))
+                for lam in lams:
+                    if top := likeliest(talker, line, lam):
+                        print(dim(f"  the likeliest at {named(talker, lam)}" if talker.dims else "  the likeliest"))
+                        print(dim("\n".join(f"  {p:6.1%}  {text}" for p, text in top)))
         except UserError as e:
             print(f"error: {e}")
 
@@ -380,7 +375,7 @@ def about(talker, flags, lams):
             "exact": r["exact"] and r["exact"]["points"], "base": r["base"]["points"]}
     return {"name": talker.name, "run": Path(flags.run or flags.init).name, "dims": talker.dims, "lams": lams.tolist(),
             "front": front, "world": talker.world, "models": [list(own) for own in talker.files], "most": MOST,
-            "greedy": flags.greedy, "system": talker.system or "", "seed": flags.seed,
+            "greedy": flags.greedy, "system": "".join(turn.content for turn in talker.system), "seed": flags.seed,
             "prompts": [x for split in ("new_verbs", "seen") for x in toy.prompts(split)] if talker.world else []}
 
 
@@ -408,13 +403,17 @@ def page_server(talker, flags, lams):
 
         def refused(self):
             """Whether the request is not from the page; then it has been answered."""
-            host, given = self.headers.get("Host", ""), self.path.split("/")[1]
+            host, given = self.headers.get("Host", ""), self.path[1:].partition("/")[0]
             ours = host in [f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")]    # rebound DNS
             origin = self.headers.get("Origin", f"http://{host}")
             if not (ours and origin == f"http://{host}" and hmac.compare_digest(given.encode(), token.encode())):
                 self.send(403, text="not allowed: open the address that chat.py has printed\n")
                 return True
             return False
+
+        def handle(self):
+            with contextlib.suppress(ConnectionError, TimeoutError):                  # the page has gone
+                super().handle()
 
         def do_GET(self):
             if self.refused():
@@ -433,20 +432,15 @@ def page_server(talker, flags, lams):
                 return
             try:
                 length = int(self.headers.get("Content-Length", ""))
-                assert self.path == f"/{token}/answer" and length < 10 ** 6
-                asked = json.loads(self.rfile.read(length))
-                turns = [Message(str(turn["role"]), str(turn["content"])) for turn in asked["turns"]]
-                lams = torch.tensor(asked["lams"], dtype=torch.float64).view(-1, len(talker.dims)).float()
-                lams = lams if talker.dims else torch.zeros(1, 0)
-                assert turns and 1 <= len(lams) <= MOST and (lams >= 0).all()
-                lams = lams / lams.sum(1, keepdim=True)
-                seed, key = int(asked["seed"]) % 2 ** 63, str(asked["page"])
-            except (ValueError, KeyError, TypeError, AssertionError, RuntimeError):
+                if self.path != f"/{token}/answer" or not 0 < length < 10 ** 6:
+                    raise ValueError("no question")
+                key, question = question_of(json.loads(self.rfile.read(length)), len(talker.dims))
+            except (ValueError, KeyError, TypeError):
                 return self.send(400, text="this is no question\n")
             latest[key] = mine = next(numbers)
             self.send(200, "application/x-ndjson")
-            with model_lock, contextlib.suppress(ConnectionError, TimeoutError):      # the page has gone
-                for event in events(talker, turns, lams, flags, bool(asked.get("greedy")), seed):
+            with model_lock, contextlib.closing(events(talker, flags, **question)) as coming:
+                for event in coming:
                     if latest[key] != mine:
                         break
                     self.wfile.write((json.dumps(event) + "\n").encode())
@@ -459,12 +453,28 @@ def page_server(talker, flags, lams):
     return server, f"http://127.0.0.1:{server.server_port}/{token}/"
 
 
-def events(talker, turns, lams, flags, greedy, seed):
-    """What the page is sent: {"i", "text"} for a piece of column i, at the end {"likeliest"}, or {"error"}."""
+def question_of(asked, m):
+    """(the page that asks, what it asks: turns, lams, greedy, seed) from its JSON. Raises ValueError, KeyError or
+    TypeError for what is none."""
+    turns = [Message(str(turn["role"]), str(turn["content"])) for turn in asked["turns"]]
+    lams = torch.tensor(asked["lams"], dtype=torch.float64).reshape(len(asked["lams"]), -1)
+    total = lams.sum(1, keepdim=True) if m else torch.ones(1)
+    if not turns or {turn.role for turn in turns} - {"system", "user", "assistant"} or turns[-1].role != "user":
+        raise ValueError("no conversation")
+    if not 1 <= len(lams) <= MOST or lams.shape[1] != m or not (lams >= 0).all() or not (total.isfinite() & (total > 0)).all():
+        raise ValueError("no preferences")
+    return str(asked["page"]), {"turns": turns, "lams": (lams / total).float(), "greedy": bool(asked["greedy"]),
+                                "seed": int(asked["seed"]) % 2 ** 63}
+
+
+def events(talker, flags, turns, lams, greedy, seed):
+    """What the page is sent: {"i", "text"} for a piece of column i, {"ended"} for all, {"i", "likeliest"}; {"error"}."""
     try:
         with contextlib.closing(answer(talker, turns, lams, flags, greedy, seed)) as pieces:
-            yield from ({"i": i, "text": text} for i, text in pieces)
-        yield {"likeliest": likeliest(talker, turns[-1].content, lams)}
+            yield from ({"i": i, "text": text} for i, text in pieces if text)
+        yield {"ended": True}
+        for i, lam in enumerate(lams):
+            yield {"i": i, "likeliest": likeliest(talker, turns[-1].content, lam)}
     except (UserError, FloatingPointError) as e:
         yield {"error": str(e)}
 
