@@ -383,7 +383,7 @@ def page_server(talker, flags, lams):
     """(a server on this machine's own address, the page's URL). Requests must name the token of this start and this
     host, so that no other site, and no other user of the machine, can ask. One lock stands around the model: questions
     wait for each other, and of one page a new one ends the one before."""
-    token, model_lock, numbers, latest = secrets.token_urlsafe(16), threading.Lock(), itertools.count(), {}
+    token, model_lock, latest = secrets.token_urlsafe(16), threading.Lock(), {}
     page, known = Path(__file__).with_name("chat.html").read_text(encoding="utf-8"), about(talker, flags, lams)
 
     class Handler(BaseHTTPRequestHandler):
@@ -434,14 +434,14 @@ def page_server(talker, flags, lams):
                 length = int(self.headers.get("Content-Length", ""))
                 if self.path != f"/{token}/answer" or not 0 < length < 10 ** 6:
                     raise ValueError("no question")
-                key, question = question_of(json.loads(self.rfile.read(length)), len(talker.dims))
+                asks, number, question = question_of(json.loads(self.rfile.read(length)), len(talker.dims))
             except (ValueError, KeyError, TypeError):
                 return self.send(400, text="this is no question\n")
-            latest[key] = mine = next(numbers)
+            latest[asks] = max(number, latest.get(asks, number))       # requests may overtake each other
             self.send(200, "application/x-ndjson")
             with model_lock, contextlib.closing(events(talker, flags, **question)) as coming:
                 for event in coming:
-                    if latest[key] != mine:
+                    if latest[asks] != number:
                         break
                     self.wfile.write((json.dumps(event) + "\n").encode())
 
@@ -454,21 +454,24 @@ def page_server(talker, flags, lams):
 
 
 def question_of(asked, m):
-    """(the page that asks, what it asks: turns, lams, greedy, seed) from its JSON. Raises ValueError, KeyError or
-    TypeError for what is none."""
+    """(the page that asks, the question's number, what is asked: turns, lams, greedy, seed) from its JSON. Raises
+    ValueError, KeyError or TypeError for what is none."""
     turns = [Message(str(turn["role"]), str(turn["content"])) for turn in asked["turns"]]
     lams = torch.tensor(asked["lams"], dtype=torch.float64).reshape(len(asked["lams"]), -1)
     total = lams.sum(1, keepdim=True) if m else torch.ones(1)
     if not turns or {turn.role for turn in turns} - {"system", "user", "assistant"} or turns[-1].role != "user":
         raise ValueError("no conversation")
-    if not 1 <= len(lams) <= MOST or lams.shape[1] != m or not (lams >= 0).all() or not (total.isfinite() & (total > 0)).all():
+    if not (1 <= len(lams) <= MOST and lams.shape[1] == m and (lams >= 0).all() and (0 < total).all()
+            and total.isfinite().all()):
         raise ValueError("no preferences")
-    return str(asked["page"]), {"turns": turns, "lams": (lams / total).float(), "greedy": bool(asked["greedy"]),
-                                "seed": int(asked["seed"]) % 2 ** 63}
+    return str(asked["page"]), int(asked["number"]), {
+        "turns": turns, "lams": (lams / total).float(), "greedy": bool(asked["greedy"]),
+        "seed": int(asked["seed"]) % 2 ** 63}
 
 
 def events(talker, flags, turns, lams, greedy, seed):
-    """What the page is sent: {"i", "text"} for a piece of column i, {"ended"} for all, {"i", "likeliest"}; {"error"}."""
+    """What the page is sent: {"i", "text"} for a piece of column i, {"ended"} for all, {"i", "likeliest"}, {"error"}.
+    """
     try:
         with contextlib.closing(answer(talker, turns, lams, flags, greedy, seed)) as pieces:
             yield from ({"i": i, "text": text} for i, text in pieces if text)
