@@ -456,13 +456,14 @@ def page_server(talker, flags, lams):
 def question_of(asked, m):
     """(the page that asks, the question's number, what is asked: turns, lams, greedy, seed) from its JSON. Raises
     ValueError, KeyError or TypeError for what is none."""
-    turns = [Message(str(turn["role"]), str(turn["content"])) for turn in asked["turns"]]
-    lams = torch.tensor(asked["lams"], dtype=torch.float64).reshape(len(asked["lams"]), -1)
-    total = lams.sum(1, keepdim=True) if m else torch.ones(1)
+    turns, lams = [Message(str(turn["role"]), str(turn["content"])) for turn in asked["turns"]], asked["lams"]
     if not turns or {turn.role for turn in turns} - {"system", "user", "assistant"} or turns[-1].role != "user":
         raise ValueError("no conversation")
-    if not (1 <= len(lams) <= MOST and lams.shape[1] == m and (lams >= 0).all() and (0 < total).all()
-            and total.isfinite().all()):
+    if not 1 <= len(lams) <= MOST or {len(lam) for lam in lams} != {m}:
+        raise ValueError("not one number for each dimension")
+    lams = torch.tensor(lams, dtype=torch.float64)
+    total = lams.sum(1, keepdim=True) if m else torch.ones(1)
+    if not ((lams >= 0).all() and (total > 0).all() and total.isfinite().all()):
         raise ValueError("no preferences")
     return str(asked["page"]), int(asked["number"]), {
         "turns": turns, "lams": (lams / total).float(), "greedy": bool(asked["greedy"]),

@@ -33,7 +33,7 @@ def loaded(run, *words):
     talker = chat.load(given)
     for layer in svd_lora_layers(talker.model).values():
         if layer.m:
-            layer.s.fill_(0.5)
+            layer.s.fill_(2.0)
     return talker, given, toy.prompts("new_verbs")[0]
 
 

@@ -67,7 +67,7 @@ def test_the_page_and_its_rules(panacea, serving):
     assert status == 200 and "default-src 'none'" in policy and "unsafe" not in policy
     [nonce] = set(re.findall(r"'nonce-([\w-]+)'", policy))
     assert f'<script nonce="{nonce}">' in text and f'<style nonce="{nonce}">' in text
-    assert not re.search(r"(?:https?:)?//\w", re.sub(r"//www\.w3\.org", "", text)) and " src=" not in text     # no network
+    assert " src=" not in text and not re.search(r"https?://", text)                   # no network
     assert nonce not in request(url)[2]                                                # another one every time
 
 
@@ -87,10 +87,10 @@ def test_who_is_refused(panacea, serving, change, status):
     {"turns": []}, {"turns": [{"role": "user"}]}, {"turns": [{"role": "robot", "content": "x"}]}, {"lams": []},
     {"turns": [{"role": "assistant", "content": "x"}]}, {"lams": [[1, 0, 0]]}, {"lams": [[0, 0]]}, {"lams": [[2, -1]]},
     {"lams": [[1, 0]] * 7}, {"lams": [["a", "b"]]}, {"lams": [[float("inf"), 0]]}, {"lams": [[float("nan"), 1]]},
-    {"seed": None}, {"lams": 3}])
+    {"seed": None}, {"lams": 3}, {"lams": [[1, 0], [1]]}])
 def test_what_is_no_question(more):
     question = json.loads(asking("x", LAMS))
-    assert chat.question_of(question, 2)[1]["lams"].equal(LAMS)
+    assert chat.question_of(question, 2)[2]["lams"].equal(LAMS)
     with pytest.raises((ValueError, KeyError, TypeError)):
         chat.question_of(question | more, 2)
 
@@ -134,18 +134,16 @@ def test_a_new_question_of_a_page_ends_the_one_before(panacea, serving, monkeypa
             yield 0, "x"
             time.sleep(0.01)
     monkeypatch.setattr(chat, "answer", slow)
-    parts, first = urlsplit(url), {}
+    parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.netloc, timeout=30)
     connection.request("POST", parts.path + "answer", asking("old", LAMS[:1], number=5))
     response = connection.getresponse()
     assert json.loads(response.readline()) == {"i": 0, "text": "x"} and len(said_so_far) < 100          # it streams
-    monkeypatch.setattr(chat, "answer", lambda talker, turns, *args: iter([(0, turns[-1].content)]))
-    monkeypatch.setattr(chat.contextlib, "closing", lambda x: chat.contextlib.nullcontext(x))
+    monkeypatch.setattr(chat, "answer", lambda talker, turns, *args: (piece for piece in [(0, turns[-1].content)]))
     other = ask(url, "other page", LAMS[:1], page="b")                  # waits for its turn, and ends nothing
     assert other[0] == ["other page"] and said_so_far == ["old"] * 200
     assert response.read().count(b"\n") == 201
     assert ask(url, "new", LAMS[:1], number=7)[0] == ["new"] and ask(url, "late", LAMS[:1], number=6) == ([], [])
-    assert first == {}
 
 
 def test_a_newer_question_does_not_wait_for_the_end(panacea, serving, monkeypatch):
@@ -167,7 +165,7 @@ def test_a_newer_question_does_not_wait_for_the_end(panacea, serving, monkeypatc
     response = connection.getresponse()
     response.readline()
     assert not closed.is_set() and ask(url, "new", LAMS[:1], number=2)[0] == ["new"] and closed.is_set()
-    assert set(response.read().splitlines()) == {b'{"i": 0, "text": "x"}'}
+    assert set(response.read().splitlines()) <= {b'{"i": 0, "text": "x"}'}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,7 +191,7 @@ def texts(tab):
 
 
 def settled(tab):
-    tab.until("running === null && timer !== 'x' && last().columns.every(c => c.done)", 30)
+    tab.until("turns.length && running === null && last().columns.every(c => c.done)", 30)
 
 
 @in_browser
@@ -206,12 +204,10 @@ def test_a_question_a_dragged_preference_and_a_comparison(sft_run, serving, tab)
     tab.run("$('text').focus()")
     tab.send("Input.insertText", text=question)
     tab.key("Enter", 13, "\r")
-    tab.until("turns.length === 1")
     settled(tab)
     assert texts(tab) == [at(0.5, 0.5)] and tab.run("document.querySelectorAll('.top li').length") == 4
     tab.run("document.querySelector('input[type=range]').focus()")
     tab.key("Home", 36)
-    tab.until("last().columns[0].done === false")
     settled(tab)
     assert texts(tab) == [at(0, 1)] != [at(0.5, 0.5)]
     assert tab.run("document.activeElement.ariaValueText") == "helpful 0.00, harmless 1.00"
@@ -221,7 +217,6 @@ def test_a_question_a_dragged_preference_and_a_comparison(sft_run, serving, tab)
     tab.key(" ", 32, " ")
     tab.run("document.querySelector('input[type=range]').focus()")
     tab.key("End", 35)
-    tab.until("last().columns[0].done === false")
     settled(tab)
     assert texts(tab) == [at(1, 0), at(0, 1)] and tab.run("document.querySelectorAll('#front .pinned').length") == 1
     tab.until("$('live').textContent.includes('helpful 1.00, harmless 0.00')")          # what a screen reader hears
@@ -282,7 +277,8 @@ def test_more_dimensions(m, control, serving, tab):
     lam = tab.run("lam")
     assert lam[0] > 1 / m + 0.005 > 1 / m > lam[1] and sum(lam) == pytest.approx(1)
     if m == 3:
-        x, y = tab.run("(b => [b.left + b.width * 20 / 300, b.top + b.height * 230 / 256])($('triangle').getBoundingClientRect())")
+        x, y = tab.run("(box => [box.left + box.width * 20 / 300, box.top + box.height * 230 / 256])"
+                       "($('triangle').getBoundingClientRect())")
         for kind in ("mousePressed", "mouseReleased"):
             tab.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
         assert tab.run("lam") == [0, 1, 0]
@@ -296,13 +292,12 @@ def test_more_dimensions(m, control, serving, tab):
 @in_browser
 def test_a_base_model_and_markup_in_answers(serving, tab, monkeypatch):
     """No λ; what is said is text, whatever it looks like; an error is shown and nothing hangs."""
-    monkeypatch.setattr(chat, "flags", flags, raising=False)
     given = flags("--init", "out/base-tiny-seed0")
     talker = chat.load(given)
     assert not svd_lora_layers(talker.model)
     server, url = chat.page_server(talker, given, torch.zeros(1, 0))
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setattr(chat, "answer", lambda *args: iter([(0, "<img src=x onerror=alert(1)>")]))
+    monkeypatch.setattr(chat, "answer", lambda *args: (x for x in [(0, "<img src=x onerror=alert(1)>")]))
     tab.goto(url)
     tab.run("ask('<b>x</b>')")
     settled(tab)
