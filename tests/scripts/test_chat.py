@@ -139,8 +139,8 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("text, shown, ended", [
-    (" It is é 日.", "It is é 日.", False), ("One.\n\nHuman: Two?", "One.", True), ("One.\n\nHumans are", "One.", True),
-    ("One.\n\nHumble", "One.\n\nHumble", False), ("a\n\nb\n\n", "a\n\nb", False)])
+    (" It is é 日.", "It is é 日.", False), ("One.\n\nHuman: Two?", "One.", True), ("a\n\nb\n\n", "a\n\nb", False),
+    ("One.\n\nHumans are", "One.\n\nHumans are", False)])
 def test_what_is_shown_grows_and_stops_at_the_next_turn(tokenizer, text, shown, ended):
     ids, before = tokenizer.encode(text), ""
     for n in range(1, len(ids) + 1):
