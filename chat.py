@@ -292,7 +292,7 @@ def converse(talker, flags, lams):
               * talker.world))
     while True:
         try:
-            line = input("; ".join(named(talker, lam) for lam in lams) + "> ").strip()
+            line = input(named(talker, lams[0]) + f" and {len(lams) - 1} more" * (len(lams) > 1) + "> ").strip()
         except EOFError:
             return print()
         except KeyboardInterrupt:

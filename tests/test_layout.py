@@ -14,7 +14,7 @@ MAY = {
     "runs": {"ops", "svd_lora"},
     "families": set(), "model": {"ops", "families"}, "svd_lora": {"ops", "model"},
     "data": BELOW, "fronts": BELOW | {"data"}, "eval_front": BELOW | {"data", "fronts"},
-    "train": BELOW | {"data", "fronts", "eval_front"},
+    "train": BELOW | {"data", "fronts", "eval_front"}, "chat": BELOW | {"data", "fronts"},
     "experiments": BELOW | {"data", "fronts", "eval_front"}, "bench": BELOW | {"data", "fronts", "eval_front"},
 }
 PURE = {"objectives", "aggregate", "ops"}           # not even the ground floor
