@@ -31,7 +31,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from data import toy
-from data.base import find_base, is_world_base
+from data.base import check_fit, find_base, is_world_base
 from data.files import Message, Row
 from data.prompts import written
 from data.tokenizers import Tokenizer, load_tokenizer, tokenize
@@ -115,6 +115,8 @@ def load(flags):
     """-> Talker. Raises UserError where there is no run, and no base model, of this name."""
     if (flags.run is None) == (flags.init is None):
         raise UserError("name a run directory, or a base model with --init DIR")
+    if flags.top_p == 0:
+        raise UserError("--top_p 0: must be more; --greedy takes the likeliest token")
     device, dtype = pick_device(flags.device, plain=flags.plain)
     if flags.run is None:
         base, name = find_base(flags.init, None, flags.tokenizer, device)
@@ -127,6 +129,7 @@ def load(flags):
     method, dims, run, models, files = config["method"], config["dims"], Path(flags.run or ""), [], {}
     tokenizer = load_tokenizer(config["tokenizer"], flags.template or config["flags"].get("template"),
                                eos_id=config["flags"].get("eos_id"))
+    check_fit(tokenizer, model, config["base"])
     if method in ("panacea", "prompt"):
         load_adapter(model, run / "adapter.safetensors", dims)
     elif method == "rs":
@@ -323,8 +326,10 @@ def converse(talker, flags, lams):
                     if top := likeliest(talker, line, lam):
                         print(dim(f"  the likeliest at {named(talker, lam)}" if talker.dims else "  the likeliest"))
                         print(dim("\n".join(f"  {p:6.1%}  {text}" for p, text in top)))
-        except UserError as e:
+        except (UserError, FloatingPointError) as e:
             print(f"error: {e}")
+        except KeyboardInterrupt:                                      # while the likeliest were computed
+            print()
 
 
 def say(talker, turns, lams, flags):
@@ -341,7 +346,6 @@ def say(talker, turns, lams, flags):
                     print(f"\x1b[{drawn}A" * (drawn > 0) + "\x1b[J" + "\n".join(lines), flush=True)
                     drawn = len(lines)
         except KeyboardInterrupt:
-            texts = [text + " …" for text in texts]
             print(" …" * (len(lams) == 1), end="")
     print("" if len(lams) == 1 else f"\x1b[{drawn}A\x1b[J" * (drawn > 0) + "\n".join(side_by_side(heads, texts, width)))
     return texts
