@@ -1,13 +1,18 @@
-"""test_chat.py - chat.py: what is said at a λ is what the model says there, streams, stops, and comes out of a pipe."""
+"""test_talk.py - chat.py: what is said at a λ is what the model says there, streams, stops, and comes out of a pipe."""
 import contextlib
 import io
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from running import ROOT, go
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+from small import SHAPES
+from test_chat import CHATML, directory
 
 import chat
 from data import toy
@@ -15,7 +20,7 @@ from data.chat import find_template
 from data.files import Message
 from data.tokenizers import load_tokenizer
 from fronts.measure import policies, run_config
-from model import Transformer, generate
+from model import Config, Transformer, generate
 from runs.files import UserError
 from runs.flags import cli
 from svd_lora import set_preference, svd_lora_layers
@@ -61,7 +66,7 @@ def test_a_mixed_batch_says_what_every_preference_says_alone(panacea, greedy):
         [y] = generate(talker.model, [prompt], 24, 0.0 if greedy else 1.0, eos_id=talker.tokenizer.ends,
                        generator=torch.Generator().manual_seed(5), vocab_size=talker.tokenizer.vocab_size)
         alone.append(talker.tokenizer.decode([token for token in y if token not in talker.tokenizer.ends]).strip())
-    assert said(pieces, 3) == alone and len(set(alone)) == 3                   # the wrong rows would be seen
+    assert said(pieces, 3) == alone and len(set(alone)) > 1                    # the wrong rows would be seen
     assert len(pieces) > 20 and {i for i, _ in pieces[:6]} == {0, 1, 2}        # piece by piece, all at once
 
 
@@ -191,7 +196,29 @@ def test_a_base_model_has_no_preference():
         chat.columns_of(["1"], [], False)
 
 
-@pytest.mark.parametrize("words", [[], ["out/panacea", "--init", "out/base-tiny-seed0"], ["out/nowhere"]])
+def test_turns_are_the_templates_and_its_end_stops(tmp_path, monkeypatch):
+    """A random ChatML model: <|im_start|> is 2, <|im_end|> 3."""
+    config = Config(300, 256, n_layer=1, n_head=2, d_model=16, bos_id=0, eos_id=1, **SHAPES["llama"])
+    Transformer(config).init_weights(torch.Generator().manual_seed(0)).save_pretrained(tmp_path)
+    directory(tmp_path, CHATML, ["<|im_start|>", "<|im_end|>"])
+    given = flags("--init", tmp_path, "--system", "Be brief.")
+    talker, seen = chat.load(given), []
+
+    def stream(model, prompts, new, temperature, top_p, ends, *args, **more):
+        seen.extend([prompts[0], ends])
+        yield from ((torch.tensor([0]), torch.tensor([i])) for i in [*talker.tokenizer.encode("Hello"), 3, 9, 9])
+    monkeypatch.setattr(chat, "stream", stream)
+    turns = [*talker.system, Message("user", "Hi"), Message("assistant", "<|im_end|>?"), Message("user", "Go")]
+    assert said(chat.answer(talker, turns, torch.zeros(1, 0), given), 1) == ["Hello"]
+    prompt, ends = seen
+    assert talker.tokenizer.decode(prompt) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_end|>?<|im_end|>\n<|im_start|>user\nGo<|im_end|>\n<|im_start|>assistant\n")
+    assert prompt.count(3) == 4 and 3 in ends                          # what somebody spells is no end
+
+
+@pytest.mark.parametrize("words", [[], ["out/panacea", "--init", "out/base-tiny-seed0"], ["out/nowhere"],
+                                   ["out/panacea", "--top_p", "0"]])
 def test_who_is_to_talk_must_be_said(words):
     with pytest.raises(UserError):
         chat.load(flags(*words))

@@ -1,4 +1,4 @@
-"""test_chat_page.py - the page of chat.py: who may ask, users who do not mix, and the page itself in a real browser."""
+"""test_talk_page.py - the page of chat.py: who may ask, users who do not mix, and the page itself in a real browser."""
 import http.client
 import json
 import re
@@ -10,7 +10,7 @@ import browser
 import pytest
 import torch
 from running import ROOT, go
-from test_chat import LAMS, flags, loaded, said, user
+from test_talk import LAMS, flags, loaded, said, user
 
 import chat
 from data import toy
