@@ -213,6 +213,10 @@ def test_a_question_a_dragged_preference_and_a_comparison(sft_run, serving, tab)
     assert tab.run("document.activeElement.ariaValueText") == "helpful 0.00, harmless 1.00"
     assert tab.run("$('front').getAttribute('aria-label')").startswith("At helpful 0.00, harmless 1.00 the run reaches")
     assert 0 < float(tab.run("$('status').dataset.first")) < 2000
+    tab.run("(async () => { for (let i = 30; i >= 0; i--) { setLam([i / 30, 1 - i / 30]);"
+            "await new Promise(after => setTimeout(after, 15)); } })()")                 # a drag: the last λ counts
+    settled(tab)
+    assert texts(tab) == [at(0, 1)]
     tab.run("$('pin').focus()")
     tab.key(" ", 32, " ")
     tab.run("document.querySelector('input[type=range]').focus()")
