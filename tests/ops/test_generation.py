@@ -69,7 +69,7 @@ def test_some_of_the_prompts_get_the_tokens_that_they_have_among_all(talker, own
 
 
 def test_the_stream_is_what_generate_says(talker):
-    """Token by token, until every row has ended; a prompt that is there twice is answered by the same random numbers."""
+    """Token by token, until every row has ended; a prompt that is there twice draws the same numbers."""
     model, said, going = talker("llama"), [[] for _ in PROMPTS], []
     whole = generate(model, PROMPTS, 20, eos_id=5, generator=seeded(3))
     for rows, token in stream(model, PROMPTS, 20, eos_id=5, generator=seeded(3)):
