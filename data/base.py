@@ -69,10 +69,15 @@ def load_base(base, tokenizer_name, device, dtype, flags):
     model = Transformer.from_pretrained(base, dtype=dtype, device=device, quantize=flags.quantize).requires_grad_(False)
     model.checkpoint_blocks = flags.checkpoint
     tokenizer = load_tokenizer(tokenizer_name, flags.template, flags.system, getattr(flags, "eos_id", None))
+    check_fit(tokenizer, model, base)
+    return model, tokenizer
+
+
+def check_fit(tokenizer, model, base):
+    """Raises UserError where the tokenizer has ids that the model of the directory `base` has not."""
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the base model {base} only "
                         f"{model.config.vocab_size}: name the model's own with --tokenizer")
-    return model, tokenizer
 
 
 def usual_rate(on_world, config):

@@ -367,33 +367,55 @@ def sample_token(logits, temperature, top_p, uniform=None):
 
 
 @torch.inference_mode()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, generator=None, pack=None,
-             own=None, vocab_size=None):
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, own=None, **more):
     """Continues every prompt until EOS or max_new_tokens. temperature 0 is greedy.
 
+    The arguments are those of stream(), and so are the errors. Returns a list of token lists, the new tokens alone; one
+    that ends in EOS stopped by itself.
+    """
+    ends = ends_of(model, eos_id)
+    out = torch.zeros(len(prompts if own is None else own), max_new_tokens, dtype=torch.int64,
+                      device=model.embed.weight.device)
+    steps = stream(model, prompts, max_new_tokens, temperature, top_p, ends, own=own, **more)
+    for i, (rows, token) in enumerate(steps):
+        out[rows, i] = token
+    return [row[:next((i + 1 for i, token in enumerate(row) if token in ends), None)] for row in out.tolist()]
+
+
+def ends_of(model, eos_id):
+    """The tokens that end a row: eos_id, one or several; None: the config's; -1: none."""
+    if eos_id is None:
+        eos_id = -1 if model.config.eos_id is None else model.config.eos_id
+    return [i for i in ([eos_id] if isinstance(eos_id, int) else eos_id) if i >= 0]
+
+
+@torch.inference_mode()
+def stream(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, generator=None, pack=None,
+           own=None, vocab_size=None):
+    """generate(), token by token: yields (rows, token), both (B,): the rows that still continue, and what each says
+    next. A row that has ended may go on for some steps, until it is dropped.
+
     model: a Transformer, or a Mixture: every model of it keeps its own KV cache and reads the one token that is drawn.
-    prompts: list of token lists, of any lengths >= 1; a row's logits do not depend on the others. eos_id: one
-    or several; default the config's; -1 never stops. generator: on any device; the same seed gives the same tokens.
+    prompts: list of token lists, of any lengths >= 1; a row's logits do not depend on the others. eos_id: as in
+    ends_of(). generator: on any device; the same seed gives the same tokens.
     pack: copy the weights into a faster layout for this call, which takes their memory once more, for a quantised base
     that of the dense weights (None: on a CPU, if max_new_tokens is large enough to gain by it).
     own: indices of prompts: these alone are continued, by the random numbers that they have among all. So several
-    processes that share the prompts out sample what one would.
+    processes that share the prompts out sample what one would; and a prompt that is there twice is answered by the same
+    numbers.
     vocab_size: only smaller ids are drawn. Models have more where their matrices are padded: no text has those.
-    Returns a list of token lists, the new tokens alone; one that ends in EOS stopped by itself. Raises ValueError where
-    prompt and new tokens exceed the context, FloatingPointError where the model's logits are not finite.
+    Raises ValueError where prompt and new tokens exceed the context, and at the end FloatingPointError where the
+    model's logits were not finite.
     """
     config, device = model.config, model.embed.weight.device
-    if eos_id is None:
-        eos_id = -1 if config.eos_id is None else config.eos_id
-    ends = [i for i in ([eos_id] if isinstance(eos_id, int) else eos_id) if i >= 0]
-    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+    ends, shortest, longest = ends_of(model, eos_id), min(map(len, prompts)), max(map(len, prompts))
     if shortest < 1 or longest + max_new_tokens > config.context_length:
         raise ValueError(f"{max_new_tokens} new tokens in a context of {config.context_length} need prompts of 1 to "
                          f"{config.context_length - max_new_tokens} tokens; these have {shortest} to {longest}")
     drawn, own = len(prompts), range(len(prompts)) if own is None else own
     prompts = [prompts[j] for j in own]
     if max_new_tokens == 0 or not prompts:
-        return [[] for _ in prompts]
+        return
     if generator is not None and generator.device.type != device.type:
         seed = torch.randint(2 ** 62, (), generator=generator, device=generator.device).item()
         generator = torch.Generator(device).manual_seed(seed)
@@ -406,7 +428,6 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     logits = mixed(decoder.prefill() for decoder in decoders)
     rows = torch.arange(B, device=device)                                             # those still in the batch
     own = torch.tensor(own, device=device)                                            # (B,)
-    out = torch.zeros(B, max_new_tokens, dtype=torch.int64, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
     stop, finite = torch.tensor(ends, device=device), torch.ones((), dtype=torch.bool, device=device)
     for i in range(max_new_tokens):
@@ -415,7 +436,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
         logits = logits[:, :vocab_size]
         finite &= logits.amax(-1).isfinite().all()                                    # read when all is done
         token = sample_token(logits, temperature, top_p, uniform)
-        out[rows, i] = token
+        yield rows, token
         if i + 1 == max_new_tokens:
             break
         done |= (token[:, None] == stop).any(-1)
@@ -432,4 +453,3 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     if not finite:
         raise FloatingPointError("the model's logits are not finite: its weights are damaged, or too large for their "
                                  "precision (--precision fp32), or a training has diverged")
-    return [row[:next((i + 1 for i, token in enumerate(row) if token in ends), None)] for row in out.tolist()]

@@ -29,7 +29,7 @@ def flag(default, text, valid=None, positional=False):
 
     valid: the numbers that it takes: an integer n (at least n), "positive", "share" (0 to 1) or "not negative"; of a
     list, every entry. None, where a flag has no value yet, is always valid. positional: the flag has no dashes, and one
-    value of a text, one or more of a list; "any": none will do.
+    value of a text, one or more of a list; "any": it may be left out.
     """
     metadata = {"help": text, "valid": valid, "positional": positional}
     if isinstance(default, list):
@@ -236,8 +236,8 @@ def cli(cls, doc, argv=None):
         else:
             more |= dict(type=kind)
         if f.metadata["positional"]:
-            nargs = {"any": "*"}.get(f.metadata["positional"], None if kind is str else "+")
-            groups[place].add_argument(f.name, nargs=nargs, help=more["help"])
+            one, several = {"any": ("?", "*")}.get(f.metadata["positional"], (None, "+"))
+            groups[place].add_argument(f.name, nargs=one if kind is str else several, help=more["help"])
         else:
             groups[place].add_argument("--" + f.name, **more)
     flags = cls(**vars(parser.parse_args(argv)))

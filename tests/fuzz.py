@@ -36,7 +36,9 @@ import torch
 from safetensors.torch import load, save
 from small import SHAPES, adapted
 
+import chat
 import eval_front
+import export
 import train_base
 import train_dpo
 import train_hqd
@@ -65,7 +67,8 @@ PATIENCE = 120
 MEMORY = 2 ** 30            # bytes that a case may take
 LONGEST = 1100              # characters of a message
 EVERY = 500
-SCRIPTS = (train_base, train_dpo, train_hqd, train_ppo, train_reward, train_sft, eval_front, check)
+SCRIPTS = (train_base, train_dpo, train_hqd, train_ppo, train_reward, train_sft, eval_front, export,
+           chat, check)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Valid files.
@@ -378,9 +381,10 @@ def preferences(rng, file):
     model = adapted(small_model("llama"), m=rng.choice((1, 2, 3)))
     m = next(iter(svd_lora_layers(model).values())).m
     off = rng.choice((0, 1e-6, 1e-3, -1e-4))
-    numbers = rng.choices((0.0, 1.0, 0.5, 1 / 3, -0.1, 2.0, math.nan, math.inf, 1e308, 1e-320), k=rng.randrange(7))
-    numbers = rng.choice((numbers, [1 / m + off] * m))
-    lams = preferences_of(numbers, ["a", "b", "c"][:m])
+    words = rng.choices((0.0, 1.0, 0.5, 1 / 3, -0.1, 2.0, math.nan, math.inf, 1e308, 1e-320, "a=0.5", "b=0.5", "=1", "λ",
+                         "a=", "1_0", "0x1", "٣", ""), k=rng.randrange(7))
+    words = rng.choice((words, [1 / m + off] * m))
+    lams = preferences_of(words, ["a", "b", "c"][:m])
     for lam in lams:
         set_preference(model, lam)
 

@@ -14,7 +14,8 @@ MAY = {
     "runs": {"ops", "svd_lora"},
     "families": set(), "model": {"ops", "families"}, "svd_lora": {"ops", "model"},
     "data": BELOW, "fronts": BELOW | {"data"}, "eval_front": BELOW | {"data", "fronts"},
-    "export": BELOW | {"data", "families", "fronts"}, "train": BELOW | {"data", "fronts", "eval_front"},
+    "export": BELOW | {"data", "families", "fronts"}, "chat": BELOW | {"data", "fronts"},
+    "train": BELOW | {"data", "fronts", "eval_front"},
     "experiments": BELOW | {"data", "fronts", "eval_front"},
     "bench": BELOW | {"data", "fronts", "eval_front", "export"},
 }

@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from model import SIZES, Transformer, generate
 from ops import generation
-from ops.generation import Decoder, FastLinear, Mixture, sample_token
+from ops.generation import Decoder, FastLinear, Mixture, sample_token, stream
 from svd_lora import SVDLoRALinear, adapters_off, inject_svd_lora, set_preference, svd_lora_layers
 
 HF = Path(__file__).parents[3] / "shared" / "oracles" / "data" / "hf"
@@ -66,6 +66,22 @@ def test_some_of_the_prompts_get_the_tokens_that_they_have_among_all(talker, own
     assert len(lengths) > 1
     if own == [3, 1]:                                                                 # wrong: numbers of its own
         assert generate(model, [PROMPTS[j] for j in own], new, eos_id=5, generator=seeded(3)) != [whole[3], whole[1]]
+
+
+def test_the_stream_is_what_generate_says(talker):
+    """Token by token, until every row has ended; a prompt that is there twice draws the same numbers."""
+    model, said, going = talker("llama"), [[] for _ in PROMPTS], []
+    whole = generate(model, PROMPTS, 20, eos_id=5, generator=seeded(3))
+    for rows, token in stream(model, PROMPTS, 20, eos_id=5, generator=seeded(3)):
+        going.append(len(rows))
+        for row, t in zip(rows.tolist(), token.tolist()):
+            said[row].append(t)
+    assert [y[:len(x)] for x, y in zip(whole, said)] == whole and len(going) == max(map(len, whole))
+    assert going[0] == len(PROMPTS) > going[-1]                                       # rows that have ended are dropped
+    twice = generate(model, PROMPTS, 20, eos_id=-1, generator=seeded(3), own=[1, 1])
+    assert twice[0] == twice[1] and len(set(twice[0])) > 1
+    alone = generate(model, [PROMPTS[1]] * 2, 20, eos_id=-1, generator=seeded(3))     # wrong: numbers of its own
+    assert alone[0] != alone[1]
 
 
 @pytest.mark.skipif(not HF.exists(), reason="shared/oracles/data/hf is not beside the repository")

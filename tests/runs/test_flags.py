@@ -87,9 +87,15 @@ def test_positional_flags():
         """One text, and any number of others."""
         run: str = flag(None, "a text", positional=True)
         others: list[str] = flag([], "texts", positional="any")
+
+    @dataclass
+    class Any:
+        """One text, or none."""
+        run: str | None = flag(None, "a text", positional="any")
+    assert cli(Any, "", []).run is None and cli(Any, "", ["x"]).run == "x"
     assert cli(One, "", ["x"]) == One("x", []) and cli(One, "", ["x", "y", "z"]) == One("x", ["y", "z"])
-    for flags, words in ((One, []), (Flags, ["--count", "3"])):
-        with pytest.raises(UserError, match="the following arguments are required: run"):
+    for flags, words in ((One, []), (Any, ["x", "y"]), (Flags, ["--count", "3"])):
+        with pytest.raises(UserError):
             cli(flags, "", words)
 
 
