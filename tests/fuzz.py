@@ -381,8 +381,8 @@ def preferences(rng, file):
     model = adapted(small_model("llama"), m=rng.choice((1, 2, 3)))
     m = next(iter(svd_lora_layers(model).values())).m
     off = rng.choice((0, 1e-6, 1e-3, -1e-4))
-    words = rng.choices((0.0, 1.0, 0.5, 1 / 3, -0.1, 2.0, math.nan, math.inf, 1e308, 1e-320, "a=0.5", "b=0.5", "=1", "λ",
-                         "a=", "1_0", "0x1", "٣", ""), k=rng.randrange(7))
+    words = rng.choices((0.0, 1.0, 0.5, 1 / 3, -0.1, 2.0, math.nan, math.inf, 1e308, 1e-320, "a=0.5", "b=0.5", "=1",
+                         "λ", "a=", "1_0", "0x1", "٣", ""), k=rng.randrange(7))
     words = rng.choice((words, [1 / m + off] * m))
     lams = preferences_of(words, ["a", "b", "c"][:m])
     for lam in lams:
