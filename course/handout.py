@@ -21,11 +21,12 @@ from course.page import page  # noqa: E402
 
 SHARED = """course/__init__.py course/adapters.py course/conftest.py course/earlier.py course/gpt.py course/grade.py
 course/grading.py course/pytest.ini course/world.py data/__init__.py data/base/config.json data/base/model.safetensors
-data/files.py data/tokenizers.py data/toy.py data/toy.tiktoken runs/__init__.py runs/files.py requirements.txt
-LICENSE""".split()
+data/chat.py data/files.py data/render.py data/tokenizers.py data/toy.py data/toy.tiktoken
+runs/__init__.py runs/files.py requirements.txt LICENSE""".split()
 OF_SET = ("__init__.py", "grade.py", "experiment.py", "handout.md")
 REFERENCE = {   # set: the files that its solution needs to run, where a later set is handed out without it
-    1: "svd_lora.py model.py ops/__init__.py ops/fused.py ops/check.py ops/generation.py ops/quantize.py".split(),
+    1: ("svd_lora.py model.py families.py ops/__init__.py ops/fused.py ops/check.py ops/generation.py "
+        "ops/quantize.py").split(),
     2: ["objectives.py", "aggregate.py"]}
 SOLVES = {      # set: {a file of REFERENCE or SHARED: the names in it that solve the set; None: the whole file}
     1: {"svd_lora.py": None, "ops/generation.py": None, "ops/check.py": None,

@@ -434,7 +434,7 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=No
         # a number for every prompt in every step, also for rows that were dropped: so dropping rows changes no sample
         uniform = torch.rand(drawn, generator=generator, device=device)[own[rows]] if temperature > 0 else None
         logits = logits[:, :vocab_size]
-        finite &= logits.amax(-1).isfinite().all()                                    # read when all is done
+        finite &= logits.amax(dim=1).isfinite().all()                                 # read when all is done
         token = sample_token(logits, temperature, top_p, uniform)
         yield rows, token
         if i + 1 == max_new_tokens:

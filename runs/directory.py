@@ -294,8 +294,9 @@ def save_state(path, named_parameters, *optimizers, **header):
         for i, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{o}.{i}.{key}": torch.as_tensor(value).cpu().contiguous()
                         for key, value in state.items()}
-    text, shapes = json.dumps(header), {name: list(tensor.shape) for name, tensor in tensors.items()}
-    write_whole(path, lambda f: save_file(tensors, f, metadata={"state": text, "check": digest([text, shapes])}))
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    state = json.dumps(header | {"check": digest([header, shapes])})   # one entry: several come in any order
+    write_whole(path, lambda f: save_file(tensors, f, metadata={"state": state}))
 
 
 def read_state_header(path):
@@ -305,12 +306,12 @@ def read_state_header(path):
         return None
     try:
         with safe_open(path, framework="pt") as f:
-            text, stored = f.metadata()["state"], {name: f.get_slice(name) for name in f.keys()}
-            shapes = {name: tensor.get_shape() for name, tensor in stored.items()}
-            if f.metadata()["check"] != digest([text, shapes]) or {x.get_dtype() for x in stored.values()} != {"F32"}:
+            header, stored = json.loads(f.metadata()["state"]), {name: f.get_slice(name) for name in f.keys()}
+            check, shapes = header.pop("check"), {name: tensor.get_shape() for name, tensor in stored.items()}
+            if check != digest([header, shapes]) or {x.get_dtype() for x in stored.values()} != {"F32"}:
                 raise ValueError
-        return json.loads(text)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return header
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path} is not a state file; delete it to start afresh") from None
 
 

@@ -1,4 +1,5 @@
 """test_evaluation.py - where a run is evaluated, its metrics, regret and shares, what is exact and shared, tables."""
+import json
 import types
 
 import numpy as np
@@ -131,6 +132,12 @@ def test_runs_of_one_objective_and_base_share_what_is_exact(monkeypatch):
     assert ask({}) == 1 and solved[-1]["aggregate"] == "ls"
 
 
+CONFIG = {"script": "train_dpo.py", "dims": ["a", "b"], "base": "b", "tokenizer": "toy", "fingerprint": "f",
+          "method": "panacea", "label": "Panacea", "models": 1,
+          "objective": {"name": "dpo", "beta": 1.0, "aggregate": "ls", "ideal": None},
+          "flags": {"steps": 3, "seed": 0, "batch_size": 2, "max_length": 9}}
+
+
 @pytest.mark.parametrize("second, together", [({"name": "dpo", "beta": 1.0, "aggregate": "tche"}, True),
                                               ({"name": "ipo", "beta": 1.0, "aggregate": "ls"}, False),
                                               ({"name": "dpo", "beta": 0.1, "aggregate": "ls"}, False)])
@@ -151,8 +158,8 @@ def test_who_meets_in_one_picture(second, together, monkeypatch, tmp_path, capsy
     monkeypatch.setattr(eval_front, "draw_comparison", lambda c, path: None)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text('{"objective": {}, "dims": ["a", "b"]}')
-        (tmp_path / name / "timing.json").write_text('{"train_seconds": 1}')
+        (tmp_path / name / "config.json").write_text(json.dumps(CONFIG))
+        (tmp_path / name / "timing.json").write_text('{"train_seconds": 1.5}')
     eval_front.main(eval_front.Flags(runs=[str(tmp_path / n) for n in ("one", "two")], device="cpu",
                                      out=str(tmp_path / "out")))
     assert (drawn.fronts, drawn.compared) == (([1, 1, 2], []) if together else ([1, 1], [2]))

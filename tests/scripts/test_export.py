@@ -57,7 +57,8 @@ def moved(run, config):
 @pytest.fixture
 def on_world(panacea, tmp_path):
     """A Panacea run on the world, with such an adapter."""
-    return moved(Path(shutil.copytree(panacea, tmp_path / "run")), read(panacea, "config.json"))
+    run = Path(shutil.copytree(panacea, tmp_path / "run", ignore=shutil.ignore_patterns("front.*")))
+    return moved(run, read(panacea, "config.json"))
 
 
 @pytest.mark.parametrize("lam", LAMS)

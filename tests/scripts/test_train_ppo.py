@@ -344,7 +344,7 @@ def test_reward_models_are_evaluated_by_the_true_rewards(reward_run, aggregate):
 
 
 def test_one_dimension_of_a_reward_model(reward_run):
-    run = go("train_ppo", "mixed", rewards=[f"{reward_run}:harmless", "length"], reward_scale=[5, 1])
+    run = go("train_ppo", "harmless-length", rewards=[f"{reward_run}:harmless", "length"], reward_scale=[5, 1])
     config = read(run, "config.json")
     assert config["dims"] == ["harmless", "length"] and config["rewards"]["scale"] == [5, 1]
     assert config["rewards"]["mean"][0] == 0 and config["rewards"]["mean"][1] > 0.3
