@@ -1,4 +1,4 @@
-"""test_layouts_trained.py - public layouts all the way: files as they are on the hub, read, trained on for a few steps, and
+"""test_layouts_trained.py - public layouts all the way: files as on the hub are read, trained on for a few steps, and
 read again by the evaluation."""
 import gzip
 import json
