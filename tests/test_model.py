@@ -761,7 +761,7 @@ def test_padding_to_a_multiple_changes_nothing(family, tiny, close):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt2", "llama"])         # q/k norms : a gradient differs by more than 1e-4, not understood
+@pytest.mark.parametrize("family", ["gpt2", "llama"])         # Qwen3: a gradient is off, not understood
 def test_compiled_blocks_compute_the_same_for_every_preference(family, tiny, close):
     model, compiled = adapted(tiny, family), adapted(tiny, family)
     for block in compiled.blocks:
