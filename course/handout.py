@@ -33,8 +33,8 @@ SOLVES = {      # set: {a file of REFERENCE or SHARED: the names in it that solv
         "ops/fused.py": "svd_lora_linear_plain _SVDLoRALinear _down _up_ svd_lora_linear"},
     2: {"objectives.py": "response_logprobs dpo_loss ipo_loss implicit_accuracy losses_on_pairs bradley_terry_loss",
         "aggregate.py": "sample_preference linear_scalarization tchebycheff denominators scalar_reward",
-        "ops/fused.py": "linear_logprob_plain _LinearLogprob _logprob_rows_fp32 _logprob_rows_bf16 logprob_rows_plain _logprob_rows_cuda "
-                        "linear_logprob"}}
+        "ops/fused.py": "linear_logprob_plain _LinearLogprob _logprob_rows_fp32 _logprob_rows_bf16 logprob_rows_plain "
+                        "_logprob_rows_cuda linear_logprob"}}
 README = """# Problem sets: aligning one language model with many preferences
 
     pip install -r requirements.txt

@@ -251,8 +251,8 @@ class _LinearLogprob(torch.autograd.Function):
         log p(target) = l_target − log Z        its gradient to h: W_target − Σ_v p_v W_v
 
     Σ_v p_v W_v is softmax(h Wᵀ) W. So it is summed in the same pass as log Z, for some rows at a time, in bf16 tile by
-    tile of the vocabulary, as in flash attention. The forward pass keeps this gradient, (N, D); the backward pass multiplies it by g, and computes no
-    logit a second time.
+    tile of the vocabulary, as in flash attention. The forward pass keeps this gradient, (N, D); the backward pass
+    multiplies it by g, and computes no logit a second time.
     """
 
     @staticmethod
