@@ -103,7 +103,7 @@ def main():
     (out / "ways.json").write_text(json.dumps(report, indent=1))
 
     figure, panels = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
-    shown = {"dpo": (report["dpo"], "DPO's J: 0 and 1 are the ends of the best front"),
+    shown = {"dpo": (report["dpo"], "DPO's J; 0, 1: ends of the best front"),
              "rlhf": (report["rlhf"], "RLHF's J, scaled in the same way"),
              "scores": ({"scaled": report["points"]["scores"], "base": base["scores"].tolist()}, "mean scores")}
     for axes, (points, title) in zip(panels, shown.values()):

@@ -156,7 +156,8 @@ TWO = t([2, 0], [1, 4])[None]                                                   
 
 def policies(X, S, start, *outside):
     """Log-probabilities (X, S) with this outside mass: one number, or one for each prompt."""
-    return (2 * numbers(X, S, start=start)).log_softmax(1) + (1 - t(*outside)).log()[:, None]
+    x = 2 * numbers(X, S, start=start)
+    return x - x.logsumexp(1, keepdim=True) + (1 - t(*outside)).log()[:, None]
 
 
 @problem("everything_counts", 2)
