@@ -144,3 +144,89 @@ def training_step(model: nn.Module, adapters_off, optimizer, tokens: Tensor, mas
     ->  the losses of the dimensions before the step, (m,), detached
     """
     raise NotImplementedError
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Set 3: fronts. F: points, preferences   X: prompts   S: listed responses. All numbers are float64.
+
+
+def nondominated(points: Tensor) -> Tensor:
+    """Which points no other dominates; larger is better. Set 3: nondominated.
+
+    points: (F, m)  ->  (F,) bool
+    """
+    raise NotImplementedError
+
+
+def hypervolume_2d(points: Tensor, reference: Tensor) -> Tensor | float:
+    """The area that the points dominate above the reference. Set 3: hypervolume_2d.
+
+    points: (F, 2)   reference: (2,)  ->  a number
+    """
+    raise NotImplementedError
+
+
+def hypervolume(points: Tensor, reference: Tensor) -> Tensor | float:
+    """The volume that the points dominate above the reference, for any m. Set 3: hypervolume.
+
+    points: (F, m)   reference: (m,)  ->  a number
+    """
+    raise NotImplementedError
+
+
+def rlhf_objectives(logps: Tensor, ref: Tensor, scores: Tensor, outside: float, beta: float) -> Tensor:
+    """J_i = E r_i − β KL(π ‖ π_ref), where everything that is said counts; mean over prompts. Set 3: everything_counts.
+
+    logps, ref: (X, S) log-probabilities of the listed responses, which need not sum to 1   scores: (X, S, m)
+    outside: the score of all other texts, in every dimension  ->  (m,)
+    """
+    raise NotImplementedError
+
+
+def rlhf_optimum(lam: Tensor, ref: Tensor, scores: Tensor, outside: float, beta: float) -> Tensor:
+    """log π* of the listed responses, for the policy with the largest Σ λ_i J_i of rlhf_objectives. Set 3: tilt.
+
+    lam: (m,)   ref, scores, outside, beta: as in rlhf_objectives  ->  (X, S)
+    """
+    raise NotImplementedError
+
+
+def exact_losses(h: Tensor, scores: Tensor) -> Tensor:
+    """DPO's loss of every prompt in every dimension, expected over all pairs and labels. Set 3: exact_losses.
+
+    h: (X, S), β log π/π_ref up to a constant for each prompt   scores: (X, S, m)  ->  (X, m)
+    """
+    raise NotImplementedError
+
+
+def derivatives(h: Tensor, scores: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient and Hessian of every prompt's Σ λ_i L_i in its h. Set 3: derivatives.
+
+    h: (X, S)   scores: (X, S, m)   lam: (m,)  ->  (X, S), (X, S, S)
+    """
+    raise NotImplementedError
+
+
+def dpo_optimum(scores: Tensor, lam: Tensor) -> Tensor:
+    """The h with the smallest Σ λ_i L_i, by Newton's method. Set 3: newton.
+
+    scores: (X, S, m)   lam: (m,)  ->  (X, S), each row with the mean 0
+    """
+    raise NotImplementedError
+
+
+def tche_optimum(scores: Tensor, lam: Tensor) -> Tensor:
+    """The h with the smallest max λ_i L_i for m = 2, L_i being means over the prompts. Set 3: tchebycheff_point.
+
+    scores: (X, S, 2)   lam: (2,)  ->  (X, S), each row with the mean 0
+    """
+    raise NotImplementedError
+
+
+def regret(lams: Tensor, J: Tensor, J_base: Tensor, J_best: Tensor) -> tuple[float, float, Tensor]:
+    """The share of the possible gain in Σ λ_i J_i that is missing. Set 3: regret.
+
+    lams: (F, m)   J: (F, m), of a model at these preferences   J_base: (m,)   J_best: (F, m), of the optimal policies
+    ->  the regret over all preferences, the largest of a single one, and this preference (m,)
+    """
+    raise NotImplementedError

@@ -1,9 +1,12 @@
 """reference_adapters.py - the solution of every set: this repository's functions, as course/adapters.py wants them."""
+from types import SimpleNamespace
+
 import torch
 
 import aggregate
 import objectives
 import svd_lora
+from fronts import dominance, evaluation, metrics, optimum
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Set 1.
@@ -78,3 +81,66 @@ def training_step(model, adapters_off, optimizer, tokens, mask, pairs, better, l
     (linear_scalarization if aggregate == "ls" else tchebycheff)(L, lam).backward()
     optimizer.step()
     return L.detach()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Set 3.
+
+
+def nondominated(points):
+    return torch.from_numpy(dominance.nondominated(points))
+
+
+def hypervolume(points, reference):
+    return metrics.hypervolume(points, reference)
+
+
+hypervolume_2d = hypervolume
+
+
+def everything(ref, scores, outside):
+    """log π_ref (X, S + 1) and scores (X, S + 1, m) with "any other text" as the last outcome."""
+    return optimum.with_outside(ref), torch.cat([scores, torch.full_like(scores[:, :1], outside)], 1)
+
+
+def rlhf_objectives(logps, ref, scores, outside, beta):
+    return optimum.rlhf_objectives(optimum.with_outside(logps), *everything(ref, scores, outside), beta)[0]
+
+
+def rlhf_optimum(lam, ref, scores, outside, beta):
+    ref, rewards = everything(ref, scores, outside)
+    return optimum.rlhf_closed_form(lam[None], rewards, ref, beta)[1][0, :, :-1]
+
+
+def exact_losses(h, scores):
+    return optimum.dpo_losses(h, optimum.win_probs(scores).sum(-1))
+
+
+def derivatives(h, scores, lam):
+    E, R = optimum._exponentials(h)
+    pairs, curve = h.shape[1] * (h.shape[1] - 1) / 2, optimum._hessian(E, R)
+    gradient = optimum._gradients(E, R, (lam @ optimum.win_probs(scores).sum(-1))[:, None])[:, 0]
+    return gradient / pairs, (curve - curve.mean(-1, keepdim=True)) / pairs           # the mean: fixes the constant
+
+
+def dpo_optimum(scores, lam):
+    h = optimum.dpo_ls(lam[None], scores, evenly(scores))[1][0]
+    return h - h.mean(1, keepdim=True)
+
+
+def tche_optimum(scores, lam):
+    h = optimum.dpo_tche(lam[None], scores, evenly(scores), [0.0, 0.0])[1][0]
+    return h - h.mean(1, keepdim=True)
+
+
+def evenly(scores):
+    """Equal weights of the prompts, (X,)."""
+    return torch.full((len(scores),), 1 / len(scores), dtype=torch.float64)
+
+
+def regret(lams, J, J_base, J_best):
+    none = torch.zeros(len(lams))                                     # J says it all: log-probabilities play no part
+    said = evaluation.regret({"J": J_base, "logps": 0.0}, {"J": J.tolist(), "logps": list(none)},
+                             {"J": J_best, "logps": none, "z": None}, lams.tolist(), None, SimpleNamespace(value=None),
+                             {"aggregate": "ls"})
+    return said["regret"], said["regret_worst"], torch.tensor(said["worst_lam"], dtype=torch.float64)
