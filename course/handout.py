@@ -25,8 +25,8 @@ data/chat.py data/files.py data/render.py data/tokenizers.py data/toy.py data/to
 runs/__init__.py runs/files.py requirements.txt LICENSE""".split()
 OF_SET = ("__init__.py", "grade.py", "experiment.py", "handout.md")
 REFERENCE = {   # set: the files that its solution needs to run, where a later set is handed out without it
-    1: ("svd_lora.py model.py families.py ops/__init__.py ops/fused.py ops/check.py ops/generation.py "
-        "ops/quantize.py").split(),
+    1: ("svd_lora.py model.py families.py ops/__init__.py ops/attention.py ops/fused.py ops/check.py "
+        "ops/generation.py ops/quantize.py").split(),
     2: ["objectives.py", "aggregate.py"],
     3: []}                                                            # no later set needs a front
 SOLVES = {      # set: {a file of REFERENCE or SHARED: the names in it that solve the set; None: the whole file}
@@ -36,7 +36,7 @@ SOLVES = {      # set: {a file of REFERENCE or SHARED: the names in it that solv
         "aggregate.py": "sample_preference linear_scalarization tchebycheff denominators scalar_reward",
         "ops/fused.py": "linear_logprob_plain _LinearLogprob _logprob_rows_fp32 _logprob_rows_bf16 logprob_rows_plain "
                         "_logprob_rows_cuda linear_logprob"},
-     3: dict.fromkeys(["fronts/dominance.py", "fronts/metrics.py", "fronts/optimum.py", "fronts/evaluation.py"])}
+    3: dict.fromkeys(["fronts/dominance.py", "fronts/metrics.py", "fronts/optimum.py", "fronts/evaluation.py"])}
 README = """# Problem sets: aligning one language model with many preferences
 
     pip install -r requirements.txt
