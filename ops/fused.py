@@ -72,6 +72,11 @@ def dense(W, dtype):
     return W if isinstance(W, torch.Tensor) else W.dense(dtype)
 
 
+def wide(x):
+    """x in fp32; in float64 it stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Linear layers.
 
@@ -239,8 +244,7 @@ def svd_lora_linear(x, W, U, V, d, bias=None):
 
 def linear_logprob_plain(hidden, weight, target):
     """The definition: log softmax(h Wᵀ)[target], by way of all (N, V) logits."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)                           # float64 stays float64
-    logps = (hidden.to(wide) @ weight.to(wide).T).log_softmax(-1)                     # (N, V)
+    logps = (wide(hidden) @ wide(weight).T).log_softmax(-1)                           # (N, V)
     return logps.gather(1, target[:, None])[:, 0]
 
 
@@ -291,11 +295,11 @@ def _logprob_rows_cpu(hidden, weight, target, want_grad):
         # An estimate c of log Z is subtracted inside the product, as its bias. So what bf16 rounds is l − c, a small
         # number, and not l. The estimate is from the target and some of the vocabulary; any c gives the same sums.
         l_target = (h.float() * W_target.float()).sum(1)                              # (n,) fp32
-        c = torch.logaddexp(l_target, product(h, weight[:GUESS]).float().logsumexp(1))
+        c = torch.logaddexp(l_target, product(h, weight[:GUESS].to(h.dtype)).float().logsumexp(1))
         top, Z = torch.zeros(len(h)), torch.zeros(len(h))     # running maximum of l − c (or 0), Σ exp(l − c − top)
         sum_W = torch.zeros(h.shape) if want_grad else None   # Σ exp(l − c − top) W
         for j in range(0, V, TILE):
-            W = weight[j:j + TILE]                                                    # (v, D)
+            W = weight[j:j + TILE].to(h.dtype)                                        # (v, D)
             l = (product(W, h, -c) if onednn_takes(W, h) else W.float() @ h.float().T - c).float()            # (v, n)
             higher = torch.maximum(top, l.amax(0))
             shrink = (top - higher).exp()
@@ -336,7 +340,8 @@ def _logprob_rows_cuda(hidden, weight, target, want_grad):
 def linear_logprob(hidden, weight, target):
     """log p(target) under softmax(hidden · weightᵀ), without ever holding the (N, V) logits.
 
-    hidden: (N, D)   weight: (V, D), hidden's dtype   target: (N,) int64   ->  (N,) fp32, in nats
+    hidden: (N, D)   weight: (V, D), hidden's dtype; frozen, also a narrower one   target: (N,) int64
+    -> (N,) fp32, in nats
     Gradients for hidden, and for weight where it is trained. Sums are in fp32; float64 inputs take the definition.
     """
     if hidden.dtype == torch.float64 or len(hidden) == 0:
