@@ -178,14 +178,16 @@ def turns(prompt):
 
 
 def announce(template, prompts):
-    """Says in a line how turns are written, and how many prompts stay what they are. Nothing where all are texts."""
-    if all(isinstance(x, str) for x in prompts):
-        return
-    plain = {"hh": "in the plain form, Human: … Assistant: (no chat template, or --template hh)",
-             "none": "their contents alone"}
+    """Says in a line how turns are written, where there are any, and how many prompts stay what they are; in another,
+    that these take no --system."""
     kept = sum(is_text(template, x) for x in prompts)
-    print(f"prompts: {plain.get(template.name, f'by the chat template of {template.name}')}"
-          + f"; {kept} of {len(prompts)} are whole prompts already and stay what they are" * (kept > 0))
+    if not all(isinstance(x, str) for x in prompts):
+        plain = {"hh": "in the plain form, Human: … Assistant: (no chat template, or --template hh)",
+                 "none": "their contents alone"}
+        print(f"prompts: {plain.get(template.name, f'by the chat template of {template.name}')}"
+              + f"; {kept} of {len(prompts)} are whole prompts already and stay what they are" * (kept > 0))
+    if template.system is not None and kept:
+        print(f"--system has no effect on {kept} of {len(prompts)} prompts, which are no turns but texts as they are")
 
 
 def _texts(template, chats):

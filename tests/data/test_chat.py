@@ -252,6 +252,17 @@ def test_a_prompt_is_not_wrapped_twice(tmp_path, capsys):
     assert "plain form" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["hh", "none"])
+def test_a_system_turn_that_no_prompt_takes_is_said(name, capsys):
+    """Wrong: nothing said; said of prompts that take it, or without --system."""
+    texts, turns = ["once", "[INST] Hi [/INST]"], [CHATS[0]]
+    said = lambda prompts, system="Be kind.": (announce(find_template(name, None, system), prompts),
+                                               capsys.readouterr().out)[1]
+    line = "--system has no effect on {} of {} prompts, which are no turns but texts as they are\n"
+    assert said(texts) == line.format(2, 2) and said(turns + texts).endswith(line.format(2, 3))
+    assert "--system" not in said(turns) + said(texts + turns, None)
+
+
 def test_hidden_and_shown():
     control = ("<a>", "<a>b", "|")
     text = "x<a>b<a>|\ufdd07\ufdd1"
