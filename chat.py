@@ -128,7 +128,7 @@ def load(flags):
     replace_broken(device, model.embed.weight.dtype)
     method, dims, run, models, files = config["method"], config["dims"], Path(flags.run or ""), [], {}
     tokenizer = load_tokenizer(config["tokenizer"], flags.template or config["flags"].get("template"),
-                               eos_id=config["flags"].get("eos_id"))
+                               eos_id=config["flags"].get("eos_id"), day=config.get("day"))
     check_fit(tokenizer, model, config["base"])
     if method in ("panacea", "prompt"):
         load_adapter(model, run / "adapter.safetensors", dims)

@@ -310,8 +310,8 @@ def test_bad_templates_are_one_line(tmp_path, one_second, template, says):
 def test_what_templates_may_use(tmp_path):
     template = ("{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}\n"
                 "  {% generation %}{{ {'b': m.content} | tojson }}{% endgeneration %}\n{% endfor %}"
-                "{{ strftime_now('%Y') | length }}{{ tools is none }}{{ bos_token }}{{ unk_token is defined }}")
-    job = dict(template=template, variables=dict(bos_token="<s>"),
+                "{{ strftime_now('%d %b %Y, %H:%M') }}{{ tools is none }}{{ bos_token }}{{ unk_token is defined }}")
+    job = dict(template=template, variables=dict(bos_token="<s>"), day="2024-07-26",
                chats=[[[turn._asdict() for turn in CHATS[1]], True]])
     done = subprocess.run([sys.executable, render.__file__], capture_output=True, text=True, input=json.dumps(job))
-    assert json.loads(done.stdout) == [{"text": '{"b": "Hi"}4True<s>False'}]
+    assert json.loads(done.stdout) == [{"text": '{"b": "Hi"}26 Jul 2024, 00:00True<s>False'}]
