@@ -293,7 +293,8 @@ def one_second(tmp_path, monkeypatch):
     ("{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}", "it writes without end"),
     ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "too long, or too much memory"),
     ("{{ 'x' * 10**9 }}", "MemoryError"), ("{{ '%1000000000d' % 1 }}", "MemoryError"),
-    ("{% set x = namespace(y='x') %}{% for i in range(99) %}{% set x.y = x.y ~ x.y %}{% endfor %}", "MemoryError"),
+    ("{% set x = namespace(y='x') %}{% for i in range(99) %}{% set x.y = x.y ~ x.y %}{% endfor %}",
+     "MemoryError|too much memory"),                                            # or the second is over before
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     ("{{ raise_exception('only\nfools') }}", "TemplateError: only fools; the turns were: user"),
     ("{% if %}", "TemplateSyntaxError"), ("{{ messages.append(1) }}", "SecurityError"),
