@@ -22,7 +22,7 @@ from ops import fused
 from ops.fused import rope_
 from ops.generation import KVCache
 from runs.files import UserError
-from svd_lora import inject_svd_lora, set_preference
+from svd_lora import inject_svd_lora, set_preference, svd_lora_layers
 
 SHARED = Path(__file__).parents[2] / "shared"
 HF = SHARED / "oracles" / "data" / "hf"
@@ -730,6 +730,10 @@ def step(model, multiple=1, lam=LAM):
     logps = batch_logprobs(model, pack(ROWS, multiple))
     (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    # s is one number, a sum whose terms may nearly cancel: in fp32 it is then off by 1e-4 of itself, here and there by
+    # other rounding. Its scale is that of σ's, which are sums of such terms without λ
+    for name in svd_lora_layers(model):
+        gradients[f"{name}.d"] = torch.cat([gradients.pop(f"{name}.{part}").view(-1) for part in ("sigma", "s")])
     model.zero_grad()
     return logps.detach(), gradients
 
@@ -757,14 +761,17 @@ def test_checkpointing_changes_no_bit_and_keeps_less(family, tiny, close):
 def test_padding_to_a_multiple_changes_nothing(family, tiny, close):
     model = adapted(tiny, family)
     assert pack(ROWS, 8).tokens.shape[1] % 8 == 0 != pack(ROWS).tokens.shape[1] % 8
-    assert same(step(model, 8), step(model), close, 1e-4)             # sums over keys in another order
+    assert same(step(model, 8), step(model), close, 2e-5)             # sums over keys in another order
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt2", "llama"])         # Qwen3: a gradient is off, not understood
+@families
 def test_compiled_blocks_compute_the_same_for_every_preference(family, tiny, close):
-    model, compiled = adapted(tiny, family), adapted(tiny, family)
+    """Wrong: the first λ kept in the compiled code."""
+    model, compiled, expected = adapted(tiny, family), adapted(tiny, family), []
     for block in compiled.blocks:
         block.compile(dynamic=False)                          # as train_dpo.py --compile does
     for lam in (LAM, LAM.flip(1)):
-        assert same(step(compiled, 8, lam), step(model, 8, lam), close, 1e-4)
+        expected.append(step(model, 8, lam))
+        assert same(step(compiled, 8, lam), expected[-1], close, 2e-5)
+    assert not same(*expected, close, 1e-3)
