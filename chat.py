@@ -36,15 +36,14 @@ from data.files import Message, Row
 from data.prompts import written
 from data.tokenizers import Tokenizer, load_tokenizer, tokenize
 from data.trees import batch_logprobs, with_prefix
-from fronts.measure import base_of, run_config, world_batches, world_logprobs
+from fronts.measure import base_of, load_trained, nearest, run_config, world_batches, world_logprobs
 from model import Transformer
 from ops.check import replace_broken
 from ops.generation import stream
-from runs.directory import adapter_file
 from runs.files import UserError, read_json
 from runs.flags import PLAIN, flag, preferences_of, run_main
 from runs.processes import pick_device
-from svd_lora import load_adapter, read_adapter_header, set_preference, shared_base, soup
+from svd_lora import load_adapter, set_preference, soup
 
 NEXT = "\n\nHuman:"             # the plain form has no token behind an answer: this begins the next turn
 MOST = 6                        # columns of one answer
@@ -98,15 +97,14 @@ def main(flags):
 # 1. Who answers.
 
 class Talker(NamedTuple):
-    """A model with what it needs to answer. models: rewarded soups' specialists; files: {λ: adapter file} of a method
-    with one model for each preference."""
+    """A model with what it needs to answer. specialists, files: those of load_trained."""
     name: str
     method: str | None              # None: a base model
     dims: list[str]
     model: Transformer
     tokenizer: Tokenizer
     world: bool                     # whether it knows the embedded world, and nothing else
-    models: list[Transformer]
+    specialists: list[Transformer]
     files: dict[tuple[float, ...], Path]
     system: list[Message]           # the turn in front of all, or none
 
@@ -126,24 +124,13 @@ def load(flags):
         config = run_config(Path(flags.run))
         model = base_of(config, device)
     replace_broken(device, model.embed.weight.dtype)
-    method, dims, run, models, files = config["method"], config["dims"], Path(flags.run or ""), [], {}
     tokenizer = load_tokenizer(config["tokenizer"], flags.template or config["flags"].get("template"),
                                eos_id=config["flags"].get("eos_id"), day=config.get("day"))
     check_fit(tokenizer, model, config["base"])
-    if method in ("panacea", "prompt"):
-        load_adapter(model, run / "adapter.safetensors", dims)
-    elif method == "rs":
-        models = [shared_base(model) for _ in dims]
-        for dim, specialist in zip(dims, models):
-            load_adapter(specialist, adapter_file(run, f"adapter-{dim}"), dims)
-    elif method:
-        found = sorted(run.glob("adapter-*.safetensors"))
-        files = {tuple(read_adapter_header(f)["lam"]): f for f in found}
-        if not files:
-            raise UserError(f"{run} holds no adapter: its training has not ended")
+    specialists, files = load_trained(Path(flags.run), config, model) if flags.run else ([], {})
     system = flags.system or config["flags"].get("system")
-    return Talker(config["label"], method, dims, model.requires_grad_(False), tokenizer, is_world_base(config["base"]),
-                  models, files, [Message("system", system)] if system else [])
+    return Talker(config["label"], config["method"], config["dims"], model.requires_grad_(False), tokenizer,
+                  is_world_base(config["base"]), specialists, files, [Message("system", system)] if system else [])
 
 
 def columns_of(words, dims, compare):
@@ -175,16 +162,11 @@ def policies_at(talker, lams):
             yield [i], model, ids
     elif talker.method == "rs":
         for i in every:
-            yield [i], soup(model, talker.models, lams[i].tolist()), []
+            yield [i], soup(model, talker.specialists, lams[i].tolist()), []
     else:
         for i in every:
-            load_adapter(model, talker.files[nearest(talker, lams[i])], talker.dims)
+            load_adapter(model, talker.files[nearest(talker.files, lams[i])], talker.dims)
             yield [i], model, []
-
-
-def nearest(talker, lam):
-    """Of a method with one model for each preference: the preference whose model answers at lam (m,)."""
-    return min(talker.files, key=lambda own: (torch.tensor(own) - lam).abs().sum().item())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
