@@ -185,7 +185,7 @@ _ROPE_KEYS = {"linear": ("factor",), "dynamic": ("factor",),
 _ROPE_NUMBERS = {*_ROPE_KEYS["llama3"], *_ROPE_KEYS["yarn"], "mscale", "mscale_all_dim", "rope_theta"} - {"truncate"}
 # Keys without a default in _DEFAULTS, and a value of their kind.
 _OPTIONAL = dict(sliding_window=4096, sliding_window_pattern=6, original_max_position_embeddings=2048, layer_types=[""],
-                 rope_scaling={}, rope_parameters={})
+                 rope_scaling={}, rope_parameters={}, rope_local_base_freq=10000.0)
 _NULLABLE = {*_OPTIONAL, "num_key_value_heads", "head_dim", "n_inner", "bos_token_id", "eos_token_id"}
 MOST, MOST_LAYERS = 2 ** 24, 1000       # what a size, and the number of layers, may be: more is a mistake
 
@@ -238,7 +238,7 @@ def _sliding_layers(c):
     if types:
         return tuple(i for i, each in enumerate(types) if each == "sliding_attention")
     if kind == "gemma3_text":
-        return tuple(i for i in layers if (i + 1) % c.get("sliding_window_pattern", 6))
+        return tuple(i for i in layers if (i + 1) % (c.get("sliding_window_pattern") or 6))
     return tuple(i for i in layers if c.get("use_sliding_window") and i >= c["max_window_layers"])
 
 

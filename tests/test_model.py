@@ -195,6 +195,7 @@ def test_what_config_json_leaves_out_is_transformers_default(kind):
     assert json.loads(json.dumps(asdict(ours))) == STORED["defaults"][kind]
     if kind != "gpt2":                                        # an empty config.json, but for a key that it has as null
         assert config_from_hf(dict(model_type=kind, eos_token_id=None)) == replace(ours, eos_id=None)
+    assert config_from_hf(dict(model_type=kind, sliding_window_pattern=None, rope_local_base_freq=None)) == ours
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -476,6 +477,7 @@ def test_other_architectures_are_refused(change, message, tiny, tmp_path):
     (dict(intermediate_size=2 ** 40), "intermediate_size cannot be"), (dict(model_type=["llama"]), "model_type"),
     (dict(rms_norm_eps=math.nan), "rms_norm_eps cannot be NaN"), (dict(rope_theta=0), "rope_theta cannot be 0"),
     (dict(eos_token_id=[]), "eos_token_id cannot be"), (dict(tie_word_embeddings=None), "tie_word_embeddings"),
+    (dict(rope_local_base_freq={}), "rope_local_base_freq cannot be {}"),
     (dict(hidden_act=["silu"]), "hidden_act cannot be"), (dict(rope_scaling=[8.0]), "rope_scaling cannot be"),
     (dict(rope_scaling={"type": "linear", "factor": "2"}), "factor \"2\" in rope_scaling"),
     (dict(model_type="gemma3_text", head_dim=256, rope_parameters=dict(sliding_attention=3)), "each type of layer"),
