@@ -36,15 +36,14 @@ from data.files import Message, Row
 from data.prompts import written
 from data.tokenizers import Tokenizer, load_tokenizer, tokenize
 from data.trees import batch_logprobs, with_prefix
-from fronts.measure import base_of, run_config, world_batches, world_logprobs
+from fronts.measure import base_of, load_trained, nearest, run_config, world_batches, world_logprobs
 from model import Transformer
 from ops.check import replace_broken
 from ops.generation import stream
-from runs.directory import adapter_file
 from runs.files import UserError, read_json
 from runs.flags import PLAIN, flag, preferences_of, run_main
 from runs.processes import pick_device
-from svd_lora import load_adapter, read_adapter_header, set_preference, shared_base, soup
+from svd_lora import load_adapter, set_preference, soup
 
 NEXT = "\n\nHuman:"             # the plain form has no token behind an answer: this begins the next turn
 MOST = 6                        # columns of one answer
@@ -98,15 +97,14 @@ def main(flags):
 # 1. Who answers.
 
 class Talker(NamedTuple):
-    """A model with what it needs to answer. models: rewarded soups' specialists; files: {λ: adapter file} of a method
-    with one model for each preference."""
+    """A model with what it needs to answer. specialists, files: those of load_trained."""
     name: str
     method: str | None              # None: a base model
     dims: list[str]
     model: Transformer
     tokenizer: Tokenizer
     world: bool                     # whether it knows the embedded world, and nothing else
-    models: list[Transformer]
+    specialists: list[Transformer]
     files: dict[tuple[float, ...], Path]
     system: list[Message]           # the turn in front of all, or none
 
@@ -126,24 +124,13 @@ def load(flags):
         config = run_config(Path(flags.run))
         model = base_of(config, device)
     replace_broken(device, model.embed.weight.dtype)
-    method, dims, run, models, files = config["method"], config["dims"], Path(flags.run or ""), [], {}
     tokenizer = load_tokenizer(config["tokenizer"], flags.template or config["flags"].get("template"),
-                               eos_id=config["flags"].get("eos_id"))
+                               eos_id=config["flags"].get("eos_id"), day=config.get("day"))
     check_fit(tokenizer, model, config["base"])
-    if method in ("panacea", "prompt"):
-        load_adapter(model, run / "adapter.safetensors", dims)
-    elif method == "rs":
-        models = [shared_base(model) for _ in dims]
-        for dim, specialist in zip(dims, models):
-            load_adapter(specialist, adapter_file(run, f"adapter-{dim}"), dims)
-    elif method:
-        found = sorted(run.glob("adapter-*.safetensors"))
-        files = {tuple(read_adapter_header(f)["lam"]): f for f in found}
-        if not files:
-            raise UserError(f"{run} holds no adapter: its training has not ended")
+    specialists, files = load_trained(Path(flags.run), config, model) if flags.run else ([], {})
     system = flags.system or config["flags"].get("system")
-    return Talker(config["label"], method, dims, model.requires_grad_(False), tokenizer, is_world_base(config["base"]),
-                  models, files, [Message("system", system)] if system else [])
+    return Talker(config["label"], config["method"], config["dims"], model.requires_grad_(False), tokenizer,
+                  is_world_base(config["base"]), specialists, files, [Message("system", system)] if system else [])
 
 
 def columns_of(words, dims, compare):
@@ -175,16 +162,11 @@ def policies_at(talker, lams):
             yield [i], model, ids
     elif talker.method == "rs":
         for i in every:
-            yield [i], soup(model, talker.models, lams[i].tolist()), []
+            yield [i], soup(model, talker.specialists, lams[i].tolist()), []
     else:
         for i in every:
-            load_adapter(model, talker.files[nearest(talker, lams[i])], talker.dims)
+            load_adapter(model, talker.files[nearest(talker.files, lams[i])], talker.dims)
             yield [i], model, []
-
-
-def nearest(talker, lam):
-    """Of a method with one model for each preference: the preference whose model answers at lam (m,)."""
-    return min(talker.files, key=lambda own: (torch.tensor(own) - lam).abs().sum().item())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -382,78 +364,81 @@ def about(talker, flags, lams):
             "prompts": [x for split in ("new_verbs", "seen") for x in toy.prompts(split)] if talker.world else []}
 
 
+class Handler(BaseHTTPRequestHandler):
+    """One request to page_server's server, whose attributes it reads."""
+    timeout, disable_nagle_algorithm = 60, True             # a browser that reads no more holds nobody up for ever
+
+    def log_message(self, *_):
+        pass
+
+    def send(self, status, kind="text/plain", text="", **headers):
+        self.send_response(status)
+        for name, value in {"Content-Type": f"{kind}; charset=utf-8", "Cache-Control": "no-store",
+                            "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+                            "Cross-Origin-Resource-Policy": "same-origin", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def refused(self):
+        """Whether the request is not from the page; then it has been answered."""
+        host, given, token = self.headers.get("Host", ""), self.path[1:].partition("/")[0], self.server.token
+        ours = host in [f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")]        # rebound DNS
+        origin = self.headers.get("Origin", f"http://{host}")
+        if not (ours and origin == f"http://{host}" and hmac.compare_digest(given.encode(), token.encode())):
+            self.send(403, text="not allowed: open the address that chat.py has printed\n")
+            return True
+        return False
+
+    def handle(self):
+        with contextlib.suppress(ConnectionError, TimeoutError):                      # the page has gone
+            super().handle()
+
+    def do_GET(self):
+        if self.refused():
+            return
+        if self.path != f"/{self.server.token}/":
+            return self.send(404, text="there is one page\n")
+        nonce = secrets.token_urlsafe(16)
+        policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
+                  "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+        told = json.dumps(self.server.about).replace("<", "\\u003c")                  # no </script> in a name
+        self.send(200, "text/html", self.server.page.replace("{nonce}", nonce).replace("{about}", told),
+                  **{"Content-Security-Policy": policy})
+
+    def do_POST(self):
+        if self.refused():
+            return
+        server = self.server
+        try:
+            length = int(self.headers.get("Content-Length", ""))
+            if self.path != f"/{server.token}/answer" or not 0 < length < 10 ** 6:
+                raise ValueError("no question")
+            page, number, question = question_of(json.loads(self.rfile.read(length)), len(server.talker.dims))
+        except (ValueError, KeyError, TypeError):
+            return self.send(400, text="this is no question\n")
+        latest = server.latest
+        latest[page] = max(number, latest.get(page, number))           # requests may overtake each other
+        self.send(200, "application/x-ndjson")
+        with server.lock, contextlib.closing(events(server.talker, server.flags, **question)) as coming:
+            for event in coming:
+                if latest[page] != number:
+                    break
+                self.wfile.write((json.dumps(event) + "\n").encode())
+
+
 def page_server(talker, flags, lams):
     """(a server on this machine's own address, the page's URL). Requests must name the token of this start and this
     host, so that no other site, and no other user of the machine, can ask. One lock stands around the model: questions
     wait for each other, and of one page a new one ends the one before."""
-    token, model_lock, latest = secrets.token_urlsafe(16), threading.Lock(), {}
-    page, known = Path(__file__).with_name("chat.html").read_text(encoding="utf-8"), about(talker, flags, lams)
-
-    class Handler(BaseHTTPRequestHandler):
-        timeout, disable_nagle_algorithm = 60, True         # a browser that reads no more holds nobody up for ever
-
-        def log_message(self, *_):
-            pass
-
-        def send(self, status, kind="text/plain", text="", **headers):
-            self.send_response(status)
-            for name, value in {"Content-Type": f"{kind}; charset=utf-8", "Cache-Control": "no-store",
-                                "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-                                "Cross-Origin-Resource-Policy": "same-origin", **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        def refused(self):
-            """Whether the request is not from the page; then it has been answered."""
-            host, given = self.headers.get("Host", ""), self.path[1:].partition("/")[0]
-            ours = host in [f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")]    # rebound DNS
-            origin = self.headers.get("Origin", f"http://{host}")
-            if not (ours and origin == f"http://{host}" and hmac.compare_digest(given.encode(), token.encode())):
-                self.send(403, text="not allowed: open the address that chat.py has printed\n")
-                return True
-            return False
-
-        def handle(self):
-            with contextlib.suppress(ConnectionError, TimeoutError):                  # the page has gone
-                super().handle()
-
-        def do_GET(self):
-            if self.refused():
-                return
-            if self.path != f"/{token}/":
-                return self.send(404, text="there is one page\n")
-            nonce = secrets.token_urlsafe(16)
-            policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
-                      "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-            told = json.dumps(known).replace("<", "\\u003c")                          # no </script> in a name
-            self.send(200, "text/html", page.replace("{nonce}", nonce).replace("{about}", told),
-                      **{"Content-Security-Policy": policy})
-
-        def do_POST(self):
-            if self.refused():
-                return
-            try:
-                length = int(self.headers.get("Content-Length", ""))
-                if self.path != f"/{token}/answer" or not 0 < length < 10 ** 6:
-                    raise ValueError("no question")
-                asks, number, question = question_of(json.loads(self.rfile.read(length)), len(talker.dims))
-            except (ValueError, KeyError, TypeError):
-                return self.send(400, text="this is no question\n")
-            latest[asks] = max(number, latest.get(asks, number))       # requests may overtake each other
-            self.send(200, "application/x-ndjson")
-            with model_lock, contextlib.closing(events(talker, flags, **question)) as coming:
-                for event in coming:
-                    if latest[asks] != number:
-                        break
-                    self.wfile.write((json.dumps(event) + "\n").encode())
-
     try:
         server = ThreadingHTTPServer(("127.0.0.1", flags.port), Handler)
     except (OSError, OverflowError) as e:
         raise UserError(f"--port {flags.port}: {e}") from None
-    server.daemon_threads = True
-    return server, f"http://127.0.0.1:{server.server_port}/{token}/"
+    server.page = Path(__file__).with_name("chat.html").read_text(encoding="utf-8")
+    server.daemon_threads, server.talker, server.flags, server.about = True, talker, flags, about(talker, flags, lams)
+    server.token, server.lock, server.latest = secrets.token_urlsafe(16), threading.Lock(), {}    # {page: number}
+    return server, f"http://127.0.0.1:{server.server_port}/{server.token}/"
 
 
 def question_of(asked, m):

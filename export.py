@@ -24,7 +24,7 @@ from data import toy
 from data.tokenizer_json import tokenizer_json
 from data.tokenizers import EOS, encoding_of, tokenize, tokenizer_of
 from families import stored_tensors, weight_files
-from fronts.measure import base_of, policies, run_config
+from fronts.measure import base_of, load_trained, nearest, policies, run_config
 from fronts.tables import table
 from model import Transformer
 from runs.files import UserError, read_json, whole_directory, write_json, write_text
@@ -34,8 +34,8 @@ from svd_lora import (
     adapter_state,
     export_peft,
     inject_svd_lora,
+    load_adapter,
     merged_state_dict,
-    read_adapter_header,
     set_preference,
     svd_lora_layers,
 )
@@ -123,13 +123,13 @@ def preferences(flags, run, config):
 def models_at(run, config, model, lams):
     """Yields (λ, model) as fronts.measure.policies; of a run with a model for each of its own preferences, those that
     are nearest to one of lams, with the λ that they were trained for."""
-    pairs = policies(run, config, model, lams)
     if config["method"] in ("panacea", "rs"):
-        yield from pairs
+        yield from policies(run, config, model, lams)
     else:
-        own = torch.tensor([read_adapter_header(f)["lam"] for f in sorted(run.glob("adapter-*.safetensors"))])
-        nearest = set(torch.cdist(lams, own).argmin(1).tolist())
-        yield from (pair for i, pair in enumerate(pairs) if i in nearest)
+        _, files = load_trained(run, config, model)
+        for own in dict.fromkeys(nearest(files, lam) for lam in lams):
+            load_adapter(model, files[own], config["dims"])
+            yield torch.tensor(own), model
 
 
 # ---------------------------------------------------------------------------------------------------------------------

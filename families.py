@@ -174,6 +174,10 @@ _DEFAULTS = {
         num_key_value_heads=4, head_dim=256, hidden_activation="gelu_pytorch_tanh", max_position_embeddings=2 ** 17,
         bos_token_id=2, eos_token_id=1, tie_word_embeddings=True, sliding_window=4096, query_pre_attn_scalar=256,
         rope_theta=1e6, rope_local_base_freq=10000.0)}
+# The key of the activation, and what its values are here.
+_ACTIVATIONS = dict.fromkeys(_DEFAULTS, ("hidden_act", {"silu": "swiglu"})) | {
+    "gpt2": ("activation_function", {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}),
+    "gemma3_text": ("hidden_activation", {"gelu_pytorch_tanh": "geglu"})}
 _ROPE_KEYS = {"linear": ("factor",), "dynamic": ("factor",),
               "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
               "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate",
@@ -181,7 +185,7 @@ _ROPE_KEYS = {"linear": ("factor",), "dynamic": ("factor",),
 _ROPE_NUMBERS = {*_ROPE_KEYS["llama3"], *_ROPE_KEYS["yarn"], "mscale", "mscale_all_dim", "rope_theta"} - {"truncate"}
 # Keys without a default in _DEFAULTS, and a value of their kind.
 _OPTIONAL = dict(sliding_window=4096, sliding_window_pattern=6, original_max_position_embeddings=2048, layer_types=[""],
-                 rope_scaling={}, rope_parameters={})
+                 rope_scaling={}, rope_parameters={}, rope_local_base_freq=10000.0)
 _NULLABLE = {*_OPTIONAL, "num_key_value_heads", "head_dim", "n_inner", "bos_token_id", "eos_token_id"}
 MOST, MOST_LAYERS = 2 ** 24, 1000       # what a size, and the number of layers, may be: more is a mistake
 
@@ -234,8 +238,53 @@ def _sliding_layers(c):
     if types:
         return tuple(i for i, each in enumerate(types) if each == "sliding_attention")
     if kind == "gemma3_text":
-        return tuple(i for i in layers if (i + 1) % c.get("sliding_window_pattern", 6))
+        return tuple(i for i in layers if (i + 1) % (c.get("sliding_window_pattern") or 6))
     return tuple(i for i in layers if c.get("use_sliding_window") and i >= c["max_window_layers"])
+
+
+def _ropes(c, path):
+    """The rotary settings of config.json, and those of Gemma's local layers: two dicts."""
+    if c["model_type"] != "gemma3_text":
+        return c.get("rope_scaling") or c.get("rope_parameters") or {}, {}            # before transformers 5, or since
+    by_type = c.get("rope_parameters") or {}                                          # one for each type of layer
+    full, local = by_type.get("full_attention") or {}, by_type.get("sliding_attention") or {}
+    if not isinstance(local, dict) or not isinstance(full, dict):
+        raise UserError(f"{path}: rope_parameters needs an object for each type of layer")
+    return full | (c.get("rope_scaling") or {}), local
+
+
+def _check_implemented(c, activation, rope, local, path):
+    """Raises UserError for what this file does not implement. activation: ours, None where there is none   rope, local:
+    of _ropes"""
+    kind = c["model_type"]
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    types = set(c.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    layers, heads, kv_heads = ((c["n_layer"], c["n_head"], None) if kind == "gpt2" else
+                               (c["num_hidden_layers"], c["num_attention_heads"], c["num_key_value_heads"]))
+    width = 2 if kind == "gpt2" else c["head_dim"] or c["hidden_size"] // heads
+    numbers = [(name, x) for each in (rope, local) for name, x in each.items() if name in _ROPE_NUMBERS]
+    wrong = next((f"{name} {json.dumps(x)[:60]}" for name, x in numbers
+                  if not (_is_number(x) or x is None or x == 0 and name.startswith("mscale"))), None)
+    refused = {
+        f"activation {c[_ACTIVATIONS[kind][0]]!r}": activation is None,
+        f"rope type {rope_type!r}": rope_type not in ("default", *_ROPE_KEYS),
+        "a rope type for local layers": local.get("rope_type", "default") != "default",
+        "rope_parameters by layer type": any(isinstance(value, dict) for value in rope.values()),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1) != 1,
+        f"{wrong} in rope_scaling": wrong,
+        f"{heads} heads of {width} entries": width % 2 or not 0 < heads * width <= MOST,
+        f"{layers} layers": layers > MOST_LAYERS,
+        "a context of 1 token": 1 in (c.get("n_positions"), c.get("max_position_embeddings"), c.get("sliding_window")),
+        f"layer_types {sorted(types)[:3]}": types,
+        f"{kv_heads} key/value heads for {heads} heads": kv_heads and heads % kv_heads,
+        "query_pre_attn_scalar, where it is not head_dim,": (kind == "gemma3_text"
+                                                             and c["query_pre_attn_scalar"] != c["head_dim"]),
+        "scale_attn_weights = false": not c.get("scale_attn_weights", True),
+    } | {name: c.get(name) for name in ("scale_attn_by_inverse_layer_idx", "attn_logit_softcapping",
+                                        "final_logit_softcapping", "use_bidirectional_attention")}
+    for what, found in refused.items():
+        if found:
+            raise UserError(f"{path}: {what} is not implemented")
 
 
 def config_from_hf(c, path="config.json"):
@@ -246,50 +295,14 @@ def config_from_hf(c, path="config.json"):
         raise UserError(f"{path}: model_type {kind!r} (only {', '.join(_DEFAULTS)}) is not implemented")
     c, gemma = _DEFAULTS[kind] | c, kind == "gemma3_text"
     _check_kinds(c, _DEFAULTS[kind], path)
-    eos = c["eos_token_id"]
+    (rope, local), (key, ours) = _ropes(c, path), _ACTIVATIONS[kind]
+    activation, eos = ours.get(c[key]), c["eos_token_id"]
+    _check_implemented(c, activation, rope, local, path)
     ids = dict(bos_id=c["bos_token_id"], eos_id=eos[0] if isinstance(eos, list) else eos, tied=c["tie_word_embeddings"])
-    act = c["activation_function" if kind == "gpt2" else "hidden_activation" if gemma else "hidden_act"]
-    activations = {"gpt2": {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"},
-                   "gemma3_text": {"gelu_pytorch_tanh": "geglu"}}.get(kind, {"silu": "swiglu"})
-    rope, local = c.get("rope_scaling") or c.get("rope_parameters") or {}, {}         # before transformers 5, or since
-    if gemma:                                                                         # one for each type of layer
-        by_type = c.get("rope_parameters") or {}
-        local = by_type.get("sliding_attention") or {}
-        full = by_type.get("full_attention") or {}
-        if not isinstance(local, dict) or not isinstance(full, dict):
-            raise UserError(f"{path}: rope_parameters needs an object for each type of layer")
-        rope = full | (c.get("rope_scaling") or {})
-    rope_type, window = rope.get("rope_type", rope.get("type", "default")), c.get("sliding_window")
-    types = set(c.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
-    layers, heads, kv_heads = ((c["n_layer"], c["n_head"], None) if kind == "gpt2" else
-                               (c["num_hidden_layers"], c["num_attention_heads"], c["num_key_value_heads"]))
-    width = 2 if kind == "gpt2" else c["head_dim"] or c["hidden_size"] // heads
-    numbers = [(name, x) for each in (rope, local) for name, x in each.items() if name in _ROPE_NUMBERS]
-    wrong = next((f"{name} {json.dumps(x)[:60]}" for name, x in numbers
-                  if not (_is_number(x) or x is None or x == 0 and name.startswith("mscale"))), None)
-    refused = {
-        f"activation {act!r}": act not in activations,
-        f"rope type {rope_type!r}": rope_type not in ("default", *_ROPE_KEYS),
-        "a rope type for local layers": local.get("rope_type", "default") != "default",
-        "rope_parameters by layer type": any(isinstance(value, dict) for value in rope.values()),
-        "partial_rotary_factor": (rope.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1) != 1,
-        f"{wrong} in rope_scaling": wrong,
-        f"{heads} heads of {width} entries": width % 2 or not 0 < heads * width <= MOST,
-        f"{layers} layers": layers > MOST_LAYERS,
-        "a context of 1 token": 1 in (c.get("n_positions"), c.get("max_position_embeddings"), window),
-        f"layer_types {sorted(types)[:3]}": types,
-        f"{kv_heads} key/value heads for {heads} heads": kv_heads and heads % kv_heads,
-        "query_pre_attn_scalar, where it is not head_dim,": gemma and c["query_pre_attn_scalar"] != c["head_dim"],
-        "scale_attn_weights = false": not c.get("scale_attn_weights", True),
-    } | {name: c.get(name) for name in ("scale_attn_by_inverse_layer_idx", "attn_logit_softcapping",
-                                        "final_logit_softcapping", "use_bidirectional_attention")}
-    for what, found in refused.items():
-        if found:
-            raise UserError(f"{path}: {what} is not implemented")
     if kind == "gpt2":
         return Config(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"], d_ff=c["n_inner"],
-                      norm_eps=c["layer_norm_epsilon"], activation=activations[act], **ids)
-    context, sliding = c["max_position_embeddings"], _sliding_layers(c)
+                      norm_eps=c["layer_norm_epsilon"], activation=activation, **ids)
+    context, sliding, window = c["max_position_embeddings"], _sliding_layers(c), c.get("sliding_window")
     if original := c.get("original_max_position_embeddings"):                         # outside, it goes first
         rope = rope | dict(original_max_position_embeddings=original)
     try:
@@ -300,12 +313,13 @@ def config_from_hf(c, path="config.json"):
         context = min(context, window)
     bias = bool(c.get("attention_bias")) and kind in ("llama", "qwen3", "gemma3_text")
     mlp_bias = bool(c.get("mlp_bias")) and kind == "llama"
-    return Config(c["vocab_size"], context, c["num_hidden_layers"], heads, c["hidden_size"], n_kv_head=kv_heads,
-                  head_dim=c["head_dim"], d_ff=c["intermediate_size"], norm="rmsnorm1" if gemma else "rmsnorm",
-                  norm_eps=c["rms_norm_eps"], positions="rotary", rope_scaling=scaling, activation=activations[act],
-                  rope_theta=float(rope.get("rope_theta") or c["rope_theta"]), qkv_bias=bias or kind == "qwen2",
-                  out_bias=bias, mlp_bias=None if mlp_bias == bias else mlp_bias, qk_norm=gemma or kind == "qwen3",
-                  post_norms=gemma, scaled_embedding=gemma, local_layers=sliding if gemma else (),
+    return Config(c["vocab_size"], context, c["num_hidden_layers"], c["num_attention_heads"], c["hidden_size"],
+                  n_kv_head=c["num_key_value_heads"], head_dim=c["head_dim"], d_ff=c["intermediate_size"],
+                  norm="rmsnorm1" if gemma else "rmsnorm", norm_eps=c["rms_norm_eps"], positions="rotary",
+                  rope_theta=float(rope.get("rope_theta") or c["rope_theta"]), rope_scaling=scaling,
+                  activation=activation, qkv_bias=bias or kind == "qwen2", out_bias=bias,
+                  mlp_bias=None if mlp_bias == bias else mlp_bias, qk_norm=gemma or kind == "qwen3", post_norms=gemma,
+                  scaled_embedding=gemma, local_layers=sliding if gemma else (),
                   local_theta=float(local.get("rope_theta") or c.get("rope_local_base_freq") or 10000.0), **ids)
 
 

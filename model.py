@@ -76,7 +76,7 @@ class Norm(nn.Module):
         if self.bias is not None:
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         if self.one_more:                                     # in bf16, 1 + weight would be rounded
-            return fused.rms_norm(x, 1 + self.weight.to(torch.promote_types(x.dtype, torch.float32)), self.eps)
+            return fused.rms_norm(x, 1 + fused.wide(self.weight), self.eps)
         return fused.rms_norm(x, self.weight, self.eps)
 
 

@@ -31,10 +31,10 @@ from data.files import plain_name
 from data.prompts import written
 from data.reference import kept_file, reference_logprobs
 from data.sources import check_preferences, preference_rows
-from data.tokenizers import tokenize
+from data.tokenizers import as_begun, tokenize
 from data.trees import edge_logprobs, predicting_states, row_lengths, with_prefix
 from objectives import dpo_loss, ipo_loss, losses_on_pairs, response_logprobs, support_loss
-from runs.directory import TRAINED, adapter_file, models_left, open_run, steps_each
+from runs.directory import TRAINED, adapter_file, models_left, open_run, run_directory, steps_each
 from runs.files import UserError
 from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, ProcessFlags, RunFlags, check_lam, flag, run_main
 from runs.loop import Run, adamw, add_adapter
@@ -155,6 +155,10 @@ def main(flags):
     model, tokenizer = load()
     flags.lr = flags.lr or (3e-3 if on_world else usual_rate(on_world, model.config))
     flags.steps = flags.steps or (240 if on_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
+    files = [plain_name(f) for f in flags.data or []]
+    out = run_directory(["dpo", *files, flags.method, flags.aggregate],
+                        {"method", "aggregate", "data", "eval_data", "fields"}, given, flags, dims)
+    tokenizer = as_begun(tokenizer, out, flags.overwrite)
     announce(tokenizer.template, [row.prompt for row in rows])
     rows, cut = tokenize(rows, tokenizer, min(flags.max_length, model.config.context_length))
     print("data: {prompts} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut".format(**cut))
@@ -163,11 +167,8 @@ def main(flags):
     text_of = (lambda lams: written(lams, tokenizer)) if flags.method == "prompt" else None
     steps = steps_each(flags, models)
     objective = {"name": flags.loss, "beta": flags.beta, "aggregate": flags.aggregate, "ideal": flags.ideal}
-    files = [plain_name(f) for f in flags.data or []]
-    out, resume = open_run(
-        "train_dpo.py", ["dpo", *files, flags.method, flags.aggregate],
-        {"method", "aggregate", "data", "eval_data", "fields"}, given, flags, dims, model, base, tokenizer_name,
-        flags.method, objective=objective, models=len(models), cut=cut)
+    resume = open_run("train_dpo.py", out, flags, dims, model, base, tokenizer, flags.method, objective=objective,
+                      models=len(models), cut=cut)
     if resume == TRAINED:
         return eval_front.show(out, flags)
     kept = kept_file(out, model, dtype, flags.quantize) if flags.data and not flags.keep else None

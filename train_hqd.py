@@ -36,12 +36,12 @@ from data.prompts import split
 from data.rewards import of_world
 from data.sources import check_rewards, rewards_in, room_for_prompts
 from data.text_rewards import collapsed
-from data.tokenizers import spoken, tokenize
+from data.tokenizers import as_begun, spoken, tokenize
 from data.trees import batch_logprobs, pack
 from fronts.selection import select_high_quality
 from fronts.tables import shown, table
 from objectives import sft_loss
-from runs.directory import TRAINED, models_left, open_run
+from runs.directory import TRAINED, models_left, open_run, run_directory
 from runs.files import UserError, read_lines, write_json, write_jsonl
 from runs.flags import AdapterFlags, BaseFlags, RewardFlags, RunFlags, flag, preferences_of, run_main
 from runs.loop import Log, Run, adamw, add_adapter
@@ -181,6 +181,11 @@ def main(flags):
     if len(rows) < flags.near:
         raise UserError(f"--near {flags.near}: the offline set has only {len(rows)} pairs to train on")
     tokens_of = lambda rows: tokenize(rows, tokenizer, length, length - flags.max_new_tokens)
+    rewards_of_models = [r.partition(":")[0] for r in flags.rewards or [] if "/" in r]
+    parts = [plain_name(f) for f in (flags.data or []) + rewards_of_models]
+    out = run_directory(["hqd", *parts, flags.select], {"select", "data", "rewards", "fields"}, given, flags,
+                        rewards.dims)
+    tokenizer = as_begun(tokenizer, out, flags.overwrite)
     announce(tokenizer.template, [row.prompt for row in rows])
     token_rows, cut = tokens_of(rows)
     print("tokens: {prompts_cut} prompts and {responses_cut} of {responses} responses cut".format(**cut))
@@ -188,14 +193,11 @@ def main(flags):
     # the selection has its own scale, from the lowest to the highest score of its pool; this one is for the evaluation
     rewards.measure(pool.scores, "in the offline set")
 
-    rewards_of_models = [r.partition(":")[0] for r in flags.rewards or [] if "/" in r]
-    parts = [plain_name(f) for f in (flags.data or []) + rewards_of_models]
     label = "ParetoHqD" if flags.select == "directions" else f"HqD, {flags.select}"
-    out, resume = open_run(
-        "train_hqd.py", ["hqd", *parts, flags.select], {"select", "data", "rewards", "fields"}, given, flags,
-        rewards.dims, model, base, tokenizer_name, "hqd", label=label, models=len(lams), rewards=rewards.description(),
-        objective={"name": "scores", "beta": 0.0, "aggregate": "ls", "ideal": None}, prompts=flags.data, cut=cut,
-        dropped=dropped)
+    resume = open_run(
+        "train_hqd.py", out, flags, rewards.dims, model, base, tokenizer, "hqd", label=label, models=len(lams),
+        objective={"name": "scores", "beta": 0.0, "aggregate": "ls", "ideal": None}, rewards=rewards.description(),
+        prompts=flags.data, cut=cut, dropped=dropped)
     if resume == TRAINED:
         return eval_front.show(out, flags)
     train(model, out, lams, pool, rewards, tokens_of, tokenizer, flags, resume, device)

@@ -43,11 +43,11 @@ from data.prompts import read_prompts, split
 from data.rewards import of_world, world_ideal
 from data.sources import check_rewards, rewards_in, room_for_prompts
 from data.text_rewards import collapsed
-from data.tokenizers import TokenRow, spoken, tokenize
+from data.tokenizers import TokenRow, as_begun, spoken, tokenize
 from data.trees import TreeBatch, batch_logprobs, pack, path_logprobs, predicting_states
 from objectives import gae, group_advantages, kl_penalized_rewards, noon, ppo_policy_loss, ppo_value_loss, sft_loss
 from ops.heads import Critic
-from runs.directory import TRAINED, adapter_file, models_left, open_run, steps_each
+from runs.directory import TRAINED, adapter_file, models_left, open_run, run_directory, steps_each
 from runs.files import UserError
 from runs.flags import (
     AdapterFlags,
@@ -399,16 +399,19 @@ def main(flags):
     defaults(flags, rewards, processes)
     prompts, weights = training_prompts(flags)
     length = room_for_prompts(flags, model.config)
+    m, single = len(rewards.dims), flags.aggregate in ("pama", "mgda")  # single: one policy, without a preference
+    if single:
+        flags.method, flags.lam = "dps", [1 / m] * m
+    parts = [plain_name(f.partition(":")[0]) for f in (flags.prompts or []) + (flags.rewards or []) if "/" in f]
+    out = run_directory(["ppo", *parts, flags.method, flags.aggregate],
+                        {"method", "aggregate", "prompts", "rewards", "fields"}, given, flags, rewards.dims)
+    tokenizer = as_begun(tokenizer, out, flags.overwrite)
     announce(tokenizer.template, [row.prompt for row in prompts])
     rows, cut = tokenize(prompts, tokenizer, length, max_prompt=length - flags.max_new_tokens)
     print("prompts: {prompts}, {prompts_cut} cut".format(**cut))
     if flags.ptx_coeff and not all(row.responses for row in rows):
         raise UserError("--ptx_coeff needs prompts that all have their own text: stories, or a field \"response\"")
 
-    m, single = len(rewards.dims), flags.aggregate in ("pama", "mgda")  # single: one policy, without a preference
-    if single:
-        flags.method, flags.lam = "dps", [1 / m] * m
-    parts = [plain_name(f.partition(":")[0]) for f in (flags.prompts or []) + (flags.rewards or []) if "/" in f]
     models = models_of(flags.method, rewards.dims, flags.dps_parts, flags.lam)
     steps = steps_each(flags, models)
     if None in rewards.mean:
@@ -416,11 +419,8 @@ def main(flags):
     method = flags.aggregate if single else flags.method
     objective = {"name": "rlhf", "beta": flags.kl_coeff, "aggregate": "tche" if flags.aggregate == "tche" else "ls",
                  "ideal": flags.ideal}
-    out, resume = open_run(
-        "train_ppo.py", ["ppo", *parts, flags.method, flags.aggregate],
-        {"method", "aggregate", "prompts", "rewards", "fields"}, given, flags, rewards.dims, model, base,
-        tokenizer_name, method, objective=objective, models=len(models), rewards=rewards.description(),
-        prompts=flags.prompts)
+    resume = open_run("train_ppo.py", out, flags, rewards.dims, model, base, tokenizer, method, objective=objective,
+                      models=len(models), rewards=rewards.description(), prompts=flags.prompts)
     if resume == TRAINED:
         return eval_front.show(out, flags)
     for i, (name, lam), state in models_left(models, resume):

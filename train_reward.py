@@ -30,12 +30,12 @@ from data.chat import announce
 from data.files import Row, as_json, plain_name
 from data.rewards import raw_rewards
 from data.sources import check_preferences, preference_rows, room_for_prompts
-from data.tokenizers import spoken, tokenize
+from data.tokenizers import as_begun, spoken, tokenize
 from data.trees import pack_ends, row_lengths
 from fronts.tables import shown, table
 from objectives import bradley_terry_loss
 from ops.heads import RewardModel
-from runs.directory import TRAINED, close_run, end_training, open_run
+from runs.directory import TRAINED, close_run, end_training, open_run, run_directory
 from runs.files import UserError, read_json, write_json, write_jsonl, write_whole
 from runs.flags import AdapterFlags, BaseFlags, ProcessFlags, RunFlags, flag, run_main
 from runs.loop import Run, adamw
@@ -136,13 +136,15 @@ def main(flags):
     flags.lr = flags.lr or usual_rate(on_world, backbone.config)
     flags.steps = flags.steps or (200 if on_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
     max_length = room_for_prompts(flags, backbone.config)
+    files = [plain_name(f) for f in flags.data or []]
+    out = run_directory(["reward", *files], {"data", "eval_data", "fields"}, given, flags, dims)
+    tokenizer = as_begun(tokenizer, out, flags.overwrite)
     announce(tokenizer.template, [row.prompt for row in rows])
     token_rows, cut = tokenize(rows, tokenizer, max_length)
     print("data: {prompts} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut".format(**cut))
 
-    files = [plain_name(f) for f in flags.data or []]
-    out, resume = open_run("train_reward.py", ["reward", *files], {"data", "eval_data", "fields"}, given, flags, dims,
-                           backbone, base, tokenizer_name, done="reward.json", max_length=max_length, cut=cut)
+    resume = open_run("train_reward.py", out, flags, dims, backbone, base, tokenizer, done="reward.json",
+                      max_length=max_length, cut=cut)
     if resume == TRAINED:
         if rank == 0:
             print(report_table(read_json(out / "reward.json")))

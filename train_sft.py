@@ -31,11 +31,11 @@ from data.batches import Batches
 from data.chat import announce
 from data.files import named, plain_name
 from data.prompts import read_demonstrations
-from data.tokenizers import tokenize
+from data.tokenizers import as_begun, tokenize
 from data.trees import batch_logprobs
 from fronts.objective import sft_ideal
 from objectives import sft_loss
-from runs.directory import TRAINED, adapter_file, models_left, open_run, steps_each
+from runs.directory import TRAINED, adapter_file, models_left, open_run, run_directory, steps_each
 from runs.files import UserError
 from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, ProcessFlags, RunFlags, check_lam, flag, run_main
 from runs.loop import Run, adamw, add_adapter
@@ -115,6 +115,9 @@ def main(flags):
     model, tokenizer = load()
     flags.lr = flags.lr or usual_rate(on_world, model.config)
     flags.steps = flags.steps or (400 if on_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
+    out = run_directory(["sft", flags.method, flags.aggregate],
+                        {"method", "aggregate", "data", "eval_data", "fields"}, given, flags, dims)
+    tokenizer = as_begun(tokenizer, out, flags.overwrite)
     announce(tokenizer.template, [row.prompt for row in rows])
     rows, cut = tokenize(rows, tokenizer, min(flags.max_length, model.config.context_length))
     print("data: {prompts} prompts, {prompts_cut} cut, and {responses_cut} of {responses} responses cut".format(**cut))
@@ -124,10 +127,8 @@ def main(flags):
     models = models_of(flags.method, dims, flags.dps_parts, flags.lam)
     steps = steps_each(flags, models)
     objective = {"name": "sft", "beta": None, "aggregate": flags.aggregate, "ideal": flags.ideal}
-    out, resume = open_run(
-        "train_sft.py", ["sft", flags.method, flags.aggregate], {"method", "aggregate", "data", "eval_data", "fields"},
-        given, flags, dims, model, base, tokenizer_name, flags.method, objective=objective, models=len(models), cut=cut,
-        loss_scale=scale.tolist())
+    resume = open_run("train_sft.py", out, flags, dims, model, base, tokenizer, flags.method, objective=objective,
+                      models=len(models), cut=cut, loss_scale=scale.tolist())
     if resume == TRAINED:
         return eval_front.show(out, flags)
     for i, (name, lam), state in models_left(models, resume):

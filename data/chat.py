@@ -34,6 +34,7 @@ class Template:
     name: str = "hh"                # hh, none, or the file that the Jinja text is from
     source: str | None = None       # Jinja; None: one of the plain forms
     system: str | None = None       # a first turn for conversations that have none
+    day: str = "2024-07-26"         # what strftime_now reads: a run's first; while a template is tried, always this one
     tokens: dict = field(default_factory=dict)      # {"bos_token": "<s>", …}
     before: str = " "               # white space in front of an answer
     asks: str = "\n\nAssistant:"    # what follows a last question
@@ -60,7 +61,7 @@ def find_template(choice, directory=None, system=None):
         return Template(system=system)
     if not isinstance(source, str):
         raise UserError(f"chat template {name}: it is no text, and no list of {{name, template}}")
-    return Template(str(name), source, system, _tokens(directory), before="", asks="")
+    return Template(str(name), source, system, tokens=_tokens(directory), before="", asks="")
 
 
 def _own(directory):
@@ -178,14 +179,16 @@ def turns(prompt):
 
 
 def announce(template, prompts):
-    """Says in a line how turns are written, and how many prompts stay what they are. Nothing where all are texts."""
-    if all(isinstance(x, str) for x in prompts):
-        return
-    plain = {"hh": "in the plain form, Human: … Assistant: (no chat template, or --template hh)",
-             "none": "their contents alone"}
+    """Says in a line how turns are written, where there are any, and how many prompts stay what they are; in another,
+    that these take no --system."""
     kept = sum(is_text(template, x) for x in prompts)
-    print(f"prompts: {plain.get(template.name, f'by the chat template of {template.name}')}"
-          + f"; {kept} of {len(prompts)} are whole prompts already and stay what they are" * (kept > 0))
+    if not all(isinstance(x, str) for x in prompts):
+        plain = {"hh": "in the plain form, Human: … Assistant: (no chat template, or --template hh)",
+                 "none": "their contents alone"}
+        print(f"prompts: {plain.get(template.name, f'by the chat template of {template.name}')}"
+              + f"; {kept} of {len(prompts)} are whole prompts already and stay what they are" * (kept > 0))
+    if template.system is not None and kept:
+        print(f"--system has no effect on {kept} of {len(prompts)} prompts, which are no turns but texts as they are")
 
 
 def _texts(template, chats):
@@ -212,7 +215,8 @@ def _rendered(template, chats, ask):
         return []
     hidden = [[{"role": turn.role, "content": hide(turn.content, template.control)} for turn in _begun(template, chat)]
               for chat in chats]
-    job = {"template": template.source, "variables": template.tokens, "chats": list(zip(hidden, ask))}
+    job = {"template": template.source, "variables": template.tokens, "day": template.day,
+           "chats": list(zip(hidden, ask))}
     try:
         done = subprocess.run([sys.executable, "-P", str(RENDER)], input=json.dumps(job), capture_output=True,
                               encoding="utf-8", timeout=PATIENCE + len(chats) / 100)

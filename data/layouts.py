@@ -15,8 +15,9 @@ Broken rows are left out, counted by cause, and a line is printed for each cause
 wrong type, an empty response, a role that is not known, two dialogues that part before their last answer, a row that no
 layout fits or that is of no use (one response where two are compared). More than 5 % of a file stop with an error: the
 file is not what it was taken for. A broken file stops at once: what is no JSON, no rows, a dimension without a name or
-with one that cannot be a name. A row without a label is not broken (ties, "N/A"), nor are Chatbot Arena's conversations
-of several turns, which part early by design: they are left out and do not count towards the 5 %.
+with one that cannot be a name. A row without a label is not broken (ties, "N/A"). Nor are what is read of no file, an
+image, a tool's turn or a call of one, and Chatbot Arena's conversations of several turns, which part early by design:
+these are left out too, and do not count towards the 5 %.
 """
 import json
 import re
@@ -31,6 +32,7 @@ from runs.files import UserError
 MOST_BROKEN = 0.05
 OURS = ("prompt", "messages", "response", "response_0", "response_1", "chosen", "rejected")   # what --fields may name
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+TOOLS = ("tool", "function", "function_call", "observation", "ipython")       # roles of a tool's turn, or of its call
 ENDS = ("Assistant:", "ASSISTANT:", "[/INST]", "### Response:", "<|im_start|>assistant", "<|assistant|>",
         "<start_of_turn>model", "assistant<|end_header_id|>")
 KINDS = {str: "a string", list: "a list", dict: "an object"}
@@ -97,7 +99,7 @@ def read_examples(path, fields=None, use=lambda example: None):
     first, left_out = {}, Counter(why.cause for why, _ in out)
     for why, where in out:
         first.setdefault(why.cause, (why, where))
-    broken = Counter(why.cause for why, _ in out if why.counts)
+    broken = Counter(why.cause for why, _ in out if why.counts or not examples)
     if broken.total() > MOST_BROKEN * rows:
         why, where = first[broken.most_common(1)[0][0]]
         raise UserError(f"{where}: {why.cause}{why.detail} ({broken.total()} of {rows} rows are broken: too many)")
@@ -180,9 +182,22 @@ def _message(row, where):
     if not isinstance(row, dict):
         raise Broken(f'field "{where}": a message must be an object', row)
     role = row.get("role", row.get("from"))
+    if role in TOOLS or row.get("tool_calls") or row.get("function_call"):
+        raise Broken(f'field "{where}": a tool\'s turn, or a call of one, is not read', counts=False)
     if not isinstance(role, str) or role not in ROLES:
         raise Broken(f'field "{where}": a role must be system, user or assistant', role)
-    return Message(ROLES[role], _get(row, "content" if "content" in row else "value"))
+    return Message(ROLES[role], _said(row, "content" if "content" in row else "value"))
+
+
+def _said(row, name):
+    """The text in a field: a string, or a list of parts, {"type": "text", "text": …}, which are joined."""
+    parts = row.get(name)
+    if not isinstance(parts, list):
+        return _get(row, name)
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise Broken(f'field "{name}": a part must be a text', part, counts=False)
+    return "".join(part["text"] for part in parts)
 
 
 def _turns(row, name):

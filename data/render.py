@@ -1,11 +1,12 @@
 """render.py - conversations as texts, by a chat template that a stranger wrote: run as a process of its own.
 
-    python data/render.py < {"template": …, "variables": {…}, "chats": [[messages, add_generation_prompt], …]}
+    python data/render.py < {"template": …, "variables": {…}, "day": …, "chats": [[messages, add_generation_prompt], …]}
 
 prints one JSON list: {"text": …} of each conversation, or {"error": …}. data/chat.py calls it. Jinja's sandbox keeps a
 template from files and objects, but not from loops without end or from strings of gigabytes, and no list of forbidden
 operators is complete. The operating system's limits are: this process imports nothing of the project, takes SECONDS of
-CPU time and MEMORY, and dies of more. What templates may use is what transformers gives them.
+CPU time and MEMORY, and dies of more. What templates may use is what transformers gives them; the day that they read is
+the job's, not the clock's.
 """
 import json
 import sys
@@ -35,8 +36,8 @@ class Generation(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
-def compiled(template):
-    """The Jinja template, in the environment that transformers has for chat templates."""
+def compiled(template, day):
+    """The Jinja template, in the environment that transformers has for chat templates, on a day like "2024-07-26"."""
     def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
@@ -47,7 +48,7 @@ def compiled(template):
                                                 extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["strftime_now"] = lambda form: datetime.fromisoformat(day).strftime(form)
     return environment.from_string(template)
 
 
@@ -73,7 +74,7 @@ def main():
     job, template, answer = json.loads(job), None, []
     for messages, ask in job["chats"]:
         try:
-            template = template or compiled(job["template"])
+            template = template or compiled(job["template"], job["day"])
             answer.append({"text": render(template, job["variables"], messages, ask)})
         except Exception as e:                                # whatever a stranger's template raises
             answer.append({"error": f"{type(e).__name__}: {e}"})

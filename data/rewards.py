@@ -173,9 +173,10 @@ def load_reward_model(path, policy=None, device="cpu"):
     base is read from the directory it was trained from. Raises UserError for a directory that is not a finished run.
     """
     path = Path(path)
-    if not (path / "reward.json").exists() or read_json(path / "config.json").get("script") != "train_reward.py":
+    config = read_config(path) if (path / "reward.json").exists() else {}
+    if config.get("script") != "train_reward.py":
         raise UserError(f"{path} is not a finished run of train_reward.py")
-    config, report = read_config(path), read_json(path / "reward.json")
+    report = read_json(path / "reward.json")
     if policy is not None and fingerprint(policy) == config["fingerprint"]:
         backbone = shared_base(policy)
     else:

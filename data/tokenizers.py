@@ -10,6 +10,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, field, replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Callable
@@ -57,17 +58,24 @@ class TokenRow:
     better: list[list[int]] = field(default_factory=list)
 
 
-def load_tokenizer(where, template=None, system=None, eos_id=None):
+def load_tokenizer(where, template=None, system=None, eos_id=None, day=None):
     """-> Tokenizer. `where`: "toy", "gpt2", a `*.tiktoken` ranks file (text is split by PATTERN), or a Hugging Face
-    directory. template, system, eos_id: the flags of these names; with eos_id no other token ends a response.
-    Raises UserError where it is none of these, or cannot be read."""
+    directory. template, system, eos_id: the flags of these names; with eos_id no other token ends a response. day: what
+    chat templates read, None: today. Raises UserError where it is none of these, or cannot be read."""
     choice, end = (template or "auto", system), {} if eos_id is None else {"eos_id": eos_id, "more_ends": ()}
     if encoding := encoding_of(where):
-        return replace(_from_tiktoken(str(where), encoding, choice), **end)
-    if os.path.isfile(Path(where) / "tokenizer.json"):  # pathlib's raises where a name is too long
-        return replace(_from_huggingface(str(where), Path(where), choice), **end)
-    raise UserError(f'tokenizer "{where}": no such tokenizer; give "toy", "gpt2", a *.tiktoken ranks file, or a '
-                    f'directory that holds tokenizer.json')
+        tokenizer = _from_tiktoken(str(where), encoding, choice)
+    elif os.path.isfile(Path(where) / "tokenizer.json"):  # pathlib's raises where a name is too long
+        tokenizer = _from_huggingface(str(where), Path(where), choice)
+    else:
+        raise UserError(f'tokenizer "{where}": no such tokenizer; give "toy", "gpt2", a *.tiktoken ranks file, or a '
+                        f'directory that holds tokenizer.json')
+    return on_day(replace(tokenizer, **end), day or str(date.today()))
+
+
+def on_day(tokenizer, day):
+    """The tokenizer with a chat template that reads this day, like "2024-07-26"."""
+    return replace(tokenizer, template=replace(tokenizer.template, day=day, known={}))
 
 
 def encoding_of(where):
@@ -87,7 +95,14 @@ def encoding_of(where):
 
 def tokenizer_of(config):
     """The Tokenizer that a run was trained with. config: config.json of its directory."""
-    return load_tokenizer(config["tokenizer"], *(config["flags"].get(key) for key in ("template", "system", "eos_id")))
+    flags = (config["flags"].get(key) for key in ("template", "system", "eos_id"))
+    return load_tokenizer(config["tokenizer"], *flags, config.get("day"))
+
+
+def as_begun(tokenizer, out, overwrite):
+    """A training's tokenizer, on the day that the run in its directory `out` began where that goes on."""
+    there = not overwrite and os.path.isfile(out / "config.json")
+    return on_day(tokenizer, there and read_json(out / "config.json").get("day") or tokenizer.template.day)
 
 
 def tokenize(rows, tokenizer, max_length, max_prompt=None):

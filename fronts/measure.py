@@ -35,7 +35,7 @@ from runs.directory import adapter_file, read_config
 from runs.files import UserError
 from runs.processes import pick_device
 from runs.randomness import generator_for
-from svd_lora import adapters_off, load_adapter, merged, set_preference, shared_base, soup
+from svd_lora import adapters_off, load_adapter, merged, read_adapter_header, set_preference, shared_base, soup
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Log-probs of responses under a model.
@@ -102,6 +102,28 @@ def base_of(config, device):
     return Transformer.from_pretrained(config["base"], dtype, device, flags.get("quantize"))
 
 
+def load_trained(run, config, model, adapters=None):
+    """Loads what a run has trained: its one adapter, or the file `adapters`, into `model`. -> (the specialists of
+    rewarded soups, on the memory of `model`; {λ: file} of a method with one model for each of its own preferences)."""
+    method, dims, specialists, files = config["method"], config["dims"], [], {}
+    if method in ("panacea", "prompt"):
+        load_adapter(model, adapters or run / "adapter.safetensors", dims)
+    elif method == "rs":
+        specialists = [shared_base(model) for _ in dims]
+        for dim, specialist in zip(dims, specialists):
+            load_adapter(specialist, adapter_file(run, f"adapter-{dim}"), dims)
+    else:
+        files = {tuple(read_adapter_header(f)["lam"]): f for f in sorted(run.glob("adapter-*.safetensors"))}
+        if not files:
+            raise UserError(f"{run} holds no adapter: its training has not ended")
+    return specialists, files
+
+
+def nearest(files, lam):
+    """The λ of files, {λ: file}, whose model stands for the preference lam (m,)."""
+    return min(files, key=lambda own: (torch.tensor(own) - lam).norm().item())
+
+
 def policies(run, config, model, lams, adapters=None, mix="weights", factor=1.0):
     """Yields (λ, model ready to be used at that λ) for each preference, with `model` changed in place.
 
@@ -110,27 +132,23 @@ def policies(run, config, model, lams, adapters=None, mix="weights", factor=1.0)
     Mixture). A prompted λ is a text in front of the prompt: that policy is a function, TreeBatch -> (R,) log-probs.
     Every other method has one adapter for each of its own preferences, and `lams` is ignored.
     """
-    method, dims = config["method"], config["dims"]
+    method, (specialists, files) = config["method"], load_trained(run, config, model, adapters)
     if method == "panacea":
-        load_adapter(model, adapters or run / "adapter.safetensors", dims)
         for lam in lams:
             set_preference(model, lam)
             yield lam, model
     elif method == "prompt":
-        load_adapter(model, run / "adapter.safetensors", dims)
         for lam, text in zip(lams, written(lams, load_tokenizer(config["tokenizer"]))):
             yield lam, lambda batch, text=text: batch_logprobs(model, with_prefix(batch, text))
     elif method == "rs":
-        models = [shared_base(model) for _ in range(len(dims) + 1)]                   # π_ref, then the specialists
-        for dim, specialist in zip(dims, models[1:]):
-            load_adapter(specialist, adapter_file(run, f"adapter-{dim}"), dims)
         for lam in lams:
             w = (factor * lam).tolist()
-            yield lam, Mixture(models, [1 - factor, *w]) if mix == "logprobs" else soup(models[0], models[1:], w)
+            yield lam, (Mixture([model, *specialists], [1 - factor, *w]) if mix == "logprobs" else
+                        soup(model, specialists, w))
     else:
-        for file in sorted(run.glob("adapter-*.safetensors")):
-            header = load_adapter(model, file, dims)
-            yield torch.tensor(header["lam"]), model
+        for own, file in files.items():
+            load_adapter(model, file, config["dims"])
+            yield torch.tensor(own), model
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -73,6 +73,11 @@ def dense(W, dtype):
     return W if isinstance(W, torch.Tensor) else W.dense(dtype)
 
 
+def wide(x):
+    """x in fp32; in float64 it stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Linear layers.
 
@@ -240,8 +245,7 @@ def svd_lora_linear(x, W, U, V, d, bias=None):
 
 def linear_logprob_plain(hidden, weight, target):
     """The definition: log softmax(h Wᵀ)[target], by way of all (N, V) logits."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)                           # float64 stays float64
-    logps = (hidden.to(wide) @ weight.to(wide).T).log_softmax(-1)                     # (N, V)
+    logps = (wide(hidden) @ wide(weight).T).log_softmax(-1)                           # (N, V)
     return logps.gather(1, target[:, None])[:, 0]
 
 
@@ -285,7 +289,7 @@ class _LinearLogprob(torch.autograd.Function):
 
 def _logprob_rows_fp32(hidden, weight, target, want_grad):
     """log p(target) (N,) fp32 and its gradient to hidden, (N, D) or None, on a CPU. No autograd."""
-    logps, dlogps = [], []
+    logps, dlogps, weight = [], [], weight.float()
     for h, y in zip(*(t.split(min(WIDE_ROWS, max(1, WIDE_LOGITS // len(weight)))) for t in (hidden, target))):
         logits = product(h, weight)                                                   # (n, V)
         l_target, top = logits.gather(1, y[:, None])[:, 0], logits.amax(1, keepdim=True)
@@ -352,7 +356,8 @@ def _logprob_rows_cuda(hidden, weight, target, want_grad):
 def linear_logprob(hidden, weight, target):
     """log p(target) under softmax(hidden · weightᵀ), without ever holding the (N, V) logits.
 
-    hidden: (N, D)   weight: (V, D), hidden's dtype   target: (N,) int64   ->  (N,) fp32, in nats
+    hidden: (N, D)   weight: (V, D), hidden's dtype; frozen, also a narrower one   target: (N,) int64
+    -> (N,) fp32, in nats
     Gradients for hidden, and for weight where it is trained. Sums are in fp32; float64 inputs take the definition.
     """
     if hidden.dtype == torch.float64 or len(hidden) == 0:

@@ -336,7 +336,8 @@ class Mixture(nn.Module):
 
     The softmax ignores what is equal for all tokens of the vocabulary, so logits may stand for log-probs; these are
     linear in the last hidden state, and the models share the head, because adapters stand inside the blocks alone. So
-    the mixture's hidden state is the weighted sum of theirs, and nothing of size V is mixed.
+    the mixture's hidden state is the weighted sum of theirs, and nothing of size V is mixed. The sum stays in fp32:
+    models that differ a little are few steps of bf16 apart, and it would round away what lies between them.
     """
 
     def __init__(self, models, weights):
@@ -348,8 +349,8 @@ class Mixture(nn.Module):
 
     def forward(self, tokens, positions=None, mask=None, return_hidden=False):        # (B, T) -> (B, T, V) or (B, T, D)
         parts = zip(self.models, self.weights)
-        hidden = sum(w * model(tokens, positions, mask, return_hidden=True) for model, w in parts)
-        return hidden if return_hidden else fused.linear(hidden, self.head_weight)
+        hidden = sum(w * fused.wide(model(tokens, positions, mask, return_hidden=True)) for model, w in parts)
+        return hidden if return_hidden else fused.linear(hidden, self.head_weight.to(hidden.dtype))
 
 
 def sample_token(logits, temperature, top_p, uniform=None):
@@ -432,7 +433,8 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=No
     models, weights = (model.models, model.weights) if isinstance(model, Mixture) else ([model], [1.0])
     graph = device.type == "cuda" and fused.on("CUDA graph")
     decoders = [Decoder(each, prompts, max_new_tokens, graph, pack) for each in models]
-    mixed = lambda logits: sum(w * each for w, each in zip(weights, logits))          # (B, V): log-probs, but for a sum
+    # (B, V): the mixture's log-probs, but for a number that all tokens share
+    mixed = lambda logits: sum(w * fused.wide(each) for w, each in zip(weights, logits))
     logits = mixed(decoder.prefill() for decoder in decoders)
     rows = torch.arange(B, device=device)                                             # those still in the batch
     own = torch.tensor(own, device=device)                                            # (B,)

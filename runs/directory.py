@@ -43,7 +43,7 @@ TRAINED = "trained"             # open_run's answer, in the place of a state, wh
 # of what kind config.json's values are, and those of its flags; a script may have no value for what may be None
 NONE = type(None)
 CONFIG = {"script": str, "flags": dict, "dims": list, "base": str, "tokenizer": str, "fingerprint": str,
-          "method": str | NONE, "label": str | NONE, "models": int | NONE, "objective": dict | NONE,
+          "day": str | NONE, "method": str | NONE, "label": str | NONE, "models": int | NONE, "objective": dict | NONE,
           "rewards": dict | NONE, "prompts": list | NONE}
 FLAGS = {"steps": int, "seed": int, "batch_size": int, "max_length": int, "precision": str | NONE,
          "quantize": str | NONE, "template": str | NONE, "system": str | NONE, "eos_id": int | NONE,
@@ -73,18 +73,22 @@ def adapter_file(out, name):
     return out / f"{file_name(name)}.safetensors"
 
 
-def open_run(script, parts, named, given, flags, dims, model, base, tokenizer, method=None, done="timing.json", **more):
-    """Makes the run directory, --out or the name that run_name makes of parts and `given` flags, and its config.json.
+def run_directory(parts, named, given, flags, dims):
+    """The run directory: --out, or the name that run_name makes of parts, dims and `given` flags."""
+    return Path(flags.out or run_name([*parts, *dims, f"seed{flags.seed}"], given, named))
+
+
+def open_run(script, out, flags, dims, model, base, tokenizer, method=None, done="timing.json", **more):
+    """Makes the run directory `out` and its config.json. Returns what prepare_run returns.
 
     done: the file whose presence means that the training has ended   more: what only some scripts say there: label
     (default: as the method is called), models, rewards, …, and objective, {"name", "beta", "aggregate", "ideal"}: what
     the run optimises, and fronts/objective.py knows what it means.
-    Returns the directory, and what prepare_run returns.
     """
-    out = Path(flags.out or run_name([*parts, *dims, f"seed{flags.seed}"], given, named))
     values = dataclasses.asdict(flags)
-    config = {"script": script, "flags": values, "dims": list(dims), "base": str(base), "tokenizer": tokenizer,
-              "fingerprint": fingerprint(model), "content": contents(values, tokenizer),
+    config = {"script": script, "flags": values, "dims": list(dims), "base": str(base), "tokenizer": tokenizer.name,
+              "day": tokenizer.template.day, "fingerprint": fingerprint(model),
+              "content": contents(values, tokenizer.name),
               "python": sys.version.split()[0], "torch": torch.__version__, "method": method,
               "label": LABELS.get(method), **more}
     # whole paths, so that an evaluation finds them from anywhere
@@ -95,7 +99,7 @@ def open_run(script, parts, named, given, flags, dims, model, base, tokenizer, m
         values["template"] = str(Path(values["template"]).resolve())
     if "rewards" in config:
         config["rewards"] = more["rewards"] | {"names": list(map(absolute, more["rewards"]["names"]))}
-    return out, prepare_run(out, config, flags.overwrite, done=done)
+    return prepare_run(out, config, flags.overwrite, done=done)
 
 
 def read_config(run):

@@ -22,7 +22,7 @@ from ops import fused
 from ops.fused import rope_
 from ops.generation import KVCache
 from runs.files import UserError
-from svd_lora import inject_svd_lora, set_preference
+from svd_lora import inject_svd_lora, set_preference, svd_lora_layers
 
 SHARED = Path(__file__).parents[2] / "shared"
 HF = SHARED / "oracles" / "data" / "hf"
@@ -195,6 +195,7 @@ def test_what_config_json_leaves_out_is_transformers_default(kind):
     assert json.loads(json.dumps(asdict(ours))) == STORED["defaults"][kind]
     if kind != "gpt2":                                        # an empty config.json, but for a key that it has as null
         assert config_from_hf(dict(model_type=kind, eos_token_id=None)) == replace(ours, eos_id=None)
+    assert config_from_hf(dict(model_type=kind, sliding_window_pattern=None, rope_local_base_freq=None)) == ours
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -476,6 +477,7 @@ def test_other_architectures_are_refused(change, message, tiny, tmp_path):
     (dict(intermediate_size=2 ** 40), "intermediate_size cannot be"), (dict(model_type=["llama"]), "model_type"),
     (dict(rms_norm_eps=math.nan), "rms_norm_eps cannot be NaN"), (dict(rope_theta=0), "rope_theta cannot be 0"),
     (dict(eos_token_id=[]), "eos_token_id cannot be"), (dict(tie_word_embeddings=None), "tie_word_embeddings"),
+    (dict(rope_local_base_freq={}), "rope_local_base_freq cannot be {}"),
     (dict(hidden_act=["silu"]), "hidden_act cannot be"), (dict(rope_scaling=[8.0]), "rope_scaling cannot be"),
     (dict(rope_scaling={"type": "linear", "factor": "2"}), "factor \"2\" in rope_scaling"),
     (dict(model_type="gemma3_text", head_dim=256, rope_parameters=dict(sliding_attention=3)), "each type of layer"),
@@ -730,6 +732,10 @@ def step(model, multiple=1, lam=LAM):
     logps = batch_logprobs(model, pack(ROWS, multiple))
     (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    # s is one number, a sum whose terms may nearly cancel: in fp32 it is then off by 1e-4 of itself, here and there by
+    # other rounding. Its scale is that of σ's, which are sums of such terms without λ
+    for name in svd_lora_layers(model):
+        gradients[f"{name}.d"] = torch.cat([gradients.pop(f"{name}.{part}").view(-1) for part in ("sigma", "s")])
     model.zero_grad()
     return logps.detach(), gradients
 
@@ -757,14 +763,17 @@ def test_checkpointing_changes_no_bit_and_keeps_less(family, tiny, close):
 def test_padding_to_a_multiple_changes_nothing(family, tiny, close):
     model = adapted(tiny, family)
     assert pack(ROWS, 8).tokens.shape[1] % 8 == 0 != pack(ROWS).tokens.shape[1] % 8
-    assert same(step(model, 8), step(model), close, 1e-4)             # sums over keys in another order
+    assert same(step(model, 8), step(model), close, 2e-5)             # sums over keys in another order
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt2", "llama"])         # Qwen3: a gradient is off, not understood
+@families
 def test_compiled_blocks_compute_the_same_for_every_preference(family, tiny, close):
-    model, compiled = adapted(tiny, family), adapted(tiny, family)
+    """Wrong: the first λ kept in the compiled code."""
+    model, compiled, expected = adapted(tiny, family), adapted(tiny, family), []
     for block in compiled.blocks:
         block.compile(dynamic=False)                          # as train_dpo.py --compile does
     for lam in (LAM, LAM.flip(1)):
-        assert same(step(compiled, 8, lam), step(model, 8, lam), close, 1e-4)
+        expected.append(step(model, 8, lam))
+        assert same(step(compiled, 8, lam), expected[-1], close, 2e-5)
+    assert not same(*expected, close, 1e-3)

@@ -1,6 +1,7 @@
 """threads.py - several processes as threads of this one, which start at once: what the project uses of
 torch.distributed (but not FSDP), with the threads as ranks."""
 import threading
+import time
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ import torch.distributed as dist
 
 
 def in_processes(n, work):
-    """work() in n threads, each of which is one of n processes for runs/processes.py. Returns their results."""
-    here, meeting, slots, results, errors = threading.local(), threading.Barrier(n, timeout=60), [None] * n, {}, []
+    """work() in n threads, each of which is one of n processes for runs/processes.py. Returns their results. Where one
+    waits for another that has ended, it gets a BrokenBarrierError; none is hurried."""
+    here, meeting, slots, results, errors = threading.local(), threading.Barrier(n), [None] * n, {}, []
 
     def all_reduce(x, op=dist.ReduceOp.SUM):
         slots[here.rank] = x.clone()
@@ -34,8 +36,10 @@ def in_processes(n, work):
         threads = [threading.Thread(target=process, args=(rank,)) for rank in range(n)]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        while any(thread.is_alive() for thread in threads):
+            time.sleep(0.01)
+            if results and meeting.n_waiting:                 # for a thread that will never come
+                meeting.abort()
     if errors:
         raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
     return [results[rank] for rank in range(n)]

@@ -252,6 +252,17 @@ def test_a_prompt_is_not_wrapped_twice(tmp_path, capsys):
     assert "plain form" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["hh", "none"])
+def test_a_system_turn_that_no_prompt_takes_is_said(name, capsys):
+    """Wrong: nothing said; said of prompts that take it, or without --system."""
+    texts, turns = ["once", "[INST] Hi [/INST]"], [CHATS[0]]
+    said = lambda prompts, system="Be kind.": (announce(find_template(name, None, system), prompts),
+                                               capsys.readouterr().out)[1]
+    line = "--system has no effect on {} of {} prompts, which are no turns but texts as they are\n"
+    assert said(texts) == line.format(2, 2) and said(turns + texts).endswith(line.format(2, 3))
+    assert "--system" not in said(turns) + said(texts + turns, None)
+
+
 def test_hidden_and_shown():
     control = ("<a>", "<a>b", "|")
     text = "x<a>b<a>|\ufdd07\ufdd1"
@@ -282,7 +293,8 @@ def one_second(tmp_path, monkeypatch):
     ("{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}", "it writes without end"),
     ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "too long, or too much memory"),
     ("{{ 'x' * 10**9 }}", "MemoryError"), ("{{ '%1000000000d' % 1 }}", "MemoryError"),
-    ("{% set x = namespace(y='x') %}{% for i in range(99) %}{% set x.y = x.y ~ x.y %}{% endfor %}", "MemoryError"),
+    ("{% set x = namespace(y='x') %}{% for i in range(99) %}{% set x.y = x.y ~ x.y %}{% endfor %}",
+     "MemoryError|too much memory"),                                            # or the second is over before
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     ("{{ raise_exception('only\nfools') }}", "TemplateError: only fools; the turns were: user"),
     ("{% if %}", "TemplateSyntaxError"), ("{{ messages.append(1) }}", "SecurityError"),
@@ -299,8 +311,8 @@ def test_bad_templates_are_one_line(tmp_path, one_second, template, says):
 def test_what_templates_may_use(tmp_path):
     template = ("{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}\n"
                 "  {% generation %}{{ {'b': m.content} | tojson }}{% endgeneration %}\n{% endfor %}"
-                "{{ strftime_now('%Y') | length }}{{ tools is none }}{{ bos_token }}{{ unk_token is defined }}")
-    job = dict(template=template, variables=dict(bos_token="<s>"),
+                "{{ strftime_now('%d %b %Y, %H:%M') }}{{ tools is none }}{{ bos_token }}{{ unk_token is defined }}")
+    job = dict(template=template, variables=dict(bos_token="<s>"), day="2024-07-26",
                chats=[[[turn._asdict() for turn in CHATS[1]], True]])
     done = subprocess.run([sys.executable, render.__file__], capture_output=True, text=True, input=json.dumps(job))
-    assert json.loads(done.stdout) == [{"text": '{"b": "Hi"}4True<s>False'}]
+    assert json.loads(done.stdout) == [{"text": '{"b": "Hi"}26 Jul 2024, 00:00True<s>False'}]

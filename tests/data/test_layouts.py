@@ -36,6 +36,8 @@ HH = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Write \"Assistant: yes\".\n\nAs
 UF = [{"response": text, "annotations": {
     dim: {"Rating": rating, "Rationale": ""} for dim, rating in zip(("helpfulness", "honesty", "truthfulness"), rated)}}
       for text, rated in (("A", ("5", "N/A", "3")), ("B", ("2", "4", "3")), ("C", ("10", "5", "1")))]
+PARTS = [said([{"type": "text", "text": text} for text in re.split("(?<=[ s])", x["content"])], x["role"]) for x in ASK]
+PARQUET = {"type": "text", "text": "A", "index": None, "image_url": None}            # which has every key in every part
 SCORES = dict(helpfulness=1, correctness=2, coherence=4, complexity=1)
 ARENA = dict(conversation_a=[*ASK, said("A")], conversation_b=[*ASK, said("B")])
 # name of the layout, rows, prompt, {dimension: ratings}; the responses are A and B
@@ -69,6 +71,8 @@ BY_HAND = [
     ("Chatbot Arena", [dict(winner="tie", **ARENA)], TURNS, {"*": (0, 0)}),
     ("OpenAI", [dict(input=dict(messages=ASK), preferred_output=[said("A")], non_preferred_output=[said("B")])],
      TURNS, {"*": (1, 0)}),
+    ("OpenAI", [dict(input=dict(messages=PARTS, tools=[]), preferred_output=[said([PARQUET]) | dict(tool_calls=None)],
+                     non_preferred_output=[said("B") | dict(tool_calls=[])])], TURNS, {"*": (1, 0)}),
     ("ShareGPT", [dict(system="Be kind.", conversations=[{"from": "human", "value": "Hi"}],
                        chosen={"from": "gpt", "value": "A"}, rejected={"from": "gpt", "value": "B"})],
      (Message("system", "Be kind."), *TURNS[:1]), {"*": (1, 0)}),
@@ -221,12 +225,37 @@ def test_the_arena_s_conversations_may_part(tmp_path, capsys):
     assert len(read(tmp_path, row, parted)) == 1 and "1 of 2 rows left out" in capsys.readouterr().out
 
 
+CALL = [{"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}]
+PART = {"type": "image_url", "image_url": {"url": "https://x"}}
+
+
+@pytest.mark.parametrize("turns, says", [
+    ([said("x", "user"), said(None) | dict(tool_calls=CALL), said("4", "tool"), said("y", "user")], "a tool's turn"),
+    ([said("x", "user"), said("Wait") | dict(tool_calls=CALL), said("y", "user")], "a tool's turn"),
+    ([said("x", "user"), said(None) | dict(function_call=CALL[0]["function"]), said("y", "user")], "a tool's turn"),
+    ([{"from": "human", "value": "x"}, {"from": "observation", "value": "4"}], "a tool's turn"),
+    ([said([{"type": "text", "text": "What is this?"}, PART], "user")], "a part must be a text, not {\"type\": "),
+    ([said([{"type": "image", "text": None}], "user")], "a part must be a text"),
+    ([said(["What is this?"], "user")], "a part must be a text"), ([said([{"type": "text"}], "user")], "a part must")])
+def test_images_and_tools_are_left_out_and_do_not_count(tmp_path, capsys, turns, says):
+    """Wrong: a call dropped and the rest read; a file with some of them refused; one of nothing else read as empty."""
+    rows = [dict(prompt=ASK, chosen="A", rejected="B"), dict(prompt=turns, chosen="A", rejected="B")]
+    assert len(read(tmp_path, *rows, rows[1])) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "2 of 3 rows left out: field " in line and says in line and line.endswith("(first: row 2)")
+    if "tool" in says:                                                                # nor may an answer be a call
+        answer = dict(prompt=ASK, chosen=[turns[1]], rejected=[said("B")])
+        assert len(read(tmp_path, answer, rows[0])) == 1
+    with pytest.raises(UserError, match=r"row 1: field .*\(1 of 1 rows are broken: too many\)$"):
+        read(tmp_path, rows[1])
+
+
 @pytest.mark.parametrize("row, says", [
     ({"question": "x", "good": "A"}, 'its fields are of no known layout; name them with --fields (data/README.md), not '
                                      '["question", "good"]'),
     (dict(prompt=[], response="A"), "the last turn of the prompt is not the user's"),
     (dict(prompt=ASK[:2], response="A"), "the last turn of the prompt is not the user's"),
-    (dict(prompt=[said("x", "tool")]), 'field "prompt": a role must be system, user or assistant, not "tool"'),
+    (dict(prompt=[said("x", "critic")]), 'field "prompt": a role must be system, user or assistant, not "critic"'),
     (dict(prompt=[said("x", ["user"])]), 'field "prompt": a role must be system, user or assistant, not ["user"]'),
     (dict(prompt=["x"]), 'field "prompt": a message must be an object, not "x"'),
     (dict(prompt=[said(None, "user")]), 'field "content" must be a string, not null'),

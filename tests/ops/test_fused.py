@@ -187,6 +187,15 @@ def test_linear_logprob(N, D, V, dtype):
         assert error(linear_logprob(h, W, (y + 1) % V), logp64) > 0.1                 # wrong: the next token's
 
 
+@pytest.mark.skipif(KERNELS, reason="which cut bf16 instead of rounding it")
+def test_linear_logprob_of_states_wider_than_the_head():
+    """States in fp32 (a Mixture's) under a head in bf16. Wrong: the states rounded to bf16."""
+    h, W, y = normal(1100, 16), normal(2100, 16, dtype=torch.bfloat16), torch.randint(2100, (1100,))
+    errors, (_, logp64, _) = compare(linear_logprob, linear_logprob_plain, (h,), (W, y))
+    assert max(errors) < 1e-5, errors
+    assert error(linear_logprob(h.bfloat16(), W, y), logp64) > 1e-4
+
+
 def test_linear_logprob_of_a_trained_head():
     N = 20 if KERNELS else 1100
     h, W, y = normal(N, 40), normal(333, 40), torch.randint(333, (N,))

@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from model import SIZES, Transformer, generate
-from ops import generation
+from ops import fused, generation
 from ops.generation import KEEP, Decoder, FastLinear, Mixture, sample_token, stream
 from svd_lora import SVDLoRALinear, adapters_off, inject_svd_lora, set_preference, svd_lora_layers
 
@@ -160,6 +160,39 @@ def test_a_mixture_is_the_definition(family, pack, factor, talker, close):
     assert greedy not in [[naive(model, prompt, 12) for prompt in PROMPTS] for model in models]
     for eos in set(sum(greedy, [])):                                     # rows leave all caches together
         assert generate(mixture, PROMPTS, 12, temperature=0, pack=pack, eos_id=eos) == [cut(row, eos) for row in greedy]
+
+
+@torch.no_grad()
+def test_a_mixture_in_bf16_keeps_small_updates(talker, close, monkeypatch):
+    """What two specialists in bf16 change together of the base's log-probs is what the exact sum of their states, or
+    in generation of their logits, says. Wrong: that sum in bf16; or rounded to bf16 at its end."""
+    models = [talker("llama"), talker("llama", adapter=True), talker("llama", adapter=True)]
+    for model, end in zip(models[1:], torch.eye(2)):
+        set_preference(model, end)
+        for layer in svd_lora_layers(model).values():
+            layer.U.data *= 0.001
+    models, w = [model.bfloat16() for model in models], (0.4, 0.18, 0.42)
+    mixture, head = Mixture(models, w), models[0].head_weight
+    tokens, targets = torch.tensor([PROMPTS[1] * 4]), torch.arange(28) % 61
+    states = [model(tokens, return_hidden=True)[0] for model in models]
+    logp = lambda states: fused.linear_logprob_plain(states.double(), head.double(), targets)
+    exact, base = sum(x * each.double() for x, each in zip(w, states)), logp(states[0])
+    expected = logp(exact) - base
+    assert 0.02 < expected.abs().max() < 0.2                                          # an update, and a small one
+    hidden = mixture(tokens, return_hidden=True)[0]
+    assert close(fused.linear_logprob(hidden, head, targets).double() - base, expected, 1e-4)
+    logits = mixture(tokens)[0].double().log_softmax(-1)
+    assert close(logits.gather(1, targets[:, None])[:, 0] - base, expected, 1e-4)
+    for wrong in (sum(x * each for x, each in zip(w, states)), exact.bfloat16(), states[0]):
+        assert not close(logp(wrong) - base, expected, 0.02)
+
+    seen = []
+    monkeypatch.setattr(generation, "sample_token", lambda logits, *args: seen.append(logits) or logits.argmax(-1))
+    for policy in (mixture, *models):
+        generate(policy, PROMPTS[:1], 1, temperature=0)
+    ours, *each = seen
+    assert close(ours.double(), sum(x * one.double() for x, one in zip(w, each)), 1e-6)
+    assert not close(sum(x * one.bfloat16() for x, one in zip(w, each)).double(), ours.double(), 1e-4)
 
 
 def test_a_preference_must_be_set(talker):

@@ -1,4 +1,6 @@
 """test_processes.py - the arithmetic of several processes, and what a device is called."""
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ from runs import processes
 from runs.files import UserError
 from runs.processes import (
     all_max,
+    barrier,
     check_shares,
     first_alone,
     generate_all,
@@ -32,6 +35,21 @@ from runs.processes import (
 from svd_lora import adapters_off, set_preference
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("n, slow", [(2, 0), (3, 0.2)])
+def test_a_thread_that_waits_for_one_that_has_ended_is_told(n, slow):
+    """Wrong: it waits for ever; or for a time, which a busy machine may need where nothing is wrong."""
+    def process():
+        if ranks()[0] == 0:
+            time.sleep(slow)
+            barrier()
+
+    start = time.time()
+    with pytest.raises(threading.BrokenBarrierError):
+        in_processes(n, process)
+    assert time.time() - start < 30
+    assert in_processes(n, lambda: [barrier() for _ in range(99)] and ranks()) == [(rank, n) for rank in range(n)]
 
 
 @pytest.mark.parametrize("aggregate", [linear_scalarization, tchebycheff])

@@ -1,6 +1,7 @@
-"""test_chat_models.py - a chat model all the way: its template around every prompt, its end behind every answer, and no
-row of its vocabulary that is only padding."""
+"""test_chat_models.py - a chat model all the way: its template around every prompt, on the run's first day; its end
+behind every answer, and no row of its vocabulary that is only padding."""
 import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,13 @@ from small import SHAPES
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from test_chat import CHATML, directory, ids
 
+import chat
 import train_hqd
 import train_ppo
-from data.tokenizers import load_tokenizer
+from data import tokenizers
+from data.tokenizers import load_tokenizer, tokenizer_of
 from model import Config, Transformer
+from runs.directory import read_config
 
 pytestmark = pytest.mark.usefixtures("in_small_world")
 VOCABULARY = 260                    # of the tokenizer; the model has 300 rows
@@ -75,3 +79,39 @@ def test_hqd_continued(chatty, monkeypatch):
     said.clear()
     go("train_hqd", "hqd-chat", **flags)
     assert not said
+
+
+DATED = dict(steps=3, max_length=96, save_every=1)
+SCRIPTS = {
+    "train_dpo": lambda file: dict(data=[file]), "train_reward": lambda file: dict(data=[file], max_new_tokens=4),
+    "train_sft": lambda file: dict(data=[f"a={file}", f"b={file}"]),
+    "train_ppo": lambda file: dict(prompts=[file], rewards=["length", "concise:2"], samples=2, max_new_tokens=32),
+    "train_hqd": lambda file: dict(data=[file], rewards=["length", "concise:2"], near=4, parts=1, stage2=False,
+                                   max_new_tokens=8)}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_keeps_the_day_that_its_template_reads(chatty, script, monkeypatch, tmp_path):
+    """Killed on the one day and continued on the next, it ends as it would have on the first. Wrong: each start reads
+    its own day; all read one; a run that is begun anew keeps the old one."""
+    class Today(date):
+        today = staticmethod(lambda: date(2031, 5, day))
+    path, file = chatty
+    monkeypatch.setattr(tokenizers, "date", Today)
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ strftime_now('%d %B %Y') }}" + CHATML)
+    if script == "train_sft":
+        file = write_rows(tmp_path / "one.jsonl", [{"prompt": f"Why {i}?", "response": "No."} for i in range(40)])
+    flags = DATED | dict(init=path, template=str(template)) | SCRIPTS[script](file)
+    weights = lambda run: [f.read_bytes() for f in sorted(run.glob("adapter*"))]
+    day = 1
+    whole = go(script, f"day-{script}-whole", **flags)
+    run = killed(script, f"day-{script}", lambda record: record["step"] == 2, **flags)
+    day = 2
+    assert go(script, run.name, **flags) == run and weights(run) == weights(whole) != []
+    config = read_config(run)
+    assert config["day"] == "2031-05-01" == tokenizer_of(config).template.day
+    if script == "train_dpo":
+        assert chat.load(chat.Flags(run=str(run), device="cpu")).tokenizer.template.day == "2031-05-01"
+        anew = go(script, run.name, overwrite=True, **flags)
+        assert read_config(anew)["day"] == "2031-05-02" and weights(anew) != weights(whole)

@@ -94,7 +94,7 @@ def test_other_methods_answer_as_they_are_evaluated(method, request):
 def test_of_one_model_for_each_preference_the_nearest_answers():
     run = go("train_dpo", "chat-dps", method="dps", dps_parts=2, steps=6)
     talker, *_ = loaded(run)
-    assert [chat.nearest(talker, torch.tensor(lam)) for lam in ([0.7, 0.3], [0.1, 0.9], [1.0, 0.0])] == [
+    assert [chat.nearest(talker.files, torch.tensor(lam)) for lam in ([0.7, 0.3], [0.1, 0.9], [1.0, 0.0])] == [
         (0.5, 0.5), (0.0, 1.0), (1.0, 0.0)]
     U = []
     for rows, model, before in chat.policies_at(talker, LAMS[:2]):

@@ -221,7 +221,7 @@ def test_one_process_goes_on_where_two_were_killed():
 # ---- errors ----
 
 FAILING = f"""
-import os, sys, time
+import os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from running import go, inside
 from runs import loop
@@ -230,7 +230,6 @@ from runs.flags import RunFlags, run_main
 update, kind = loop.Run.update, {{"user": UserError, "bug": ValueError}}[sys.argv.pop()]
 def failing(run, *rest):
     if run.step == 1 and os.environ["RANK"] == "1":
-        print(f"failing at {{time.time()}}", file=sys.stderr)
         raise kind("the disk is full")
     return update(run, *rest)
 loop.Run.update = failing
@@ -244,13 +243,12 @@ run_main(main, RunFlags, "", several=True)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, line", [("user", "error: the disk is full"), ("bug", "ValueError: the disk is full")])
 def test_an_error_in_one_process_ends_all(work, kind, line):
-    """While the other waits for it in a sum. What is seen is its reason, not that the other lost a connection."""
+    """While the other waits for it in a sum, for hours if it may. What is seen is its reason, not that the other lost a
+    connection."""
     (work / "failing.py").write_text(FAILING)
     done = subprocess.run([*TORCHRUN, "failing.py", kind], cwd=work, env=ENVIRONMENT, capture_output=True, text=True,
                           timeout=600)
-    seconds = time.time() - float(done.stderr.split("failing at ")[1].split()[0])
-    assert done.returncode != 0 and seconds < 60                       # a collective waits for hours
-    assert done.stderr.count("the disk is full") == 1 + (kind == "bug") and line in done.stderr
+    assert done.returncode != 0 and done.stderr.count("the disk is full") == 1 + (kind == "bug") and line in done.stderr
     assert "onnection" not in done.stderr and "RuntimeError" not in done.stderr
 
 
