@@ -261,6 +261,7 @@ def replayed(decoder):
     def capture():
         decoder.logits, decoder.graph = decoder._step(), types.SimpleNamespace(replay=replay)
     decoder.wants_graph, decoder._capture, decoder.cache.seen = True, capture, decoder.cache.k.shape[3]
+    decoder.cache.k.zero_(), decoder.cache.v.zero_()                                  # as where a graph is wanted
     return decoder
 
 
