@@ -57,7 +57,7 @@ class Flags:
 RS, TCHE, FIVE = ("--method", "rs"), ("--aggregate", "tche"), ("--method", "dps", "--dps_parts", 4)
 # the rivals' best, found on the validation prompts (docs/log.md)
 SOUP_FACTOR, MOD_FACTOR = 0.8, 0.8
-DPO_RS, TWICE = (*RS, "--lr", 6e-3), ("--steps", 480)
+TWICE = ("--steps", 480)
 NO_VERTICES = ("--vertex_share", 0)
 HALF = ("--method", "dps", "--lam", 0.5, 0.5)
 LS = ("m2-panacea-base0-seed0", "dpo")
@@ -72,11 +72,11 @@ HHC = {"dpo": ("--pref_dim", 3), "ppo": ("--rewards", "helpful", "harmless", "co
 TABLES = {
     "results": {"Panacea, LS": ("m2-panacea-base{b}-seed{s}", "dpo"),
                 "Panacea, Tche": ("m2-tche-base{b}-seed0", "dpo", *TCHE),
-                "soups, equal total steps": (f"m2-rs-base{{b}}-seed{{s}}@weights-{SOUP_FACTOR}", "dpo", *DPO_RS),
-                "soups as published": ("m2-rs-base{b}-seed{s}", "dpo", *DPO_RS),
-                "soups, full steps a model": (f"m2-rs2-base{{b}}-seed0@weights-{SOUP_FACTOR}", "dpo", *DPO_RS, *TWICE),
-                "MOD, equal total steps": (f"m2-rs-base{{b}}-seed{{s}}@mod-{MOD_FACTOR}", "dpo", *DPO_RS),
-                "MOD, full steps a model": (f"m2-rs2-base{{b}}-seed0@mod-{MOD_FACTOR}", "dpo", *DPO_RS, *TWICE),
+                "soups, equal total steps": (f"m2-rs-base{{b}}-seed{{s}}@weights-{SOUP_FACTOR}", "dpo", *RS),
+                "soups as published": ("m2-rs-base{b}-seed{s}", "dpo", *RS),
+                "soups, full steps a model": (f"m2-rs2-base{{b}}-seed0@weights-{SOUP_FACTOR}", "dpo", *RS, *TWICE),
+                "MOD, equal total steps": (f"m2-rs-base{{b}}-seed{{s}}@mod-{MOD_FACTOR}", "dpo", *RS),
+                "MOD, full steps a model": (f"m2-rs2-base{{b}}-seed0@mod-{MOD_FACTOR}", "dpo", *RS, *TWICE),
                 "λ in the prompt": ("m2-prompt-base{b}-seed{s}", "dpo", "--method", "prompt"),
                 "one compromise, λ = (½, ½)": ("m2-half-base{b}-seed0", "dpo", *HALF)},
     "ablations": {"Panacea": LS, "one compromise": ("m2-half-base0-seed0", "dpo", *HALF),
@@ -92,7 +92,7 @@ TABLES = {
                      for G in (8, 16, 32)}},
     "three": {"panacea ls, m = 3": ("m3-panacea-base0-seed0", "dpo", "--pref_dim", 3),
               "panacea tche, m = 3": ("m3-tche-base0-seed0", "dpo", "--pref_dim", 3, *TCHE),
-              "rs, m = 3": (f"m3-rs-base0-seed0@weights-{SOUP_FACTOR}", "dpo", "--pref_dim", 3, *DPO_RS)},
+              "rs, m = 3": (f"m3-rs-base0-seed0@weights-{SOUP_FACTOR}", "dpo", "--pref_dim", 3, *RS)},
     "dps": {"panacea": LS, "dps, equal total steps": ("m2-dps-base0-seed0", "dpo", *FIVE),
             "dps, 5 times the steps": ("m2-dps5-base0-seed0", "dpo", *FIVE, "--steps", 1200)},
     "rlhf": {"panacea ppo ls": ("ppo-ls-base{b}-seed0", "ppo"),
