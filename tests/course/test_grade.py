@@ -10,9 +10,10 @@ from course import grade, mutants
 from course.grading import brief, numbers, same, slope
 from course.set1 import grade as set1
 from course.set2 import grade as set2
+from course.set6 import grade as set6
 
 HANDOUTS = {n: (grade.ROOT / f"course/set{n}/handout.md").read_text(encoding="utf-8") for n in grade.SETS}
-GRADERS = {1: set1, 2: set2}
+GRADERS = {1: set1, 2: set2, 6: set6}
 
 
 @pytest.mark.parametrize("n", grade.SETS)
@@ -53,7 +54,15 @@ def test_right_answers_pass_and_stubs_fail(n, adapters, share):
     (2, "dpo_loss", "chosen and rejected exchanged", "chosen and rejected have changed places"),
     (2, "uneven_labels", "missing labels are counted", "missing labels are counted"),
     (2, "tchebycheff", "λ chooses, but does not weigh", "does not weigh it"),
-    (2, "training_step", "the reference with the adapter on", "the reference is computed with the adapter on")])
+    (2, "training_step", "the reference with the adapter on", "the reference is computed with the adapter on"),
+    (6, "logprob_forward", "the old sum is not rescaled", "the old sum is kept as it is"),
+    (6, "logprob_backward", "without the 1 at the target", "the term of the target is missing"),
+    (6, "pack_tree", "the responses share the prompt alone", "the responses share the prompt alone"),
+    (6, "tree_attention", "positions are the nodes' numbers", "positions are the nodes' numbers"),
+    (6, "tree_logprobs", "the node to the left", "the node to the left is asked"),
+    (6, "svd_lora_backward", "d: the gain is left out", "the gain is left out"),
+    (6, "pareto_selection", "the scale is that of the pool", "the scale is that of the pool"),
+    (6, "stage_two", "repetitions stay", "repetitions are not dropped")])
 def test_messages_name_the_mistake(n, problem, name, says):
     wrong = mutants.import_module(f"course.set{n}.mutants").MUTANTS[problem][name]
     failed = [r for r in mutants.graded(n, problem, wrong) if r["score"] == 0]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from course import handout
 from course.grade import ROOT, SETS
@@ -14,7 +15,10 @@ from course.grade import ROOT, SETS
 TELLING = {1: ["self.s * lam", "cat([self.sigma", "x @ V", "* self.U", "layer.U.T @", ".enabled = False",
                "SVDLoRALinear", "svd_lora_linear_plain"],
            2: ["logsigmoid", "softplus", "log_softmax", ".gather(", "(lam * losses)", "lam == 0", "_standard_gamma(",
-               "amax(-1)", "better == 1", "clamp(min=1e-9)", "gamma.sum(-1"]}
+               "amax(-1)", "better == 1", "clamp(min=1e-9)", "gamma.sum(-1"],
+           6: ["_LinearLogprob", "torch.maximum(top", "scatter_add_", "W_target -", "_SVDLoRALinear", "a, e = _down(",
+               "(flat(z)", "chains.append(", "np.logical_and.accumulate", "causal[:n, :n]", "np.maximum((offset",
+               "nondominated_layers", "_smallest(", "torch.cdist(ends", "answers(model"]}
 ALLOWED = {"handout.md": ["x @ V"], "handout.html": ["x @ V"],       # why (B, T, r) needs care
            "generation.py": ["log_softmax", ".gather("]}             # of next tokens, not of responses
 
@@ -38,6 +42,16 @@ def test_no_solution_is_handed_out(sets):
         assert leaks(texts, n) == []
     assert not {path for path in texts if path.endswith(("mutants.py", "another.py", "reference_adapters.py",
                                                          "instructor.md"))}
+
+
+@pytest.mark.parametrize("sets", [[n] for n in SETS if n < 6])
+def test_no_solution_of_set_6_is_handed_out_before(sets):
+    """ops/fused.py is, since set 1's reference runs on it: without what set 6 builds, and it still computes."""
+    assert leaks(shipped(sets), 6) == []
+    fused = {}
+    exec(shipped([2])["ops/fused.py"], fused)
+    x, W, U, V, d = (torch.ones(*shape) for shape in ((1, 3), (2, 3), (2, 2), (3, 2), (2,)))
+    assert fused["svd_lora_linear"](x, W, U, V, d).tolist() == [[9.0, 9.0]]           # 3 + 2 · 3
 
 
 def test_a_leak_is_seen():
@@ -92,7 +106,7 @@ def test_it_runs_by_itself(tmp_path, sets):
     assert go(folder, "course/grade.py", "--results", "r.json").stdout and '"score": 0' in (
         folder / "r.json").read_text()
     if 2 in sets:
-        with_own = {1: "stand-in", 2: "stand-in"}[len(sets)] if 1 in sets else "reference"
+        with_own = "stand-in" if 1 in sets else "reference"
         said = go(folder, "-c",
                   "import course.adapters as a; from course import earlier; print(earlier.adapter(a).name)")
         assert with_own in said.stdout
@@ -103,7 +117,8 @@ def test_it_runs_by_itself(tmp_path, sets):
     adapters.write_text(stubs)
     then = go(folder, "course/grade.py")
     assert then.returncode == 0, then.stdout
-    quick = {1: ["--steps", "2"], 2: ["--steps", "1", "--prompts", "1"]}
+    quick = {1: ["--steps", "2"], 2: ["--steps", "1", "--prompts", "1"],
+             6: ["--most", "1000", "--responses", "2"]}
     for n in sets:
         done = go(folder, "-m", f"course.set{n}.experiment", "--out", f"out/{n}", *quick[n])
         assert done.returncode == 0 and list((folder / f"out/{n}").glob("*.png")), done.stderr
