@@ -44,6 +44,7 @@ from families import (
     weight_files,
 )
 from ops import fused
+from ops.attention import additive, attention
 from ops.check import replace_broken
 from ops.generation import generate  # noqa: F401
 from ops.quantize import KINDS, QuantizedLinear, quantize_weight
@@ -141,8 +142,7 @@ class Attention(nn.Module):
             if mask is not None and q.is_cuda and self.n_kv_head != self.n_head:
                 # with a mask, CUDA's memory-efficient kernel wants a key head for each query head
                 k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                               enable_gqa=k.shape[1] != self.n_head)
+            y = attention(q, k, v, mask)
         return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -231,7 +231,7 @@ class Transformer(nn.Module):
             mask = torch.ones(T, held + T, dtype=torch.bool, device=tokens.device).tril(held)         # (T, M)
         x = self.embed(tokens)                                                        # (B, T) -> (B, T, D)
         if mask is not None and mask.dtype == torch.bool:     # here once: each layer would make and keep a copy
-            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
+            mask = additive(mask, x.dtype)
         c, rope, local_rope = self.config, None, None
         if c.scaled_embedding:
             x = x * torch.tensor(c.d_model ** 0.5).to(x.dtype)                        # rounded, as Gemma was trained

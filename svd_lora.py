@@ -164,12 +164,13 @@ def orthogonality_penalty(model):
     return total
 
 
-def parameter_groups(model, weight_decay):
-    """Optimizer groups: U, V with weight decay; σ, s without (decay on s would pull the model back to ignoring λ)."""
+def parameter_groups(model, weight_decay, values_lr=1.0):
+    """Optimizer groups: U, V with weight decay; σ, s without (decay on s would pull the model back to ignoring λ), and
+    with values_lr times the learning rate ("times", runs/loop.py)."""
     layers = svd_lora_layers(model).values()
     values = [p for layer in layers for p in (layer.sigma, layer.s) if isinstance(p, nn.Parameter)]
     return [{"params": [p for layer in layers for p in (layer.U, layer.V)], "weight_decay": weight_decay},
-            {"params": values, "weight_decay": 0.0}]
+            {"params": values, "weight_decay": 0.0, "times": values_lr}]
 
 
 @torch.no_grad()

@@ -60,8 +60,9 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags, ProcessFlags):
     data: list[str] | None = flag(None, "preference files of any layout of data/README.md, dimension=file where one "
                                         "has a single label without a name (default: the embedded world)")
     eval_data: list[str] | None = flag(None, "the same for the evaluation (required with --data)")
-    rows: int = flag(960, "embedded world: data rows, each a prompt with some responses, all compared", 1)
-    responses: int = flag(24, "embedded world: responses in a row; 24 make 276 pairs", 2)
+    batch_size: int | None = flag(None, "B: data rows per step (default 4 on the embedded world, 8 otherwise)", 1)
+    rows: int = flag(480, "embedded world: data rows, each a prompt with some responses, all compared", 1)
+    responses: int = flag(48, "embedded world: responses in a row; 48 make 1128 pairs", 2)
     epochs: float = flag(1.0, "passes over --data, where --steps is not given", "positive")
     accumulate: int = flag(1, "micro-batches per step: less memory", 1)
     pref_scaling: float | None = flag(None, "ablation: s fixed at this value instead of learned (Fig. 7)")
@@ -138,6 +139,7 @@ def main(flags):
     device, dtype = pick_device(flags.device, flags.precision, flags.plain)
     _, processes, device = init_distributed(device)
     given, on_world = replace(flags), flags.data is None               # given: before defaults are filled in
+    flags.batch_size, flags.values_lr = flags.batch_size or (4 if on_world else 8), flags.values_lr or 10.0
     flags.lams_per_step = flags.lams_per_step or (math.gcd(8, flags.batch_size) if flags.aggregate == "ls" else 1)
     flags.beta = flags.beta or (1.0 if on_world else 0.1)
     flags.keep = float(on_world) if flags.keep is None else flags.keep
@@ -152,7 +154,7 @@ def main(flags):
                              flags)
     model, tokenizer = load()
     flags.lr = flags.lr or (3e-3 if on_world else usual_rate(on_world, model.config))
-    flags.steps = flags.steps or (300 if on_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
+    flags.steps = flags.steps or (240 if on_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
     announce(tokenizer.template, [row.prompt for row in rows])
     rows, cut = tokenize(rows, tokenizer, min(flags.max_length, model.config.context_length))
     print("data: {prompts} rows, {prompts_cut} prompts and {responses_cut} of {responses} responses cut".format(**cut))

@@ -117,7 +117,7 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags, RewardFlags, Pro
     weight_decay: float = flag(0.01, "AdamW's, on U and V only", "not negative")
     # beside the paper
     lr: float = flag(2e-3, "peak learning rate of the adapter, then a cosine to 0", "positive")
-    steps: int = flag(250, "rollouts in all, shared evenly by the models of rs and dps", 1)
+    steps: int = flag(150, "rollouts in all, shared evenly by the models of rs and dps", 1)
     batch_size: int = flag(256, "R: responses per rollout", 1)
     samples: int | None = flag(None, "responses to each prompt, under one λ (default 16 on the embedded world, where "
                                      "they share most of their computation; else 1, the paper's)", 1)

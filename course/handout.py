@@ -25,7 +25,7 @@ data/chat.py data/files.py data/render.py data/tokenizers.py data/toy.py data/to
 runs/__init__.py runs/files.py requirements.txt LICENSE""".split()
 OF_SET = ("__init__.py", "grade.py", "experiment.py", "handout.md")
 REFERENCE = {   # set: the files that its solution needs to run, where a later set is handed out without it
-    1: ("svd_lora.py model.py families.py ops/__init__.py ops/fused.py ops/check.py ops/generation.py "
+    1: ("svd_lora.py model.py families.py ops/__init__.py ops/attention.py ops/fused.py ops/check.py ops/generation.py "
         "ops/quantize.py").split(),
     2: ["objectives.py", "aggregate.py"]}
 SOLVES = {      # set: {a file of REFERENCE or SHARED: the names in it that solve the set; None: the whole file}
@@ -33,10 +33,10 @@ SOLVES = {      # set: {a file of REFERENCE or SHARED: the names in it that solv
         "ops/fused.py": "svd_lora_linear_plain _SVDLoRALinear _down _up_ svd_lora_linear"},
     2: {"objectives.py": "response_logprobs dpo_loss ipo_loss implicit_accuracy losses_on_pairs bradley_terry_loss",
         "aggregate.py": "sample_preference linear_scalarization tchebycheff denominators scalar_reward",
-        "ops/fused.py": "linear_logprob_plain _LinearLogprob _logprob_rows_cpu logprob_rows_plain _logprob_rows_cuda "
-                        "linear_logprob"},
-    6: {"ops/fused.py": "linear_logprob_plain _LinearLogprob _logprob_rows_cpu logprob_rows_plain _logprob_rows_cuda "
-                        "linear_logprob _SVDLoRALinear _down _up_ svd_lora_linear",
+        "ops/fused.py": "linear_logprob_plain _LinearLogprob _logprob_rows_fp32 _logprob_rows_bf16 logprob_rows_plain "
+                        "_logprob_rows_cuda linear_logprob"},
+    6: {"ops/fused.py": "linear_logprob_plain _LinearLogprob _logprob_rows_fp32 _logprob_rows_bf16 logprob_rows_plain "
+                        "_logprob_rows_cuda linear_logprob _SVDLoRALinear _down _up_ svd_lora_linear",
         "data/trees.py": None, "fronts/selection.py": None, "fronts/dominance.py": None, "train_hqd.py": None}}
 INSTEAD = {     # what stands in a file for something that a set solves and an earlier set's solution calls
     6: {"ops/fused.py": """

@@ -94,13 +94,15 @@ def training_step(model, adapters_off, optimizer, tokens, mask, pairs, better, l
 
 @contextmanager
 def blocks(N, V, block):
-    """Within it, ops.fused takes `block` words at a time, and as many places as keep the logits below N · block."""
-    before = fused.ROWS, fused.TILE, fused.GUESS
-    fused.ROWS, fused.TILE, fused.GUESS = max(1, N * block // V), block, min(block, fused.GUESS)
+    """Within it, ops.fused takes `block` words at a time, as it does in bf16, and as many places as keep the logits
+    below N · block."""
+    before = {name: getattr(fused, name) for name in ("ROWS", "TILE", "GUESS", "_logprob_rows_fp32")}
+    vars(fused).update(ROWS=max(1, N * block // V), TILE=block, GUESS=min(block, fused.GUESS),
+                       _logprob_rows_fp32=fused._logprob_rows_bf16)
     try:
         yield
     finally:
-        fused.ROWS, fused.TILE, fused.GUESS = before
+        vars(fused).update(before)
 
 
 class LinearLogprob(fused._LinearLogprob):
@@ -136,7 +138,8 @@ def tree_attention(parents):
     for node, parent in enumerate(parents.tolist()[1:], 1):
         paths.append(paths[parent] + [node])
     tree = trees.pack([TokenRow([0], [path + [0] for path in paths[1:]])])
-    return tree.positions[0], tree.mask[0, 0]
+    place = tree.tokens[0].argsort()                                  # the tree's tokens are the nodes' numbers
+    return tree.positions[0, place], tree.mask[0, 0][place][:, place]
 
 
 def tree_logprobs(hidden, weight, tokens, parents, paths):

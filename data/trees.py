@@ -138,23 +138,21 @@ def _tree(prompt, responses):
     Returns nodes (their tokens), chains, parents and targets (of the edges), and for each response its edges.
     """
     R, L = len(responses), max(map(len, responses), default=0)
-    lengths = np.array([len(response) for response in responses], np.int64)
     ids = np.full((R, L), -1, np.int64)                                       # -1 - r: padding equals no token
     for r, response in enumerate(responses):
         ids[r, :len(response)], ids[r, len(response):] = response, -1 - r
     nodes, chains, n = [np.array(prompt, np.int64)], [(0, len(prompt), -1)], len(prompt)       # n: nodes so far
     parents, targets, e = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0                  # e: edges so far
     node_of, edge_of = np.zeros((R, L), np.int64), np.zeros((R, L), np.int64)  # of each token of each response
-    for r, length in enumerate(lengths.tolist()):
-        # 1. what earlier responses have: edges for the first `old_edges` tokens, nodes for the first `old_nodes`.
-        #    The second may be one less: the last token of an earlier response has an edge, but no node
-        old_edges = old_nodes = 0
-        if r:
-            common = np.logical_and.accumulate(ids[:r] == ids[r], axis=1).sum(1)          # (r,) tokens that both share
-            read = np.minimum(common, lengths[:r] - 1)                                    # (r,) those that are nodes
-            old_edges, old_nodes = int(common.max()), max(0, int(read.max()))
-            edge_of[r, :old_edges] = edge_of[common.argmax(), :old_edges]
-            node_of[r, :old_nodes] = node_of[read.argmax(), :old_nodes]
+    order = sorted(range(R), key=responses.__getitem__)                       # as in a dictionary: branch by branch
+    for s, r in zip([None, *order], order):                                   # s: the response before r
+        # 1. what r shares with s, and so with any earlier one: edges for the first `old_edges` tokens, nodes for the
+        #    first `old_nodes`. The second may be one less: the last token of a response has an edge, but no node
+        length, old_edges, old_nodes = len(responses[r]), 0, 0
+        if s is not None:
+            old_edges = int(np.logical_and.accumulate(ids[s] == ids[r]).sum())
+            old_nodes = max(0, min(old_edges, len(responses[s]) - 1))
+            edge_of[r, :old_edges], node_of[r, :old_nodes] = edge_of[s, :old_edges], node_of[s, :old_nodes]
 
         # 2. number the new ones; the last token of the response gets no node
         new = max(0, length - 1 - old_nodes)
@@ -170,7 +168,7 @@ def _tree(prompt, responses):
         targets.append(ids[r, old_edges:length])
         n, e = n + new, e + length - old_edges
     return (np.concatenate(nodes), chains, np.concatenate(parents), np.concatenate(targets),
-            [edge_of[r, :length] for r, length in enumerate(lengths)])
+            [edge_of[r, :len(response)] for r, response in enumerate(responses)])
 
 
 def pack_ends(rows, multiple=1):

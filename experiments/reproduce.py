@@ -57,7 +57,7 @@ class Flags:
 RS, TCHE, FIVE = ("--method", "rs"), ("--aggregate", "tche"), ("--method", "dps", "--dps_parts", 4)
 # the rivals' best, found on the validation prompts (docs/log.md)
 SOUP_FACTOR, MOD_FACTOR = 0.8, 0.8
-DPO_RS, TWICE = (*RS, "--lr", 6e-3), ("--steps", 600)
+DPO_RS, TWICE = (*RS, "--lr", 6e-3), ("--steps", 480)
 NO_VERTICES = ("--vertex_share", 0)
 HALF = ("--method", "dps", "--lam", 0.5, 0.5)
 LS = ("m2-panacea-base0-seed0", "dpo")
@@ -66,7 +66,7 @@ TEN_SFT = ("--steps", 2000, "--lr", 5e-3, "--vertex_share", 0.1)
 STORIES = ("--rewards", "dialogue", "narrative", "--eos_id", 1, "--max_new_tokens", 96, "--max_length", 144,
            "--batch_size", 48, "--steps", 100, "--kl_coeff", 0.1, "--ptx_coeff", 0.1)
 STORY = 3                                     # which of the evaluation prompts is shown at five λ
-HHC = {"dpo": ("--pref_dim", 3), "ppo": ("--rewards", "helpful", "harmless", "concise:12", "--steps", 125)}
+HHC = {"dpo": ("--pref_dim", 3), "ppo": ("--rewards", "helpful", "harmless", "concise:12", "--steps", 75)}
 # what -> {label: (the run's name, its script, its flags)}. {b} and {s} in a name: one run for each base and each seed.
 # Behind @ stands how a run of specialists is evaluated: mod, mod-FACTOR or weights-FACTOR (eval_front.py --mix)
 TABLES = {
@@ -85,15 +85,16 @@ TABLES = {
                   "no vertices": ("m2-v0-base0-seed0", "dpo", *NO_VERTICES),
                   **{f"s = {x:g} fixed": (f"m2-s{x:g}-base0-seed0", "dpo", "--pref_scaling", x)
                      for x in (1, 0.1, 0.001)},
-                  **{f"G = {G}": (f"m2-G{G}-base0-seed0", "dpo", "--lams_per_step", G) for G in (1, 2, 4)},
+                  "one learning rate for all": ("m2-lr1-base0-seed0", "dpo", "--values_lr", 1),
+                  **{f"G = {G}": (f"m2-G{G}-base0-seed0", "dpo", "--lams_per_step", G) for G in (1, 2)},
                   **{f"G = {G}, 32 rows a step, a quarter of the steps":
-                     (f"m2-G{G}-base0-seed0", "dpo", "--lams_per_step", G, "--batch_size", 32, "--steps", 75)
+                     (f"m2-G{G}-base0-seed0", "dpo", "--lams_per_step", G, "--batch_size", 32, "--steps", 60)
                      for G in (8, 16, 32)}},
     "three": {"panacea ls, m = 3": ("m3-panacea-base0-seed0", "dpo", "--pref_dim", 3),
               "panacea tche, m = 3": ("m3-tche-base0-seed0", "dpo", "--pref_dim", 3, *TCHE),
               "rs, m = 3": (f"m3-rs-base0-seed0@weights-{SOUP_FACTOR}", "dpo", "--pref_dim", 3, *DPO_RS)},
     "dps": {"panacea": LS, "dps, equal total steps": ("m2-dps-base0-seed0", "dpo", *FIVE),
-            "dps, 5 times the steps": ("m2-dps5-base0-seed0", "dpo", *FIVE, "--steps", 1500)},
+            "dps, 5 times the steps": ("m2-dps5-base0-seed0", "dpo", *FIVE, "--steps", 1200)},
     "rlhf": {"panacea ppo ls": ("ppo-ls-base{b}-seed0", "ppo"),
              **{f"the same by {x}": (f"ppo-{x}-base0-seed0", "ppo", "--estimator", x) for x in ("gae", "grpo", "gdpo")},
              "panacea ppo tche": ("ppo-tche-base{b}-seed0", "ppo", *TCHE),
@@ -104,7 +105,7 @@ TABLES = {
             "rs sft": (f"sft-rs-base{{b}}-seed0@weights-{SOUP_FACTOR}", "sft", *RS),
             "MOD sft": ("sft-rs-base{b}-seed0@mod", "sft", *RS)},
     "ten": {"m = 10, sft": ("m10-sft-base0-seed0", "sft", "--pref_dim", 10, *TEN_SFT),
-            "m = 10, dpo": ("m10-dpo-base0-seed0", "dpo", "--pref_dim", 10, "--steps", 400)},
+            "m = 10, dpo": ("m10-dpo-base0-seed0", "dpo", "--pref_dim", 10, "--steps", 540)},
     **{f"hhc_{by}": {f"panacea {by}": (f"hhc-{by}-panacea", by, *more), f"rs {by}": (f"hhc-{by}-rs", by, *more, *RS),
                      f"dps {by}": (f"hhc-{by}-dps", by, *more, "--method", "dps", "--dps_parts", 2)}
        for by, more in HHC.items()},

@@ -25,8 +25,8 @@ from runs.loop import adamw, add_adapter
 from runs.randomness import generator_for
 from svd_lora import set_preference, svd_lora_layers
 
-FLAGS = SimpleNamespace(lora_dim=8, lora_scaling=512.0, lr=2e-3, weight_decay=0.05, batch_size=2, seed=0,
-                        aggregate="ls", beta=1.0)
+FLAGS = SimpleNamespace(lora_dim=8, lora_scaling=512.0, lr=2e-3, values_lr=None, weight_decay=0.05, batch_size=2,
+                        seed=0, aggregate="ls", beta=1.0)
 LAYER = "blocks.0.attn.q"
 
 

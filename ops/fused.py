@@ -24,8 +24,9 @@ from torch.autograd.function import once_differentiable
 ONEDNN_FROM = 2 ** 16       # products of matrices smaller than this lose more by oneDNN's overhead than they gain
 # where a CPU has no instructions for bf16: rows of a bf16 matrix that are converted to fp32 at a time; and the fewest
 TILE_ROWS, TILES_FROM = 256, 16                               # rows of the other that the conversion always pays for
-ROWS, TILE = 1024, 1024     # linear_logprob on a CPU: tokens and vocabulary entries at a time, 4 MB of logits
+ROWS, TILE = 1024, 1024     # linear_logprob on a CPU in bf16: tokens and vocabulary entries at a time, 4 MB of logits
 GUESS = 256                 # vocabulary entries from which it estimates log Z beforehand
+WIDE_ROWS, WIDE_LOGITS = 256, 2 ** 24   # in fp32: tokens at a time, and logits (64 MB) where the vocabulary is large
 CUDA_LOGITS = 2 ** 26       # linear_logprob on CUDA: elements of the logits held at a time (256 MiB in fp32)
 
 
@@ -249,14 +250,15 @@ class _LinearLogprob(torch.autograd.Function):
 
         log p(target) = l_target − log Z        its gradient to h: W_target − Σ_v p_v W_v
 
-    Σ_v p_v W_v is softmax(h Wᵀ) W. So it is summed tile by tile of the vocabulary, as in flash attention, in the same
-    pass as log Z. The forward pass keeps this gradient, (N, D); the backward pass multiplies it by g, and computes no
-    logit a second time.
+    Σ_v p_v W_v is softmax(h Wᵀ) W. So it is summed in the same pass as log Z, for some rows at a time, in bf16 tile by
+    tile of the vocabulary, as in flash attention. The forward pass keeps this gradient, (N, D); the backward pass
+    multiplies it by g, and computes no logit a second time.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, target):
-        rows = _logprob_rows_cuda if use_kernels(hidden) else _logprob_rows_cpu
+        rows = (_logprob_rows_cuda if use_kernels(hidden) else
+                _logprob_rows_fp32 if hidden.dtype == torch.float32 else _logprob_rows_bf16)
         logp, dlogp = rows(hidden, weight, target, ctx.needs_input_grad[0])
         ctx.save_for_backward(dlogp, *((hidden, weight, target) if ctx.needs_input_grad[1] else ()))
         return logp
@@ -281,8 +283,22 @@ class _LinearLogprob(torch.autograd.Function):
         return dh, dW, None
 
 
-def _logprob_rows_cpu(hidden, weight, target, want_grad):
-    """log p(target) (N,) fp32 and its gradient to hidden, (N, D) or None. No autograd."""
+def _logprob_rows_fp32(hidden, weight, target, want_grad):
+    """log p(target) (N,) fp32 and its gradient to hidden, (N, D) or None, on a CPU. No autograd."""
+    logps, dlogps = [], []
+    for h, y in zip(*(t.split(min(WIDE_ROWS, max(1, WIDE_LOGITS // len(weight)))) for t in (hidden, target))):
+        logits = product(h, weight)                                                   # (n, V)
+        l_target, top = logits.gather(1, y[:, None])[:, 0], logits.amax(1, keepdim=True)
+        e = logits.sub_(top).exp_()
+        Z = e.sum(1)
+        logps.append(l_target - top[:, 0] - Z.log())
+        if want_grad:
+            dlogps.append(weight[y] - product(e, weight.T).div_(Z[:, None]))          # (n, D)
+    return torch.cat(logps), torch.cat(dlogps) if want_grad else None
+
+
+def _logprob_rows_bf16(hidden, weight, target, want_grad):
+    """The same in bf16, tile by tile of the vocabulary."""
     N, V = len(hidden), len(weight)
     logp, dlogp = torch.empty(N), torch.empty_like(hidden) if want_grad else None
     for i in range(0, N, ROWS):

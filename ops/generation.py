@@ -26,6 +26,7 @@ from ops.quantize import GROUP, LEVELS, QuantizedLinear, QuantizedWeight
 
 PACK_FROM = 2 ** 16         # weights smaller than this lose more by oneDNN's overhead than they gain
 PACK_STEPS = 16             # repacking costs about as much as this many steps save
+KEEP = 0.9                  # on a CPU, ended rows are dropped where so many of the rows, at most, still continue
 SYNC_EVERY = 16             # on a GPU, steps between two checks whether all rows have ended: a check stalls the device
 
 
@@ -34,7 +35,7 @@ class KVCache:
 
     def __init__(self, config, batch, capacity, dtype, device):
         shape = (config.n_layer, batch, config.n_kv_head, capacity, config.head_dim)
-        self.k, self.v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+        self.k, self.v = torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
         self.length = 0                                       # tokens held; Transformer.forward advances it
         self.slot = None                                      # a tensor (1,): where the one token of a decode step goes
         self.seen = capacity                                  # slots that a decode step attends to, the first ones
@@ -241,8 +242,10 @@ class Decoder:
         self.token = torch.zeros(B, 1, dtype=torch.int64, device=device)
         self.slot = self.slots[longest:longest + 1].clone()                                                  # (1,)
         self.graph, self.wants_graph = None, graph
-        if not graph:
-            self.cache.seen = longest                         # one more with every step; under a graph always all
+        if graph:
+            self.cache.k.zero_(), self.cache.v.zero_()        # all slots are attended to, and 0 · NaN would be NaN
+        else:
+            self.cache.seen = longest                         # one more with every step
 
     def prefill(self):
         """Reads the prompts into the cache. Returns the logits (B, V) of every row's first new token."""
@@ -301,9 +304,14 @@ class Decoder:
         self.graph = graph
 
     def keep(self, rows):
-        """Drops all rows but these, (n,) indices."""
-        self.token, self.padding = self.token[rows], self.padding[rows]
-        self.cache.k, self.cache.v = self.cache.k[:, rows], self.cache.v[:, rows]
+        """Drops all rows but these, (n,) indices: the i-th becomes row i, and is either there already or comes from
+        behind the n-th, so that few keys and values are copied."""
+        self.token, self.padding, n = self.token[rows], self.padding[rows], len(rows)
+        to = (rows != torch.arange(n, device=rows.device)).nonzero()[:, 0]
+        for name in ("k", "v"):
+            held = getattr(self.cache, name)                                          # (layers, B, K, M, C)
+            held[:, to, :, :self.cache.seen] = held[:, rows[to], :, :self.cache.seen]
+            setattr(self.cache, name, held[:, :n])
         for layer in self.model.modules():
             if isinstance(layer, FastLinear) and layer.factors is not None:
                 V, d, Ut = layer.factors
@@ -444,8 +452,9 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=No
             left = len(done) - int(done.sum())
             if left == 0:
                 break
-            if on_cpu and 2 * left <= len(done):             # at each halving: all copies cost about one cache
-                going = (~done).nonzero()[:, 0]
+            if on_cpu and left <= KEEP * len(done):
+                going = torch.arange(left)                    # the first rows, and in place of ended ones those behind
+                going[done[:left]] = left + (~done[left:]).nonzero()[:, 0]
                 for decoder in decoders:
                     decoder.keep(going)
                 token, rows, done = token[going], rows[going], done[going]

@@ -47,10 +47,11 @@ def add_adapter(model, flags, m, member=0, more=1):
 
 
 def adamw(model, flags, betas=(0.9, 0.95), head=None):
-    """AdamW for an adapter, with weight decay on U and V alone (and on a head that learns beside it)."""
-    heads = [] if head is None else [{"params": [head.weight], "weight_decay": flags.weight_decay}]
-    return torch.optim.AdamW([*parameter_groups(model, flags.weight_decay), *heads], lr=flags.lr, betas=betas,
-                             fused=True)                               # fused: one pass over many small tensors
+    """AdamW for an adapter, with weight decay on U and V alone (and on a head that learns beside it), and a learning
+    rate of their own for σ and s."""
+    groups = parameter_groups(model, flags.weight_decay, flags.values_lr or 1.0)
+    groups += [] if head is None else [{"params": [head.weight], "weight_decay": flags.weight_decay}]
+    return torch.optim.AdamW(groups, lr=flags.lr, betas=betas, fused=True)            # fused: one pass over them all
 
 
 @contextmanager
@@ -141,8 +142,9 @@ class Run:
             for step in range(first, self.n_steps):
                 self.step, self.started, self.loss, self.sums, self.signals = step, time.time(), 0.0, {}, signals
                 self.counted = self.flops = self.stop = 0
+                rate = learning_rate(step, self.n_steps, flags.lr, flags.warmup_ratio)
                 for group in self.optimizer.param_groups:
-                    group["lr"] = learning_rate(step, self.n_steps, flags.lr, flags.warmup_ratio)
+                    group["lr"] = rate * group.get("times", 1)
                 for self.part in range(self.parts):
                     yield step
                 self.require_finite_weights()

@@ -118,13 +118,11 @@ def repacked(change):
     return {"pack_tree": lambda prompt, responses: change(*right.pack_tree(prompt, responses), len(prompt))}
 
 
-def by_depth(tokens, parents, paths, n):
-    """The same tree, its nodes numbered by depth."""
-    positions, _ = right.tree_attention(parents)
-    order = positions.argsort(stable=True)
-    number = order.argsort()
-    return tokens[order], torch.where(parents[order] < 0, -1, number[parents[order]]), [
-        number[torch.tensor(path)].tolist() for path in paths]
+def backwards(tokens, parents, paths, n):
+    """The same tree, its nodes numbered from the end."""
+    last = len(tokens) - 1
+    return tokens.flip(0), torch.where(parents < 0, -1, last - parents).flip(0), [
+        [last - node for node in path] for path in paths]
 
 
 def with_neighbour_alone(prompt, responses):
@@ -367,9 +365,9 @@ MUTANTS = {
         "the last token has no node": packing(drop_last=True),
         "equal responses are dropped": {"pack_tree": lambda prompt, responses: right.pack_tree(
             prompt, [list(y) for y in dict.fromkeys(map(tuple, responses))])},
-        "responses are sorted first": {"pack_tree": lambda prompt, responses: right.pack_tree(
+        "responses are sorted, and so are the paths": {"pack_tree": lambda prompt, responses: right.pack_tree(
             prompt, sorted(responses))},
-        "nodes are numbered by depth": repacked(by_depth),
+        "children before their parents": repacked(backwards),
         "paths are in reverse": repacked(lambda tokens, parents, paths, n: (
             tokens, parents, [path[::-1] for path in paths])),
         "lists instead of tensors": repacked(lambda tokens, parents, paths, n: (

@@ -20,7 +20,8 @@ TELLING = {1: ["self.s * lam", "cat([self.sigma", "x @ V", "* self.U", "layer.U.
                "(flat(z)", "chains.append(", "np.logical_and.accumulate", "causal[:n, :n]", "np.maximum((offset",
                "nondominated_layers", "_smallest(", "torch.cdist(ends", "answers(model"]}
 ALLOWED = {"handout.md": ["x @ V"], "handout.html": ["x @ V"],       # why (B, T, r) needs care
-           "generation.py": ["log_softmax", ".gather("]}             # of next tokens, not of responses
+           "generation.py": ["log_softmax", ".gather("],             # of next tokens, not of responses
+           "attention.py": [".gather("]}                             # of a mask
 
 
 def shipped(sets):

@@ -213,18 +213,18 @@ def test_to_moves_every_tensor():
 def by_nodes(row):
     """The tree of one row, token by token: nodes, the parent of each, edges (node, token), each response's edges."""
     nodes, parent = list(row.prompt), list(range(-1, len(row.prompt) - 1))
-    edges, child, paths = {}, {}, []
-    for response in row.responses:
-        at, path = len(row.prompt) - 1, []
+    edges, child, paths = {}, {}, [[] for _ in row.responses]
+    for r in sorted(range(len(paths)), key=row.responses.__getitem__):                # branch by branch
+        response = row.responses[r]
+        at = len(row.prompt) - 1
         for i, token in enumerate(response):
-            path.append(edges.setdefault((at, token), len(edges)))
+            paths[r].append(edges.setdefault((at, token), len(edges)))
             if i + 1 < len(response):
                 if (at, token) not in child:
                     child[at, token] = len(nodes)
                     nodes.append(token)
                     parent.append(at)
                 at = child[at, token]
-        paths.append(path)
     return nodes, parent, list(edges), paths
 
 

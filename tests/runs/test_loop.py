@@ -89,7 +89,7 @@ def test_every_step_has_its_rate(tmp_path):
     (4, 0, {"more": 2}, 6, 2),                                           # a prompted λ: Panacea's rank, all learned
     (0, 2, {}, 2, 1), (0, 0, {}, 1, 1)])                                 # the preference part alone: the default's gain
 def test_adapters_of_every_method_have_one_gain(tiny, lora_dim, m, more, rank, gain):
-    flags = SimpleNamespace(lora_dim=lora_dim, lora_scaling=8.0, seed=0, weight_decay=0.1, lr=1e-3)
+    flags = SimpleNamespace(lora_dim=lora_dim, lora_scaling=8.0, seed=0, weight_decay=0.1, lr=1e-3, values_lr=4.0)
     model, other = tiny().requires_grad_(False), tiny().requires_grad_(False)
     add_adapter(model, flags, m, **more)
     add_adapter(other, flags, m, member=1, **more)
@@ -101,6 +101,23 @@ def test_adapters_of_every_method_have_one_gain(tiny, lora_dim, m, more, rank, g
     groups = adamw(model, flags, head=head).param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     assert decayed == {id(p) for layer in layers for p in (layer.U, layer.V)} | {id(head.weight)}
+    hurried = {id(p) for group in groups if group.get("times", 1) == 4 for p in group["params"]}
+    assert hurried == {id(p) for layer in layers for p in (layer.sigma, layer.s) if isinstance(p, torch.nn.Parameter)}
+
+
+def test_sigma_and_s_have_a_learning_rate_of_their_own(tmp_path, tiny):
+    """Wrong: one rate for all, or one that the schedule forgets."""
+    model, flags = tiny().requires_grad_(False), flags_of(lora_dim=2, lora_scaling=2.0, seed=0, weight_decay=0.0,
+                                                          values_lr=10.0)
+    add_adapter(model, flags, 2)
+    optimizer, rates = adamw(model, flags), []
+    run = Run(model, optimizer, tmp_path, "adapter", flags, 3, ["a", "b"])
+    for _ in run.steps():
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        run.norm = 0.0
+        run.log(1, 1)
+    peak = [learning_rate(step, 3, flags.lr, flags.warmup_ratio) for step in range(3)]
+    assert rates == [[rate, 10 * rate] for rate in peak] and peak[0] > peak[2]
 
 
 # ---- steps ----
@@ -314,7 +331,7 @@ def test_means_over_labels(tmp_path, capsys):
 def test_snapshots_on_the_way(tmp_path, tiny):
     """Evenly, without the last step, whose adapter the script itself keeps."""
     model = tiny().requires_grad_(False)
-    flags = flags_of(lora_dim=2, lora_scaling=2.0, seed=0, weight_decay=0.0, snapshots=3)
+    flags = flags_of(lora_dim=2, lora_scaling=2.0, seed=0, weight_decay=0.0, values_lr=None, snapshots=3)
     add_adapter(model, flags, 2)
     set_preference(model, torch.tensor([0.5, 0.5]))
     run = Run(model, adamw(model, flags), tmp_path, "adapter", flags, 6, ["a", "b"])
