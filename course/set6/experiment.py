@@ -136,11 +136,11 @@ def main():
     parser.add_argument("--prompt_times", type=int, default=1, help="how often the prompt is said")
     parser.add_argument("--adapters", default="course.adapters")
     args = parser.parse_args()
-    adapters, out, generator = importlib.import_module(args.adapters), Path(args.out), torch.Generator().manual_seed(0)
+    adapters, out = importlib.import_module(args.adapters), Path(args.out)
     halves = {"logprobs": (logprobs, "words", "words of the vocabulary"),
               "trees": (trees, "responses", "responses to the prompt")}
     halves = {name: half for name, half in halves.items() if args.only in (None, name)}
-    found = {name: measure(adapters, args, generator) for name, (measure, *_) in halves.items()}
+    found = {name: measure(adapters, args, torch.Generator().manual_seed(0)) for name, (measure, *_) in halves.items()}
     out.mkdir(parents=True, exist_ok=True)
     (out / "speed.json").write_text(json.dumps({"settings": vars(args)} | found, indent=1))
 
