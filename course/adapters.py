@@ -230,3 +230,81 @@ def regret(lams: Tensor, J: Tensor, J_base: Tensor, J_best: Tensor) -> tuple[flo
     ->  the regret over all preferences, the largest of a single one, and this preference (m,)
     """
     raise NotImplementedError
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Set 6: fast and large.   N: places   D: width   V: vocabulary, or a factor of the branch   T: nodes of a tree
+# F: preferences   n, A: scored responses
+
+
+def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, block: int) -> Tensor:
+    """log p(target) under softmax(hidden · weightᵀ), `block` words at a time. Set 6: logprob_forward, logprob_backward.
+
+    hidden: (N, D)   weight: (V, D)   target: (N,) int64   ->  (N,)
+    """
+    raise NotImplementedError
+
+
+def pack_tree(prompt: list[int], responses: list[list[int]]) -> tuple[Tensor, Tensor, list[list[int]]]:
+    """A prompt and its R responses as a tree that has every shared beginning once. Set 6: pack_tree.
+
+    ->  tokens (T,) int64; parents (T,) int64, the node before each node, -1 for the first; paths, R lists of nodes
+    """
+    raise NotImplementedError
+
+
+def tree_attention(parents: Tensor) -> tuple[Tensor, Tensor]:
+    """Where nodes stand and what they see. Set 6: tree_attention.
+
+    parents: (T,) int64   ->  positions (T,) int64; mask (T, T) bool, True where the node of the row may look
+    """
+    raise NotImplementedError
+
+
+def tree_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, parents: Tensor, paths: list[list[int]]) -> Tensor:
+    """log π(y|x) of every response of a tree. Set 6: tree_logprobs.
+
+    hidden: (T, D), the model's states at the nodes   weight: (V, D)   the others: from pack_tree   ->  (R,)
+    """
+    raise NotImplementedError
+
+
+def svd_lora_by_hand(x: Tensor, weight: Tensor, bias: Tensor | None, U: Tensor, V: Tensor, d: Tensor,
+                     gain: float) -> Tensor:
+    """A linear layer with an SVD-LoRA branch, singular values for each row, and its own backward. Set 6:
+    svd_lora_backward.
+
+    x: (B, T, d_in)   weight: (d_out, d_in) and bias: (d_out,) or None, both frozen   U: (d_out, r)   V: (d_in, r)
+    d: (B, r)   ->  (B, T, d_out)
+    """
+    raise NotImplementedError
+
+
+def direction_distance(unit: Tensor, lam: Tensor) -> Tensor:
+    """How far points are from a preference's direction. Set 6: direction_distance.
+
+    unit: (n, m), scores on a scale from 0, the worst, to 1, the best   lam: (m,)   ->  (n,)
+    """
+    raise NotImplementedError
+
+
+def select_pareto(scores: Tensor, lams: Tensor, k: int, at_least: int) -> Tensor:
+    """The k responses that each preference is trained on, stage 1. Set 6: pareto_selection.
+
+    scores: (n, m)   lams: (F, m)   at_least: points that the pool has at the least   ->  (F, k) int64
+    """
+    raise NotImplementedError
+
+
+def representatives(lams: Tensor) -> list[int]:
+    """Which preferences' models answer prompts in stage 2: indices into lams, (F, m). Set 6: stage_two."""
+    raise NotImplementedError
+
+
+def select_answers(answers: list[tuple[str, str]], ended: Tensor, scores: Tensor, lams: Tensor, k: int,
+                   at_least: int) -> Tensor:
+    """The k // 2 answers that each preference goes on with, stage 2. Set 6: stage_two.
+
+    answers: A pairs (prompt, response)   ended: (A,) bool   scores: (A, m)   lams: (F, m)   ->  (F, k // 2) int64
+    """
+    raise NotImplementedError

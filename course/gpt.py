@@ -20,9 +20,10 @@ class Attention(nn.Module):
         self.heads = heads
         self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, x):                                             # (B, T, D) -> (B, T, D)
+    def forward(self, x, mask=None):                                  # (B, T, D) -> (B, T, D)
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        return self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+        return self.o(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -40,13 +41,16 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn, self.mlp = Attention(width, heads), MLP(width)
 
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x, mask=None):
+        x = x + self.attn(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
 
 
 class GPT(nn.Module):
-    """tokens (B, T) -> logits (B, T, V). Attention is causal: a token's logits depend on nothing right of it."""
+    """tokens (B, T) -> logits (B, T, V). Attention is causal: a token's logits depend on nothing right of it.
+
+    mask: (T, T) bool instead, True where a token (row) may look (column). positions: (T,) instead of 0 1 2 …
+    """
 
     def __init__(self, vocabulary, context, layers, heads, width):
         super().__init__()
@@ -55,11 +59,15 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, tokens):
-        x = self.embed(tokens) + self.pos_embed.weight[:tokens.shape[1]]
+    def states(self, tokens, positions=None, mask=None):
+        """What the head reads: (B, T, D)."""
+        x = self.embed(tokens) + self.pos_embed(torch.arange(tokens.shape[1]) if positions is None else positions)
         for block in self.blocks:
-            x = block(x)
-        return self.norm(x) @ self.embed.weight.T                     # the head is the embedding: (B, T, V)
+            x = block(x, mask)
+        return self.norm(x)
+
+    def forward(self, tokens, positions=None, mask=None):
+        return self.states(tokens, positions, mask) @ self.embed.weight.T     # the head is the embedding: (B, T, V)
 
 
 def load_base(path=BASE):

@@ -36,7 +36,17 @@ SOLVES = {      # set: {a file of REFERENCE or SHARED: the names in it that solv
         "aggregate.py": "sample_preference linear_scalarization tchebycheff denominators scalar_reward",
         "ops/fused.py": "linear_logprob_plain _LinearLogprob _logprob_rows_fp32 _logprob_rows_bf16 logprob_rows_plain "
                         "_logprob_rows_cuda linear_logprob"},
-    3: dict.fromkeys(["fronts/dominance.py", "fronts/metrics.py", "fronts/optimum.py", "fronts/evaluation.py"])}
+    3: dict.fromkeys(["fronts/dominance.py", "fronts/metrics.py", "fronts/optimum.py", "fronts/evaluation.py"]),
+    6: {"ops/fused.py": "linear_logprob_plain _LinearLogprob _logprob_rows_fp32 _logprob_rows_bf16 logprob_rows_plain "
+                        "_logprob_rows_cuda linear_logprob _SVDLoRALinear _down _up_ svd_lora_linear",
+        "data/trees.py": None, "fronts/selection.py": None, "fronts/dominance.py": None, "train_hqd.py": None}}
+INSTEAD = {     # what stands in a file for something that a set solves and an earlier set's solution calls
+    6: {"ops/fused.py": """
+
+def svd_lora_linear(*arguments):
+    \"\"\"The definition: the fused one with its own backward is a problem of set 6.\"\"\"
+    return svd_lora_linear_plain(*arguments)
+"""}}
 README = """# Problem sets: aligning one language model with many preferences
 
     pip install -r requirements.txt
@@ -64,15 +74,16 @@ def cut(text, names):
 
 def files(sets):
     """{path: text, or None to copy it} of a student's repository for these sets."""
-    hidden = [SOLVES[n] for n in SOLVES if n in sets or n > max(sets)]
+    hidden = {n: SOLVES[n] for n in SOLVES if n in sets or n > max(sets)}
     earlier = [n for n in SETS if n < max(sets) and n not in sets]
     wanted = [*SHARED, *(f"course/set{n}/{name}" for n in sets for name in OF_SET),
               *(f for n in earlier for f in REFERENCE[n])]
     out = {"README.md": README.format(sets=" ".join(map(str, sets))), "solution.py": START}
     for path in wanted:
-        names = [solves[path] for solves in hidden if path in solves]
+        names = [solves[path] for solves in hidden.values() if path in solves]
         if None not in names:
             out[path] = cut((ROOT / path).read_text(encoding="utf-8"), " ".join(names).split()) if names else None
+            out[path] = (out[path] or "") + "".join(INSTEAD.get(n, {}).get(path, "") for n in hidden) or None
     return out | {f"course/set{n}/handout.html": page((ROOT / f"course/set{n}/handout.md").read_text(encoding="utf-8"))
                   for n in sets}
 

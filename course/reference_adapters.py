@@ -1,4 +1,5 @@
 """reference_adapters.py - the solution of every set: this repository's functions, as course/adapters.py wants them."""
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
@@ -6,7 +7,12 @@ import torch
 import aggregate
 import objectives
 import svd_lora
-from fronts import dominance, evaluation, metrics, optimum
+import train_hqd
+from data import trees
+from data.offline import distinct
+from data.tokenizers import TokenRow
+from fronts import dominance, evaluation, metrics, optimum, selection
+from ops import fused
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Set 1.
@@ -144,3 +150,87 @@ def regret(lams, J, J_base, J_best):
                              {"J": J_best, "logps": none, "z": None}, lams.tolist(), None, SimpleNamespace(value=None),
                              {"aggregate": "ls"})
     return said["regret"], said["regret_worst"], torch.tensor(said["worst_lam"], dtype=torch.float64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Set 6.
+
+
+@contextmanager
+def blocks(N, V, block):
+    """Within it, ops.fused takes `block` words at a time, as it does in bf16, and as many places as keep the logits
+    below N · block."""
+    before = {name: getattr(fused, name) for name in ("ROWS", "TILE", "GUESS", "_logprob_rows_fp32")}
+    vars(fused).update(ROWS=max(1, N * block // V), TILE=block, GUESS=min(block, fused.GUESS),
+                       _logprob_rows_fp32=fused._logprob_rows_bf16)
+    try:
+        yield
+    finally:
+        vars(fused).update(before)
+
+
+class LinearLogprob(fused._LinearLogprob):
+    """The reference's, with `block` as an argument."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target, block):
+        ctx.sizes = len(hidden), len(weight), block
+        with blocks(*ctx.sizes):
+            return fused._LinearLogprob.forward(ctx, hidden, weight, target)
+
+    @staticmethod
+    def backward(ctx, g):
+        with blocks(*ctx.sizes):
+            return *fused._LinearLogprob.backward(ctx, g), None
+
+
+def linear_logprob(hidden, weight, target, block):
+    return LinearLogprob.apply(hidden, weight, target, block)
+
+
+def pack_tree(prompt, responses):
+    # the reference has no node for the last token of a response: one more token, the same behind all, makes it one
+    tokens, chains, predicted_by, _, paths = trees._tree(prompt, [y + [-1] for y in responses])
+    parents = torch.arange(len(tokens)) - 1
+    for start, _, parent in chains:
+        parents[start] = parent
+    return torch.from_numpy(tokens), parents, [predicted_by[path[1:]].tolist() for path in paths]
+
+
+def tree_attention(parents):
+    paths = [[]]                                                      # from the root to each node: a response each
+    for node, parent in enumerate(parents.tolist()[1:], 1):
+        paths.append(paths[parent] + [node])
+    tree = trees.pack([TokenRow([0], [path + [0] for path in paths[1:]])])
+    place = tree.tokens[0].argsort()                                  # the tree's tokens are the nodes' numbers
+    return tree.positions[0, place], tree.mask[0, 0][place][:, place]
+
+
+def tree_logprobs(hidden, weight, tokens, parents, paths):
+    padded = torch.full((len(paths), max(map(len, paths))), len(tokens))                              # (R, L)
+    for row, path in zip(padded, paths):
+        row[:len(path)] = torch.tensor(path)
+    return objectives.response_logprobs(fused.linear_logprob(hidden[parents], weight, tokens), padded)
+
+
+def svd_lora_by_hand(x, weight, bias, U, V, d, gain):
+    return fused.svd_lora_linear(x, weight, U, V, gain * d[:, None], bias)
+
+
+def direction_distance(unit, lam):
+    return torch.from_numpy(selection.direction_distance(unit.numpy(), lam.numpy()))
+
+
+def select_pareto(scores, lams, k, at_least):
+    return torch.from_numpy(selection.select_high_quality(scores.numpy(), lams.numpy(), k, at_least).index)
+
+
+representatives = train_hqd.representatives
+
+
+def select_answers(answers, ended, scores, lams, k, at_least):
+    good = [i for i, (_, y) in enumerate(answers) if ended[i] and y.strip()]
+    first = {answers[i]: i for i in reversed(good)}
+    rows, _ = distinct([answers[i] for i in good])
+    pool = torch.tensor([first[row.prompt, row.responses[0]] for row in rows])
+    return pool[select_pareto(scores[pool], lams, max(1, k // 2), at_least)]

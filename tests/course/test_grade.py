@@ -11,9 +11,10 @@ from course.grading import brief, numbers, same, slope
 from course.set1 import grade as set1
 from course.set2 import grade as set2
 from course.set3 import grade as set3
+from course.set6 import grade as set6
 
 HANDOUTS = {n: (grade.ROOT / f"course/set{n}/handout.md").read_text(encoding="utf-8") for n in grade.SETS}
-GRADERS = {1: set1, 2: set2, 3: set3}
+GRADERS = {1: set1, 2: set2, 3: set3, 6: set6}
 
 
 @pytest.mark.parametrize("n", grade.SETS)
@@ -59,7 +60,15 @@ def test_right_answers_pass_and_stubs_fail(n, adapters, share):
     (3, "everything_counts", "other texts have no score", "other texts have no score"),
     (3, "newton", "λ·r", "λ·r is taken"),
     (3, "tchebycheff_point", "a prompt at a time", "every prompt has its own maximum"),
-    (3, "regret", "the mean of quotients", "the mean of the quotients is taken")])
+    (3, "regret", "the mean of quotients", "the mean of the quotients is taken"),
+    (6, "logprob_forward", "the old sum is not rescaled", "the old sum is kept as it is"),
+    (6, "logprob_backward", "without the 1 at the target", "the term of the target is missing"),
+    (6, "pack_tree", "the responses share the prompt alone", "the responses share the prompt alone"),
+    (6, "tree_attention", "positions are the nodes' numbers", "positions are the nodes' numbers"),
+    (6, "tree_logprobs", "the node to the left", "the node to the left is asked"),
+    (6, "svd_lora_backward", "d: the gain is left out", "the gain is left out"),
+    (6, "pareto_selection", "the scale is that of the pool", "the scale is that of the pool"),
+    (6, "stage_two", "repetitions stay", "repetitions are not dropped")])
 def test_messages_name_the_mistake(n, problem, name, says):
     wrong = mutants.import_module(f"course.set{n}.mutants").MUTANTS[problem][name]
     failed = [r for r in mutants.graded(n, problem, wrong) if r["score"] == 0]

@@ -31,7 +31,7 @@ def test_a_handout_as_a_page(n):
     html = page(markdown)
     tags = Tags(html)
     assert tags.open == [] and tags.seen.count("blockquote") == markdown.count("**Problem (")
-    text = re.sub(r"`[^`]+`", "", markdown)
+    text = re.sub(r"```.*?```|`[^`]+`", "", markdown, flags=re.S)
     equations = len(re.findall(r"\$\$\n", text)) // 2 + len(re.findall(r"\$[^$\n]+\$", text))
     assert tags.seen.count("svg") == equations > 20
     text = re.sub(r"<svg.*?</svg>|<code>.*?</code>|<[^>]+>", "", html, flags=re.S)
@@ -42,9 +42,9 @@ def test_a_handout_as_a_page(n):
 def test_blocks():
     assert blocks(["# A *b*", "", "one", "`two`", "- x", "- y", "  z", "1. u"]) == (
         "<h1>A <i>b</i></h1>\n<p>one <code>two</code></p>\n<ul><li>x</li><li>y z</li></ul>\n<ol><li>u</li></ol>")
-    assert blocks(["> **q**", ">", "> r", "", "| a | b |", "|---|---|", "| 1 | 2 |"]) == (
+    assert blocks(["> **q**", ">", "> r", "", "| a | b |", "|---|---|", "| | 2 |"]) == (
         "<blockquote><p><b>q</b></p>\n<p>r</p></blockquote>\n"
-        "<table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td>2</td></tr></table>")
+        "<table><tr><th>a</th><th>b</th></tr><tr><td></td><td>2</td></tr></table>")
     assert blocks(["```", "a < b", "```"]) == "<pre>a &lt; b</pre>"
     assert inline("a < b [c](d)") == 'a &lt; b <a href="d">c</a>' and inline("`*a*`") == "<code>*a*</code>"
 
