@@ -106,6 +106,7 @@ def everything():
     return [PurePath(f.relative_to(ROOT)) for f in (*ROOT.iterdir(), *found)]
 
 
+@lru_cache
 def found(path):
     """The files that a text can mean by a path, from the top or shorter. <name> and the N of setN stand for any."""
     pattern = re.sub(r"<\w+>", "*", path.rstrip("/")).replace("setN", "set*")
@@ -132,16 +133,17 @@ def links(name, text):
                           "")
 
 
-def source_of(file, name):
-    """The source of a function, class, method or field ("Class.method") or constant of a file; None: there is none."""
-    text = (ROOT / file).read_text(encoding="utf-8")
-    node = ast.parse(text)
-    for part in name.split("."):
-        named = {getattr(n, "name", None) or ast.unparse(n.target if isinstance(n, ast.AnnAssign) else n.targets[0]): n
-                 for n in getattr(node, "body", ()) if hasattr(n, "name") or isinstance(n, (ast.Assign, ast.AnnAssign))}
-        if (node := named.get(part)) is None:
-            return None
-    return ast.get_source_segment(text, node)
+@lru_cache
+def node_of(file, name):
+    """The syntax tree of a function, class, method or field ("Class.method") or constant of a file; None: there is
+    none. Of the name "" that of the file."""
+    if not name:
+        return ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    of, _, last = name.rpartition(".")
+    for n in getattr(node_of(file, of), "body", ()):
+        target = n.targets[0] if isinstance(n, ast.Assign) else getattr(n, "target", None)
+        if last in (getattr(n, "name", None), getattr(target, "id", None)):
+            return n
 
 
 def names(name, text):
@@ -152,7 +154,7 @@ def names(name, text):
             "/" in span and span.split("/")[0] in tops or re.search(r"\w\.(py|md|html|ini|toml|sh)$", span))
         if m := re.fullmatch(r"([\w/<>]+\.py): ([\w., ]+)", span):
             for each in m[2].split(", "):
-                yield place, "" if any(source_of(f, each) for f in found(m[1])) else f"{m[1]} has no {each}"
+                yield place, "" if any(node_of(f, each) for f in found(m[1])) else f"{m[1]} has no {each}"
         elif is_path and span not in ELSEWHERE:
             yield place, "" if found(span) else f"{span} does not exist"
 
@@ -166,10 +168,10 @@ COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:(?:python3?|torchrun|bash|pip|[\w/]+\
 def calls(name, text):
     """(place, words) of every command in a document's blocks and spans, or in a script's header."""
     if name.endswith(".py"):
-        found = [(m.start(1), m[1]) for m in re.finditer(r"^ {4}((?:[A-Z_]+=\S+ )?(?:python|torchrun) .*)$", text, re.M)]
+        said = [(m.start(1), m[1]) for m in re.finditer(r"^ {4}((?:[A-Z_]+=\S+ )?(?:python|torchrun) .*)", text, re.M)]
     else:
-        found = [*lines(text), *((place, span) for place, span in spans(text) if COMMAND.match(span))]
-    return [(place, words) for place, line in found for words in split(line)]
+        said = [*lines(text), *((place, span) for place, span in spans(text) if COMMAND.match(span))]
+    return [(place, words) for place, line in said for words in split(line)]
 
 
 def commands(name, text):
@@ -362,7 +364,7 @@ def table():
     loop = said("data/text_rewards.py", "return len(tokens) < # or len(set(grams)) / len(grams) < #")[::-1]
     stories = dict(zip(*[iter(reproduce.STORIES[3:])] * 2))
     many = dict(zip(*[iter(reproduce.TABLES["ablations"]["G = 32, 32 rows a step, a quarter of the steps"][2:])] * 2))
-    trains = [source_of(f, "train").count("\n") + 1 for f in map(str, everything()) if re.match(r"train_\w+\.py$", f)]
+    trains = [node.end_lineno - node.lineno + 1 for f in ROOT.glob("train_*.py") if (node := node_of(f, "train"))]
     worth = {name: points for n in (1, 2) for name, (points, _) in boxes(n).items()}
     ruff = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]
     return {
