@@ -58,6 +58,7 @@ RUN = (
                                          "--samples2 1", 180),
     ("python eval_front.py out/a", "python eval_front.py out/a --parts 2", 300),
     ("python eval_front.py --list", None, 60),
+    ("python -m runs.plots out/a", None, 60),
     ("python export.py out/a --pref 0.3 0.7 --out DIR", "python export.py out/a --pref 0.3 0.7 --out exported", 60),
     ("python chat.py --init DIR --greedy", f"echo '{QUESTION}' | python chat.py --init exported --greedy", 60),
     ("python -m data.check FILE", f"echo '{ROW}' > FILE && python -m data.check helpful=FILE", 60),
