@@ -72,10 +72,15 @@ BLOCK = re.compile(r"^(?:> ?)?```(\w*)\n(.*?)^(?:> ?)?```", re.M | re.S)
 SPAN = re.compile(r"`((?:(?!\n[> ]*\n)[^`])+)`")                  # may go over a line's end, not a paragraph's
 
 
+def read(path):
+    """The text of a file of the repository."""
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
 def documents():
     """{name: text} of all documents, and of the scripts, for the commands in their headers."""
     files = [f for pattern in DOCUMENTS + SCRIPTS for f in sorted(ROOT.glob(pattern)) if "out" not in f.parts]
-    return {f.relative_to(ROOT).as_posix(): f.read_text(encoding="utf-8") for f in files}
+    return {f.relative_to(ROOT).as_posix(): read(f) for f in files}
 
 
 def blanked(text):
@@ -128,7 +133,7 @@ def links(name, text):
         if "://" in target or name.endswith(".py"):
             continue
         file = (ROOT / name).parent / target if target else ROOT / name
-        there = text if not target else file.read_text(encoding="utf-8") if anchor and file.is_file() else ""
+        there = text if not target else read(file) if anchor and file.is_file() else ""
         yield m.start(), (f"{target} does not exist" if not file.exists() else
                           f"{target or name} has no heading #{anchor}" if anchor and anchor not in anchors(there) else
                           "")
@@ -139,7 +144,7 @@ def node_of(file, name):
     """The syntax tree of a function, class, method or field ("Class.method") or constant of a file; None: there is
     none. Of the name "" that of the file."""
     if not name:
-        return ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        return ast.parse(read(file))
     of, _, last = name.rpartition(".")
     for n in getattr(node_of(file, of), "body", ()):
         target = n.targets[0] if isinstance(n, ast.Assign) else getattr(n, "target", None)
@@ -205,12 +210,12 @@ def called(words):
             except UserError as e:
                 return str(e)
         program, rest = given.training_script, given.training_script_args
-        if (ROOT / program).exists() and "several=True" not in (ROOT / program).read_text(encoding="utf-8"):
+        if (ROOT / program).exists() and "several=True" not in read(program):
             return f"{program} is one process, not for torchrun"
     elif program in ("python", "python3") and rest:
         program, rest = (rest[1].replace(".", "/") + ".py", rest[2:]) if rest[0] == "-m" else (rest[0], rest[1:])
     elif program == "pytest":
-        markers = (ROOT / "pytest.ini").read_text(encoding="utf-8")
+        markers = read("pytest.ini")
         wrong = [word for before, word in zip(words, rest) if before == "-m" and f"    {word}:" not in markers
                  or before not in ("-m", "-k") and word not in ("-m", "-k", "-x", "-q") and not found(word)]
         return f"what is {wrong[0]}?" if wrong else ""
@@ -238,7 +243,7 @@ def parsed(script, words):
         module = import_module(script.removesuffix(".py").replace("/", "."))
         if hasattr(module, "Flags"):
             given = vars(cli(module.Flags, "", words))
-        elif "parse_args" in (ROOT / script).read_text(encoding="utf-8"):
+        elif "parse_args" in read(script):
             given = arguments(module, words)
         else:
             return f"{script} takes no arguments" if words else ""
@@ -287,7 +292,7 @@ def arguments(module, words):
 @lru_cache
 def declared():
     """The flags of all scripts."""
-    texts = "".join(f.read_text(encoding="utf-8") for pattern in SCRIPTS for f in ROOT.glob(pattern))
+    texts = "".join(read(f) for pattern in SCRIPTS for f in ROOT.glob(pattern))
     return {a or b for a, b in re.findall(r'^ {4}(\w+): .* = flag\(|add_argument\("--([\w-]+)"', texts, re.M)}
 
 
@@ -314,7 +319,7 @@ def stated(phrase, text):
 
 def said(path, phrase):
     """The number, or numbers, that stand in a file of the repository in the place of # in a phrase."""
-    places = stated(phrase, (ROOT / path).read_text(encoding="utf-8"))
+    places = stated(phrase, read(path))
     if not places:
         raise UserError(f"docs/check.py looks for {phrase!r} in {path}, and it is not there any more")
     values = [value(x) for x in places[0][1]]
@@ -323,15 +328,16 @@ def said(path, phrase):
 
 def value(text):
     """A number as a text -> as a number; a version, 3.9.0, stays a text."""
-    return WORDS.get(text.lower()) if text.lower() in WORDS else text if text.count(".") > 1 else float(
-        text.replace(",", ""))
+    text = text.lower().replace(",", "")
+    return WORDS[text] if text in WORDS else text if text.count(".") > 1 else float(text)
 
 
 def agrees(text, truth):
-    """Whether a number in a text is the truth, rounded to as many decimals."""
-    if isinstance(truth, str) or "e" in text or text.lower() in WORDS:
+    """Whether a number in a text is the truth: rounded, where it has decimals, to as many."""
+    decimals = len(text.partition(".")[2])
+    if isinstance(truth, str) or not decimals:
         return value(text) == truth
-    return abs(float(text.replace(",", "")) - truth) <= 0.5000001 * 10.0 ** -len(text.partition(".")[2]) * ("." in text)
+    return abs(value(text) - truth) <= 0.5000001 * 10.0 ** -decimals
 
 
 @lru_cache
@@ -348,7 +354,7 @@ def table():
     from experiments import reproduce
     from fronts import comparison, exact, objective
     from fronts.measure import Samples
-    base, dpo, ppo = json.loads((ROOT / "data/base/base.json").read_text()), train_dpo.Flags(), train_ppo.Flags()
+    base, dpo, ppo = json.loads(read("data/base/base.json")), train_dpo.Flags(), train_ppo.Flags()
     known = base["splits"]["new_verbs"]
     S, D, bad = toy.N_RESPONSES, len(toy.SCORES), -toy.OUTSIDE
     prompts = {split: len(toy.prompts(split)) for split in toy.SPLITS}
@@ -367,7 +373,7 @@ def table():
     many = dict(zip(*[iter(reproduce.TABLES["ablations"]["G = 32, 32 rows a step, a quarter of the steps"][2:])] * 2))
     trains = [node.end_lineno - node.lineno + 1 for f in ROOT.glob("train_*.py") if (node := node_of(f, "train"))]
     worth = {name: points for n in (1, 2) for name, (points, _) in boxes(n).items()}
-    ruff = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]
+    ruff = tomllib.loads(read("pyproject.toml"))["tool"]["ruff"]
     return {
         "README.md": [
             ("One #M-parameter model with a rank-# adapter leaves # of",
@@ -479,7 +485,7 @@ def table():
         ],
         "course/set1/handout.md": [
             ("holds the base model in # lines",
-             round(len((ROOT / "course/gpt.py").read_text(encoding="utf-8").splitlines()), -1)),
+             round(len(read("course/gpt.py").splitlines()), -1)),
         ],
         "course/instructor.md": [
             ("(at least # for each problem)", said("course/mutants.py", "len(wrong) >= #")),
@@ -509,10 +515,10 @@ def figures(name, text):
 
 
 @lru_cache
-def boxes(n, text=None):
+def boxes(n):
     """{problem: (points, its kind)} of the boxes of set n: implement where it is graded, experiment in the section of
     that name, else think."""
-    text = text or (ROOT / f"course/set{n}/handout.md").read_text(encoding="utf-8")
+    text = read(f"course/set{n}/handout.md")
     graded = import_module(f"course.set{n}.grade").PROBLEMS
     return {m[1]: (int(m[2]), "implement" if m[1] in graded else "experiment" if "xperiment" in section else "think")
             for section, body in re.findall(r"^##? (.*)\n((?:(?!##? ).*\n)*)", text, re.M)
@@ -571,16 +577,19 @@ def run_cheap(texts):
         for written, run, seconds in RUN:
             if written not in stand:
                 yield f"docs/check.py: no document has the command {written!r} that --run runs"
-            began = time.monotonic()
+            began, pipe = time.monotonic(), subprocess.PIPE
+            process = subprocess.Popen(run or written, shell=True, cwd=copy, env=environment, stdin=subprocess.DEVNULL,
+                                       stdout=pipe, stderr=pipe, text=True, start_new_session=True)
             try:
-                done = subprocess.run(run or written, shell=True, cwd=copy, env=environment, capture_output=True,
-                                      text=True, timeout=seconds, stdin=subprocess.DEVNULL)
+                out, error = process.communicate(timeout=seconds)
             except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)                 # the shell, and what it has started
+                process.communicate()
                 yield f"docs/check.py: {run or written!r} takes more than {seconds} s"
                 continue
-            if done.returncode:
-                last = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
-                yield f"docs/check.py: {run or written!r} ended with status {done.returncode}: {last}"
+            if process.returncode:
+                last = (error.strip() or out.strip() or "nothing").splitlines()[-1]
+                yield f"docs/check.py: {run or written!r} ended with status {process.returncode}: {last}"
             print(f"{time.monotonic() - began:6.1f} s  {run or written}", flush=True)
 
 
@@ -588,7 +597,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="store_true", help="besides, run the cheap commands, in a copy")
     run, texts = parser.parse_args(argv).run, documents()
-    wrong, counts = problems(texts)
+    try:
+        wrong, counts = problems(texts)
+    except UserError as e:                                             # the table asks for what is not there any more
+        print(e)
+        return 1
     ran = list(run_cheap(texts)) if run else []
     print("\n".join([*wrong, *ran, f"{len(texts)} files: " + ", ".join(f"{n} {kind}" for kind, n in counts.items())
                      + f", {len(RUN) * run} commands run; {len(wrong) + len(ran)} problems"]))

@@ -122,7 +122,7 @@ def test_commands_that_are_run(monkeypatch, capsys):
     text = {"docs/new.md": "```\npython a.py\npython b.py\npython c.py\n```\n"}
     monkeypatch.setattr(check, "RUN", (("python a.py", "echo x > made && test -f README.md", 20),
                                        ("python b.py", "cat made && echo 'it broke' >&2 && exit 3", 20),
-                                       ("python c.py", "sleep 20", 0.2), ("python d.py", "true", 20)))
+                                       ("python c.py", "sleep 20 | cat", 0.2), ("python d.py", "true", 20)))
     wrong = list(check.run_cheap(text))
     assert len(wrong) == 3 and all(says in line for says, line in zip(
         ("status 3: it broke", "more than 0.2 s", "no document has the command 'python d.py'"), wrong))
@@ -139,3 +139,11 @@ def test_what_a_phrase_finds():
     right = [("1,200", 1200), ("two", 2), ("3e-3", 0.003), ("0.5", 0.4567), ("¼", 0.25), ("3.9.0", "3.9.0")]
     wrong = [("1,200", 1200.4), ("two", 3), ("3e-3", 0.0031), ("0.5", 0.44), ("¼", 0.26), ("3.9.0", "3.9.1")]
     assert all(check.agrees(*pair) for pair in right) and not any(check.agrees(*pair) for pair in wrong)
+
+
+def test_a_truth_that_is_gone_is_one_line(monkeypatch, capsys):
+    """A line of the code that the table reads a number from has changed."""
+    monkeypatch.setattr(check, "table", lambda: {"README.md": [("any #", check.said("pytest.ini", "no such # line"))]})
+    assert check.main([]) == 1
+    said = capsys.readouterr().out
+    assert said == "docs/check.py looks for 'no such # line' in pytest.ini, and it is not there any more\n"
