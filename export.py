@@ -27,7 +27,7 @@ from families import stored_tensors, weight_files
 from fronts.measure import base_of, load_trained, nearest, policies, run_config
 from fronts.tables import table
 from model import Transformer
-from runs.files import UserError, read_json, whole_directory, write_json, write_text
+from runs.files import UserError, bar, read_json, whole_directory, write_json, write_text
 from runs.flags import flag, preferences_of, run_main
 from runs.processes import pick_device
 from svd_lora import (
@@ -193,7 +193,7 @@ def difference(model, other, tokenizer):
     rows = [toy.as_row(prompt, []) for prompt in toy.prompts("new_verbs")[:4]]
     prompts = [torch.tensor([row.prompt]) for row in tokenize(rows, tokenizer, model.config.context_length)[0]]
     logits = lambda m, x: m(x.to(m.embed.weight.device)).float()
-    return max((logits(model, x) - logits(other, x)).abs().max().item() for x in prompts)
+    return max((logits(model, x) - logits(other, x)).abs().max().item() for x in bar(prompts, "comparing logits"))
 
 
 def exactness(to, config, dtype, off):

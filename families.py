@@ -10,7 +10,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from safetensors import SafetensorError, safe_open
 
-from runs.files import UserError, read_json
+from runs.files import UserError, bar, read_json
 
 
 @dataclass
@@ -143,7 +143,7 @@ def stored_tensors(file, device):
     """Yields (name, tensor) of a safetensors file, one after the other."""
     try:
         with safe_open(file, framework="pt", device=str(device)) as tensors:
-            for key in tensors.keys():
+            for key in bar(tensors.keys(), f"reading {file.name}"):
                 yield key, tensors.get_tensor(key)
     except (SafetensorError, OSError) as e:
         raise UserError(f"{file} is damaged or not a safetensors file: {e}") from None

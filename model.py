@@ -48,7 +48,7 @@ from ops.attention import additive, attention
 from ops.check import replace_broken
 from ops.generation import generate  # noqa: F401
 from ops.quantize import KINDS, QuantizedLinear, quantize_weight
-from runs.files import UserError, read_json, write_json, write_whole
+from runs.files import UserError, bar, read_json, write_json, write_whole
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The network.
@@ -329,7 +329,7 @@ class Transformer(nn.Module):
             shards[-1][key], size = names, size + n
         files = ["model.safetensors"] if len(shards) == 1 else [
             f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        for file, shard in zip(files, shards):
+        for file, shard in bar(zip(files, shards), "writing", len(files)):
             tensors = {}
             for key, names in shard.items():
                 parts = [weights[name].T if is_transposed(name, self.config) else weights[name] for name in names]

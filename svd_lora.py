@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from model import Transformer, hf_name
 from ops import fused
 from ops.quantize import QuantizedLinear, dense_state_dict, quantize_like
-from runs.files import UserError, write_json, write_whole
+from runs.files import UserError, bar, write_json, write_whole
 
 
 class SVDLoRALinear(nn.Module):
@@ -183,8 +183,9 @@ def merged_state_dict(model, lam=None, dtype=None):
     """
     layers = svd_lora_layers(model)
     lam, adapter = _preference_of(layers, lam), set(adapter_state(model))
-    weights = {name: p for name, p in dense_state_dict(model).items() if name not in adapter}
-    for name, layer in layers.items():
+    dense = dense_state_dict(model, lambda weights: bar(weights, "dequantising"))
+    weights = {name: p for name, p in dense.items() if name not in adapter}
+    for name, layer in bar(layers.items(), "merging"):
         W0 = weights[name + ".weight"]
         weights[name + ".weight"] = (W0.float() + layer.delta(lam)).to(dtype or W0.dtype)
     return weights

@@ -20,6 +20,7 @@ import runs.waiting  # noqa: F401  # isort: skip
 import json
 import time
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal
 
 import torch
@@ -42,7 +43,7 @@ from fronts.selection import select_high_quality
 from fronts.tables import shown, table
 from objectives import sft_loss
 from runs.directory import TRAINED, models_left, open_run, run_directory
-from runs.files import UserError, read_lines, write_json, write_jsonl
+from runs.files import UserError, bar, read_lines, write_json, write_jsonl
 from runs.flags import AdapterFlags, BaseFlags, RewardFlags, RunFlags, flag, preferences_of, run_main
 from runs.loop import Log, Run, adamw, add_adapter
 from runs.processes import (
@@ -281,15 +282,15 @@ def answers(model, out, lams, pool, rewards, tokens_of, tokenizer, resumed, flag
     t0, said, tokens, read = time.time(), [], 0, 0
     ids = [row.prompt for row in tokens_of([Row(x, [], [], []) for x in prompts])[0]]
     twin = shared_base(model)
-    for g in representatives(lams):
-        load_adapter(twin, stage1_file(out, g), rewards.dims)
-        for i in range(0, len(ids), GEN_BATCH):
-            part = ids[i:i + GEN_BATCH]
-            new = generate_all(twin, part, flags.max_new_tokens, tokenizer.ends,
-                               generator_for(flags.seed, f"answers {g}", i), tokenizer.vocab_size)
-            said += [{"adapter": g, "prompt": x, "response": text, "ended": end, "collapsed": collapsed(y)}
-                     for x, y, text, end in zip(prompts[i:], new, *spoken(new, tokenizer))]
-            tokens, read = tokens + sum(map(len, new)), read + sum(map(len, part))
+    for g, i in bar(list(product(representatives(lams), range(0, len(ids), GEN_BATCH))), "sampling answers"):
+        if i == 0:
+            load_adapter(twin, stage1_file(out, g), rewards.dims)
+        part = ids[i:i + GEN_BATCH]
+        new = generate_all(twin, part, flags.max_new_tokens, tokenizer.ends,
+                           generator_for(flags.seed, f"answers {g}", i), tokenizer.vocab_size)
+        said += [{"adapter": g, "prompt": x, "response": text, "ended": end, "collapsed": collapsed(y)}
+                 for x, y, text, end in zip(prompts[i:], new, *spoken(new, tokenizer))]
+        tokens, read = tokens + sum(map(len, new)), read + sum(map(len, part))
     write_jsonl(file, [s | {"prompt": as_json(s["prompt"])} for s in said])
     log, seconds = Log(out / "metrics.jsonl", 1, desc="answers"), time.time() - t0
     log.step({"step": 0, "member": len(lams), "stage": 2, "tokens": tokens,

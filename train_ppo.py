@@ -48,7 +48,7 @@ from data.trees import TreeBatch, batch_logprobs, pack, path_logprobs, predictin
 from objectives import gae, group_advantages, kl_penalized_rewards, noon, ppo_policy_loss, ppo_value_loss, sft_loss
 from ops.heads import Critic
 from runs.directory import TRAINED, adapter_file, models_left, open_run, run_directory, steps_each
-from runs.files import UserError
+from runs.files import UserError, bar
 from runs.flags import (
     AdapterFlags,
     BaseFlags,
@@ -491,7 +491,7 @@ def training_prompts(flags):
 def measure_rewards(rewards, model, prompts, rows, tokenizer, flags, device):
     """Measures rewards that bring no statistics on responses of the base model to prompts in turn."""
     order, responses = [j % len(rows) for j in range(REFERENCE_SAMPLES)], []
-    for i in range(0, len(order), flags.batch_size):
+    for i in bar(range(0, len(order), flags.batch_size), "rewards of the base"):
         responses += generate_all(model, [rows[j].prompt for j in order[i:i + flags.batch_size]], flags.max_new_tokens,
                                   tokenizer.ends, generator_for(flags.seed, "reference", i), tokenizer.vocab_size)
     raw = in_shares(rewards.raw, [[prompts[j].prompt for j in order], *spoken(responses, tokenizer)], device)

@@ -36,7 +36,7 @@ from fronts.tables import shown, table
 from objectives import bradley_terry_loss
 from ops.heads import RewardModel
 from runs.directory import TRAINED, close_run, end_training, open_run, run_directory
-from runs.files import UserError, read_json, write_json, write_jsonl, write_whole
+from runs.files import UserError, bar, read_json, write_json, write_jsonl, write_whole
 from runs.flags import AdapterFlags, BaseFlags, ProcessFlags, RunFlags, flag, run_main
 from runs.loop import Run, adamw
 from runs.processes import (
@@ -200,7 +200,7 @@ def held_out_accuracy(model, rows, dims, tokenizer, max_length, batch_size, on_w
     "bayes_accuracy", that of the true scores, which none can beat; "bayes_ratio", the one over the other.
     """
     token_rows, device, sums = tokenize(rows, tokenizer, max_length)[0], model.head.weight.device, 0
-    for i in range(0, len(rows), batch_size):                          # every process measures all: it is soon done
+    for i in bar(range(0, len(rows), batch_size), "held-out pairs"):   # every process measures all: it is soon done
         batch, last = pack_ends(token_rows[i:i + batch_size])
         raw = model(batch.tokens.to(device), last.to(device), batch.positions.to(device), batch.mask.to(device)).cpu()
         _, correct, known = compare(raw, batch.pairs, batch.better)
@@ -232,7 +232,7 @@ def reference_samples(backbone, rows, tokenizer, max_length, flags):
                    max_prompt=max_length - flags.max_new_tokens)[0]
     out = []
     with adapters_off(backbone):
-        for i in range(0, len(prompts), 64):
+        for i in bar(range(0, len(prompts), 64), "reference responses"):
             out += generate_all(backbone, [row.prompt for row in ids[i:i + 64]], flags.max_new_tokens,
                                 tokenizer.ends, generator_for(flags.seed, "reference samples", i),
                                 tokenizer.vocab_size)

@@ -23,6 +23,7 @@ from data.trees import batch_logprobs
 from fronts.tables import table
 from model import SIZES, Transformer, generate
 from objectives import dpo_loss, losses_on_pairs
+from runs.files import bar
 from runs.flags import flag, run_main
 from runs.processes import pick_device
 from runs.speed import peak_memory
@@ -85,7 +86,7 @@ def main(flags):
         print(f"{flags.size}: {stored:.2f} GiB in {len(files)} files, {device}; {flags.pairs} pairs of {flags.length}")
         for base in flags.bases:
             worker, _ = enter(work, base, device, flags, directory)
-            parts = [step(worker, base) for _ in PARTS]
+            parts = [step(worker, base) for _ in bar(PARTS, base)]
             leave(worker)
             columns |= {f"{base}, s": [f"{part['seconds']:.1f}" for part in parts],
                         f"{base}, peak GiB": [f"{part['bytes'] / 2 ** 30:.2f}" for part in parts]}

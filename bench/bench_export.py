@@ -20,6 +20,7 @@ from bench.bench_families import difference, tokens_of, transformers_model, writ
 from export import write_merged
 from fronts.tables import shown, table
 from model import Transformer
+from runs.files import bar
 from runs.flags import run_main
 from svd_lora import adapters_off, export_peft, inject_svd_lora, set_preference, shared_base, soup, svd_lora_layers
 
@@ -71,7 +72,7 @@ def compare(family, lam):
 
 def main(flags):
     """Prints the table."""
-    results = [[compare(family, lam) for lam in LAMS] for family in FAMILIES]
+    results = [[compare(family, lam) for lam in LAMS] for family in bar(FAMILIES, "families")]
     columns = {"family": list(FAMILIES)}
     for i, (name, most) in enumerate((("adapter", min), ("merged", max), ("peft", max), ("peft, soup", max))):
         columns[name] = shown([most(row[i] for row in rows) for rows in results], ".1e")

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.turns import peer_model
 from fronts.tables import shown, table
 from model import Transformer, config_from_hf, generate
-from runs.files import write_json
+from runs.files import bar, write_json
 from runs.flags import flag, run_main
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -126,7 +126,7 @@ def full_config(kind):
 
 def main(flags):
     """Prints the table, and writes the file."""
-    results = {name: [compare(name, dtype) for dtype in DTYPES.values()] for name in CASES}
+    results = {name: [compare(name, dtype) for dtype in DTYPES.values()] for name in bar(CASES, "families")}
     columns = {"family": list(CASES)}
     for i, dtype in enumerate(DTYPES):
         columns[f"stored {dtype}"] = shown([rows[i][0] for rows in results.values()], ".1e")

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.turns import chosen, enter, leave, model_directory, peer_model, step, turn_columns
 from fronts.tables import shown, table
 from model import SIZES, Transformer
+from runs.files import bar
 from runs.flags import flag, run_main
 from runs.processes import pick_device
 from runs.speed import peak_memory
@@ -57,7 +58,7 @@ def main(flags):
     with model_directory(config, dtype, device, shard_bytes=2 ** 30) as directory:
         sizes = [file.stat().st_size for file in Path(directory).glob("*.safetensors")]
         print(f"{flags.size}, {flags.dtype}: {sum(sizes) / 2 ** 30:.2f} GiB in {len(sizes)} files")
-        for _ in range(flags.turns):
+        for _ in bar(range(flags.turns), "turns"):
             for name in reports:
                 worker, _ = enter(work, name, device, dtype, directory)
                 reports[name].append(step(worker, name))

@@ -29,7 +29,7 @@ from data.base import SHIPPED
 from data.tokenizers import load_tokenizer
 from fronts.tables import table
 from model import Transformer, generate
-from runs.files import ROOT, UserError, read_lines
+from runs.files import ROOT, UserError, bar, read_lines
 from runs.flags import flag, run_main
 from svd_lora import inject_svd_lora, set_preference
 
@@ -88,7 +88,8 @@ def main(flags):
         beside = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
         try:
             for name, script in WORK.items():
-                seconds = [median_seconds(script, SETTINGS[setting], flags.steps) for setting in flags.settings]
+                seconds = [median_seconds(script, SETTINGS[setting], flags.steps)
+                           for setting in bar(flags.settings, f"{name}, {busy} beside")]
                 columns[f"{name}, {busy} beside"] = [f"{x:.3f} ({x / min(seconds):.2f})" for x in seconds]
         finally:
             for process in beside:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 
 from model import Transformer
-from runs.files import UserError
+from runs.files import UserError, bar
 from runs.speed import peak_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -35,7 +35,7 @@ def alternate(contestants, turns, device, warmup=0, skipped=0, steps=1):
     warmup: turns before those that count. A turn is `skipped` steps that do not count, then the mean of `steps`.
     """
     seconds = {name: [] for name in contestants}
-    for turn in range(-warmup, turns):
+    for turn in bar(range(-warmup, turns), "turns"):
         for name, step in contestants.items():
             for i in range(-skipped, steps):
                 if i == 0:
@@ -104,7 +104,7 @@ def take_turns(workers, turns):
     """{name: [report of every turn]} of {name: connection}, whose workers then end. A turn is two steps, of which the
     second is reported: a process that has waited finds its memory cold."""
     reports = {name: [] for name in workers}
-    for _ in range(turns):
+    for _ in bar(range(turns), "turns"):
         for name, connection in workers.items():
             step(connection, name)
             reports[name].append(step(connection, name))

@@ -5,14 +5,16 @@ fields of a record mean is data.layouts' subject. A file that is not one of thes
 error names file and row.
 """
 import gzip
+import io
 import json
+import os
 import re
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from runs.files import UserError, named
+from runs.files import UserError, bar, named
 
 HALF = re.compile(r"\\u[dD][89a-fA-F]")     # how JSON spells a half of a surrogate pair
 
@@ -113,7 +115,7 @@ def _parquet(path):
     number = 0
     try:
         with ParquetFile(path) as file:
-            for batch in file.iter_batches(1024):
+            for batch in bar(file.iter_batches(1024), f"reading {path}", -(-file.metadata.num_rows // 1024)):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row, False
@@ -124,8 +126,13 @@ def _parquet(path):
 def _lines(path):
     """Yields the lines of a UTF-8 text, plain or .gz."""
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
-            yield from file
+        with open(path, "rb") as raw, bar(None, f"reading {path}", os.path.getsize(path) or None, unit="B",
+                                          unit_scale=True) as read:
+            file = gzip.open(raw) if str(path).endswith(".gz") else raw
+            for line in io.TextIOWrapper(file, encoding="utf-8-sig"):
+                if read.total:                                         # a pipe has no size, and no place
+                    read.update(raw.tell() - read.n)
+                yield line
     except (OSError, EOFError, zlib.error) as error:
         why = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read ({why}); check the path") from None

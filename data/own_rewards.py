@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from data.chat import question
-from runs.files import UserError
+from runs.files import UserError, bar
 
 
 def is_own(name):
@@ -47,7 +47,8 @@ def own_reward(name):
         if not responses:
             return []
         if takes == ["prompt", "response"]:
-            return [_asked(name, function, x, y, y) for x, y in zip(prompts, responses, strict=True)]
+            pairs = bar(zip(prompts, responses, strict=True), called, len(responses))
+            return [_asked(name, function, x, y, y) for x, y in pairs]
         values = _asked(name, function, prompts, responses, responses[0])
         if not hasattr(values, "__len__") or len(values) != len(responses):
             got = len(values) if hasattr(values, "__len__") else type(values).__name__

@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 from data.trees import edge_logprobs, pack, predicting_states, row_lengths
 from objectives import response_logprobs
 from ops.fused import ROWS
-from runs.files import UserError, write_whole
+from runs.files import UserError, bar, write_whole
 from runs.processes import all_sum, gathered, ranks, share
 from svd_lora import adapters_off, fingerprint
 
@@ -46,7 +45,7 @@ def reference_logprobs(model, rows, batch_size, multiple, device, least=None, us
     order = [new[i] for i in row_lengths([rows[j] for j in new]).argsort(stable=True).tolist()]
     logps, counts, tokens = {}, {}, {}
     with adapters_off(model):
-        for i in tqdm(range(0, len(order), batch_size), "log π_ref", disable=ranks()[0] > 0 or None, leave=False):
+        for i in bar(range(0, len(order), batch_size), "log π_ref"):
             own = order[i:i + batch_size][share()]
             mine = own or order[:1]                 # no forward pass is empty: with fsdp the processes make it together
             batch = pack([rows[j] for j in mine], multiple).to(device)

@@ -30,7 +30,7 @@ from data.trees import pack_ends
 from model import Transformer
 from ops.heads import RewardModel
 from runs.directory import read_config
-from runs.files import UserError, read_json
+from runs.files import UserError, bar, read_json
 from runs.processes import pick_device
 from svd_lora import fingerprint, load_adapter, shared_base
 
@@ -155,7 +155,7 @@ def raw_rewards(model, tokenizer, max_length, prompts, responses, finished, batc
         if not done and row.responses[0][-1] == tokenizer.eos_id:
             row.responses[0].pop()
     out, device = [], model.head.weight.device
-    for i in range(0, len(rows), batch_size):
+    for i in bar(range(0, len(rows), batch_size), "rewards"):
         batch, last = pack_ends(rows[i:i + batch_size])
         batch = batch.to(device)
         out.append(model(batch.tokens, last.to(device), batch.positions, batch.mask).cpu())

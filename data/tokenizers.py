@@ -18,7 +18,7 @@ from typing import Callable
 import tiktoken
 
 from data.chat import Template, find_template, shown, spelled, tried, write
-from runs.files import UserError, read_json
+from runs.files import UserError, bar, read_json
 
 # GPT-2's split into words, numbers, punctuation and spaces, before the byte pairs are merged. The toy BPE uses it too.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -122,7 +122,8 @@ def tokenize(rows, tokenizer, max_length, max_prompt=None):
     assert max_length >= 2 and (max_prompt is None or max_prompt >= 1), (max_length, max_prompt)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     token_rows, prompts_cut, responses_cut = [], 0, 0
-    for row, (text, marked, before) in zip(rows, write(tokenizer.template, [row.prompt for row in rows])):
+    written = zip(rows, write(tokenizer.template, [row.prompt for row in rows]))
+    for row, (text, marked, before) in bar(written, "tokens", len(rows)):
         prompt = (tokenizer.encode_marked(text) if marked else bos + _encode(tokenizer, text)) or [tokenizer.eos_id]
         full_prompt = len(prompt)
         prompt = _cut_left(prompt, max_prompt or full_prompt, bos)

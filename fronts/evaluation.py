@@ -10,7 +10,6 @@ the very preferences of the run (at_lams): few points, so that a run can have mo
 """
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from aggregate import linear_scalarization, tchebycheff
 from data.tokenizers import tokenizer_of
@@ -28,7 +27,7 @@ from fronts.exact import (
 from fronts.measure import base_of, policies, run_config
 from fronts.metrics import hypervolume, inner_product, spacing, sparsity, spearman
 from fronts.objective import ACCURACY, OBJECTIVES, measured_on
-from runs.files import UserError
+from runs.files import UserError, bar
 from svd_lora import fingerprint
 
 SPLITS = ("seen", "new_verbs")         # of the embedded world; the last one is the headline's
@@ -56,8 +55,9 @@ def evaluate(run, device, known, parts=None, adapters=None, splits=SPLITS, **mix
     sources = {world.split: world for world in worlds} | (
         {"held out": held_out} if held_out and not (adapters and worlds) else {})
     grid = evaluation_preferences(m, parts).float()
-    base, lams, columns = measured(sources, model, grid, policies(run, config, model, grid, adapters, **mixture),
-                                   o["beta"])
+    n = len(grid) if config["method"] in ("panacea", "prompt", "rs") else config["models"]
+    each = bar(policies(run, config, model, grid, adapters, **mixture), "front", n)
+    base, lams, columns = measured(sources, model, grid, each, o["beta"])
 
     # 2. of the embedded world's splits: regret; exact figures of the last one replace sampled ones
     exact = {world.split: cached(known, config, world, best, lams) for world in worlds}
@@ -98,7 +98,7 @@ def measured(sources, model, grid, policies, beta):
     policy answers every preference of the grid (F, m) with it. Raises UserError for a J that is no number."""
     measure = lambda policy: {name: source.measure(policy, beta) for name, source in sources.items()}
     base, lams, results = measure(model), [], []
-    for lam, policy in tqdm(policies, desc="front", disable=None):
+    for lam, policy in policies:
         lams.append(lam)
         results.append(measure(policy))
         if not all(np.isfinite(r["J"]).all() for r in results[-1].values()):

@@ -32,7 +32,7 @@ from model import Transformer, generate
 from objectives import losses_on_pairs
 from ops.generation import Mixture, frozen
 from runs.directory import adapter_file, read_config
-from runs.files import UserError
+from runs.files import UserError, bar
 from runs.processes import pick_device
 from runs.randomness import generator_for
 from svd_lora import adapters_off, load_adapter, merged, read_adapter_header, set_preference, shared_base, soup
@@ -59,7 +59,7 @@ def world_logprobs(policy, batches):
     if isinstance(policy, Transformer) and policy.embed.weight.device.type == "cpu":
         policy = frozen(merged(policy), pack=True)                                    # a third of the time less
     logprobs = partial(batch_logprobs, policy) if isinstance(policy, nn.Module) else policy
-    return torch.cat([logprobs(batch) for batch in batches]).double().cpu().view(-1, toy.N_RESPONSES)
+    return torch.cat([logprobs(batch) for batch in bar(batches, "log π")]).double().cpu().view(-1, toy.N_RESPONSES)
 
 
 def held_out_batches(rows, config, tokenizer, model, device):
@@ -220,12 +220,12 @@ class PreferenceFiles:
         flags = config["flags"]
         rows, *_ = read_preferences(flags["eval_data"], config["dims"], seed=flags["seed"], fields=flags.get("fields"))
         self.loss, self.batches = loss, held_out_batches(rows, config, tokenizer, model, device)
-        self.ref = [batch_logprobs(model, batch) for batch in self.batches]
+        self.ref = [batch_logprobs(model, batch) for batch in bar(self.batches, "log π_ref")]
 
     def measure(self, model, beta):
         """J = −loss (m,) and scores: the implicit-reward accuracy (m,) on the rows that have the label."""
         loss = correct = count = 0.0
-        for batch, ref in zip(self.batches, self.ref):
+        for batch, ref in bar(zip(self.batches, self.ref), "held-out pairs", len(self.ref)):
             l, c, known = losses_on_pairs(self.loss, batch_logprobs(model, batch), ref, batch.pairs, batch.better, beta)
             loss, correct, count = loss + (l * known).sum(0), correct + (c * known).sum(0), count + known.sum(0)
         self.labels, scores = count.int().tolist(), (correct / count).tolist()
@@ -245,7 +245,8 @@ class DemonstrationFiles:
 
     def objectives(self, model):
         """J (m,): mean nats per response, or by the mean length, as in training (config's loss_scale)."""
-        logps = torch.cat([batch_logprobs(model, batch) for batch in self.batches]).double().cpu()    # (R,)
+        logps = torch.cat([batch_logprobs(model, batch) for batch in bar(self.batches, "demonstrations")])        # (R,)
+        logps = logps.double().cpu()
         return self.scale * torch.stack([logps[self.kinds == i].mean() for i in range(len(self.scale))])
 
     def measure(self, model, beta):
@@ -281,11 +282,12 @@ class Samples:
         prompts were cut from; raw (R, m) and texts, the samples themselves."""
         prompts, asked = ([x for x in each for _ in range(self.per_prompt)] for each in (self.prompts, self.texts))
         responses = generate(model, prompts, self.new, eos_id=self.tokenizer.ends,
-                             generator=generator_for(0, "evaluation"), vocab_size=self.tokenizer.vocab_size)
+                             generator=generator_for(0, "evaluation"), vocab_size=self.tokenizer.vocab_size,
+                             show=lambda steps: bar(steps, "sampling", self.new))
         texts, finished = spoken(responses, self.tokenizer)
         raw = self.rewards.raw(asked, texts, finished)                                                 # (R, m)
         kl = 0.0
-        for i in range(0, len(prompts), 64):
+        for i in bar(range(0, len(prompts), 64), "KL"):
             part = pack([TokenRow(x, [y]) for x, y in zip(prompts[i:i + 64], responses[i:i + 64])]).to(self.device)
             kl += (batch_logprobs(model, part) - batch_logprobs(self.base, part)).sum().item() / len(prompts)
         own = (None if not self.own else -sum(batch_logprobs(model, b).sum().item() for b in self.own)

@@ -16,6 +16,7 @@ import math
 import torch
 
 from aggregate import scalar_reward, tchebycheff
+from runs.files import bar
 
 NEWTON_STEPS = 50
 AT_ONCE = 2 ** 20                                             # numbers in one (F, X, S) tensor: bounds the memory
@@ -151,7 +152,7 @@ def dpo_ls(lams, scores, w):
     lams = lams.double() / lams.double().sum(-1, keepdim=True)                        # fp32 sums to 1 + 1e-7
     wins, (Q, S, _), worst, J = win_probs(scores).sum(-1), scores.shape, 0.0, []
     hs = torch.empty(len(lams), Q, S, dtype=torch.float64)
-    for n, lam in enumerate(lams):
+    for n, lam in enumerate(bar(lams, "exact front")):
         hs[n] = newton(lam @ wins, _near(lam, lams[:n], hs[:n], scores))
         losses = []
         for h, wins_few in _few(S, hs[n], wins):
@@ -205,7 +206,8 @@ def by_the_dual(lams, z, solve, start=lambda lam: (lam > 0).double()):
     start(lam): the weights to begin with; by default equal weights of all dimensions with λ_i > 0.
     Returns J (F, m), the policies, and the largest duality gap left over.
     """
-    policies, losses, gaps = zip(*(_dual_ascent(lam, z, start(lam), solve) for lam in lams.double()))
+    policies, losses, gaps = zip(*(
+        _dual_ascent(lam, z, start(lam), solve) for lam in bar(lams.double(), "exact front")))
     return -torch.stack(losses), policies, max(gaps)
 
 
@@ -382,7 +384,8 @@ def best_at_kl(lams, kls, scores, ref):
 def at_kl(lams, kls, scores, ref):
     """most_scores for F pairs of λ (F, m) and budget κ (F,): mean scores (F, m), KL (F,), β (F,)."""
     pairs = torch.cat([lams.double(), torch.as_tensor(kls, dtype=torch.float64)[:, None]], 1)         # (F, m + 1)
-    parts = [_at_kl(part[:, :-1], part[:, -1], scores, ref) for part in pairs.split(max(1, AT_ONCE // ref.numel()))]
+    parts = [_at_kl(part[:, :-1], part[:, -1], scores, ref)
+             for part in bar(pairs.split(max(1, AT_ONCE // ref.numel())), "largest scores")]
     return tuple(map(torch.cat, zip(*parts)))
 
 

@@ -14,7 +14,7 @@ from fronts.measure import base_of, policies, run_config
 from fronts.objective import OBJECTIVES, measured_on
 from model import Transformer
 from ops.quantize import dense_state_dict
-from runs.files import UserError
+from runs.files import UserError, bar
 from svd_lora import merged_state_dict, svd_lora_layers
 
 
@@ -27,7 +27,7 @@ def min_norm(world, model, beta):
     """
     matrices = [p.requires_grad_(True) for p in model.requires_grad_(False).blocks.parameters() if p.ndim == 2]
     total, start = 0.0, 0
-    for batch in world.batches:
+    for batch in bar(world.batches, "gradients"):
         logps = optimum.with_outside(batch_logprobs(model, batch).double().cpu().view(-1, toy.N_RESPONSES))
         here = slice(start, start := start + len(logps))                              # the batch's prompts
         J, _ = optimum.rlhf_objectives(logps, world.ref[here], world.r[here], beta)

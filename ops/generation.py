@@ -376,17 +376,17 @@ def sample_token(logits, temperature, top_p, uniform=None):
 
 
 @torch.inference_mode()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, own=None, **more):
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, own=None, show=iter, **more):
     """Continues every prompt until EOS or max_new_tokens. temperature 0 is greedy.
 
     The arguments are those of stream(), and so are the errors. Returns a list of token lists, the new tokens alone; one
-    that ends in EOS stopped by itself.
+    that ends in EOS stopped by itself. show: is given the steps, and gives them back one by one (a bar).
     """
     ends = ends_of(model, eos_id)
     out = torch.zeros(len(prompts if own is None else own), max_new_tokens, dtype=torch.int64,
                       device=model.embed.weight.device)
     steps = stream(model, prompts, max_new_tokens, temperature, top_p, ends, own=own, **more)
-    for i, (rows, token) in enumerate(steps):
+    for i, (rows, token) in enumerate(show(steps)):
         out[rows, i] = token
     return [row[:next((i + 1 for i, token in enumerate(row) if token in ends), None)] for row in out.tolist()]
 

@@ -181,11 +181,12 @@ def quantize_like(twin, model):
 
 
 @torch.no_grad()
-def dense_state_dict(model):
-    """A copy of the model's state dict with every quantised weight dequantised, under the name a dense one has."""
+def dense_state_dict(model, show=iter):
+    """A copy of the model's state dict with every quantised weight dequantised, under the name a dense one has.
+    show: is given these weights, and gives them back one by one (a bar)."""
     weights = _quantized(model)
     return {name: p.clone() for name, p in model.state_dict().items() if name.rpartition(".")[0] not in weights} | {
-        name: weight.dense() for name, weight in weights.items()}
+        name: weight.dense() for name, weight in show(weights.items())}
 
 
 def _quantized(model):

@@ -276,19 +276,26 @@ def close_run(out):
 # ---------------------------------------------------------------------------------------------------------------------
 # The state that a killed run goes on from.
 
-def truncate_log(path, keep):
-    """Drops the records of metrics.jsonl for which keep(record) is false, and a last line that was cut short. Raises
-    UserError for another line that is no record."""
-    lines, kept = read_lines(path) if Path(path).exists() else [], []
+def read_log(path):
+    """(line, record) of every line of metrics.jsonl, but for a last one that was cut short; of none where there is no
+    file. Raises UserError for another line that is no record of a step."""
+    lines, found = read_lines(path) if Path(path).exists() else [], []
     for number, line in enumerate(lines, 1):
         try:
-            if keep(json.loads(line)):
-                kept.append(line)
+            record = {"member": 0} | json.loads(line)
+            if not type(record["step"]) is type(record["member"]) is int:
+                raise ValueError
+            found.append((line, record))
         except (ValueError, KeyError, TypeError, RecursionError):
             if number < len(lines):                         # else: it was being written when the run was killed
                 raise UserError(f"{path}, line {number}: damaged; remove the line, or begin anew with --overwrite"
                                 ) from None
-    write_text(path, "".join(line + "\n" for line in kept))
+    return found
+
+
+def truncate_log(path, keep):
+    """Drops the records of metrics.jsonl for which keep(record) is false, and a last line that was cut short."""
+    write_text(path, "".join(line + "\n" for line, record in read_log(path) if keep(record)))
 
 
 def save_state(path, named_parameters, *optimizers, **header):

@@ -1,4 +1,5 @@
-"""files.py - the ground floor: errors that a user reads, and files that are written whole or not at all."""
+"""files.py - the ground floor: errors that a user reads, bars of what takes long, and files that are written whole or
+not at all."""
 import glob
 import hashlib
 import json
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
+SHOWN_AFTER = 2.0           # seconds: what is done by then has no bar
 
 
 class UserError(Exception):
@@ -25,6 +28,14 @@ class UserError(Exception):
 class Stopped(KeyboardInterrupt):
     """Stopped(message, status): a signal has ended the process, which has kept what it had; status is its exit status.
     """
+
+
+def bar(items, what, total=None, **more):
+    """The items, one after the other, under a bar with the time that is left, which goes when all are done. It is shown
+    on a terminal alone, and by the first process alone. total: how many, where len(items) does not say it. items: None
+    for a bar that is moved by hand, within `with`, as tqdm's (more: its arguments)."""
+    silent = dist.is_initialized() and dist.get_rank() > 0
+    return tqdm(items, what, total, leave=False, dynamic_ncols=True, delay=SHOWN_AFTER, disable=silent or None, **more)
 
 
 @contextmanager

@@ -1,9 +1,12 @@
-"""test_docs.py - the texts keep their promises: what they name exists, and what exists is named."""
+"""test_docs.py - what exists is named in the texts, excerpts are the code, and words that no text has. (That what they
+name exists, and that their commands and figures are right: docs/check.py.)"""
 import ast
 import re
 from pathlib import Path
 
 import pytest
+
+from docs.check import node_of
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("data", "ops", "fronts", "runs", "experiments", "bench")
@@ -37,10 +40,6 @@ def stands_in(excerpt, text):
     return any(whole[i:i + len(lines)] == lines for i in range(len(whole)))
 
 
-def test_the_readme_is_one_page():
-    assert len(read("README.md").splitlines()) <= 200
-
-
 def test_excerpts_are_the_code():
     method = read("README.md").split("## The method in seven steps")[1].split("\n## ")[0]
     found = EXCERPT.findall(method)
@@ -61,45 +60,7 @@ def test_the_file_map_is_complete():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Commands, flags, links and words of all texts.
-
-def test_links_and_pictures_exist():
-    for text in TEXTS:
-        for target in re.findall(r"\]\(([^)#\s]+)\)", text.read_text(encoding="utf-8")):
-            assert "://" in target or (text.parent / target).exists(), f"{name_of(text)}: {target}"
-
-
-def test_scripts_and_files_that_the_texts_name_exist():
-    files = {name_of(f) for f in CODE}
-    for text in TEXTS:
-        if text.name == "CHANGELOG.md":                                # it names what is gone
-            continue
-        words = text.read_text(encoding="utf-8")
-        named = set(re.findall(r"python ([\w/]+\.py)", words)) | set(re.findall(r"`((?:\w+/)+\w+\.py)\b", words))
-        named |= {module.replace(".", "/") + ".py" for module in re.findall(r"python -m ([\w.]+)", words)}
-        for file in named:
-            assert file in files or (ROOT / file).exists(), f"{name_of(text)}: {file}"
-
-
-def test_flags_that_the_texts_name_exist():
-    code = "".join(f.read_text(encoding="utf-8") for f in CODE)
-    of_others = {"help", "repo", "include", "local"}                   # argparse's, hf download's, torchrun's, Slurm's
-    of_others |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_id", "rdzv_endpoint"}
-    of_others |= {"nodes", "ntasks", "gpus", "requeue"}
-    for text in TEXTS:
-        if text.name == "CHANGELOG.md":
-            continue
-        for flag in set(re.findall(r"--(?!no-)(\w+)", text.read_text(encoding="utf-8"))):
-            assert re.search(rf"^    {flag}: ", code, re.M) or flag in of_others, f"{name_of(text)}: --{flag}"
-
-
-def test_parts_of_reproduce_that_the_texts_name_exist():
-    command = re.compile(r"python -m experiments\.reproduce((?: [a-z_]+)+)")
-    parts = {part for named in command.findall(read("experiments/reproduce.py")) for part in named.split()}
-    for text in TEXTS:
-        for named in command.findall(text.read_text(encoding="utf-8")):
-            assert set(named.split()) <= parts, f"{name_of(text)}: reproduce{named}"
-
+# Words.
 
 @pytest.mark.parametrize("words", [r"\.\./shared", r"/work\b", r"\bhis own\b", r"\btold\b(?!`)", r"best at its KL",
                                    r"python (?:reproduce|appendix_a)\.py"])
@@ -137,14 +98,8 @@ def table_rows():
 
 def source_of(file, name):
     """The source of a function, class, method ("Class.method") or constant of a file; None where there is none."""
-    text, node = read(file), ast.parse(read(file))
-    for part in name.split("."):
-        named = {getattr(n, "name", None) or ast.unparse(n.targets[0]): n for n in node.body
-                 if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Assign))}
-        node = named.get(part)
-        if node is None:
-            return None
-    return ast.get_source_segment(text, node)
+    node = node_of(file, name)
+    return node and ast.get_source_segment(read(file), node)
 
 
 def test_every_numbered_equation_has_a_row():
@@ -162,11 +117,9 @@ def test_what_the_code_cites_stands_in_the_table_with_that_file():
     assert not sorted(code - table), "docs/equations.md lacks these files in the rows of these equations"
 
 
-def test_what_the_table_names_exists():
+def test_the_tests_that_the_table_names_exist():
     all_tests = "".join(f.read_text(encoding="utf-8") for f in (ROOT / "tests").rglob("test_*.py"))
-    for paper, number, places, tests in table_rows():
-        for file, name in places:
-            assert (ROOT / file).exists() and source_of(file, name), f"{paper} ({number}): {file} has no {name}"
+    for paper, number, _, tests in table_rows():
         for test in tests:
             assert re.search(rf"def {test}\(", all_tests), f"{paper} ({number}): there is no {test}"
 
