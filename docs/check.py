@@ -367,6 +367,7 @@ def table():
     rate, small_rate, width, large_rate = said(
         "data/base.py", "return # if on_world else # if config.d_model < # else #")
     dpo_rate = said("train_dpo.py", "flags.lr or (# if on_world")
+    batch, faster = said("train_dpo.py", "flags.batch_size or (# if on_world else 8), flags.values_lr or #")
     kl_coeff = said("train_ppo.py", "flags.kl_coeff or (# if truth_known")
     loop = said("data/text_rewards.py", "return len(tokens) < # or len(set(grams)) / len(grams) < #")[::-1]
     stories = dict(zip(*[iter(reproduce.STORIES[3:])] * 2))
@@ -403,7 +404,7 @@ def table():
             ("keeps a λ, up to #, beside", chat.MOST - 1),
         ],
         "docs/differences.md": [
-            ("G = # preferences per step", math.gcd(8, dpo.batch_size)),
+            ("G = # preferences per step", math.gcd(8, int(batch))),
             ("vertex with probability #", dpo.vertex_share),
             ("the reference gives at least # (", train_dpo.LEAST),
             ("kl_coeff is # on the embedded world", kl_coeff),
@@ -418,13 +419,13 @@ def table():
             ("(distinct 4-grams < #), has fewer than # tokens", loop),
         ],
         "docs/log.md": [
-            ("| # | # | # | # | # | 0.96M |", (dpo.rows, dpo.responses, dpo.batch_size, steps, dpo_rate)),
+            ("# rows of # responses, # a step, # steps and × # are the default",
+             (dpo.rows, dpo.responses, batch, steps, faster)),
             ("then # on all responses to # prompts with the listed mass: train_base.py | # | # |",
              (base["flags"]["whole_steps"], base["flags"]["whole_batch"], known["kl_data_to_base"],
               known["outside_mass"])),
-            ("# responses make # pairs where", (dpo.responses, math.comb(dpo.responses, 2))),
-            ("(`--batch_size # --minibatch #`)", (ppo.batch_size, ppo.batch_size / 4)),
-            ("That, with # steps, is the default", ppo.steps),
+            ("With # in four (`--batch_size # --minibatch #`)", (ppo.batch_size, ppo.batch_size, ppo.batch_size / 4)),
+            ("That is the default, with # steps:", ppo.steps),
         ],
         "docs/metrics.md": [
             ("lists all S = # responses", S),
@@ -462,7 +463,7 @@ def table():
             ("KL(data ‖ base), is #,", known["kl_data_to_base"]),
             ("Taking only # of the mixture's way", reproduce.SOUP_FACTOR),
             ("# steps of # rows (G = # … #: # steps of # rows)",
-             (steps, dpo.batch_size, 8, many["--lams_per_step"], many["--steps"], many["--batch_size"])),
+             (steps, batch, 8, many["--lams_per_step"], many["--steps"], many["--batch_size"])),
             ("β = #. A step draws # prompts and one λ for each, samples # responses",
              (kl_coeff, ppo.batch_size / 16, said("train_ppo.py", "flags.samples or (#"))),
             ("# rollouts each;", reproduce.TABLES["pama"]["MGDA"][-1]),
