@@ -24,13 +24,17 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.turns import DTYPES, alternate, chosen, clock, enter, ratio, relative_error, take_turns, turn_columns
+from data import toy
+from data.tokenizers import load_tokenizer, tokenize
+from data.trees import pack
 from fronts.tables import shown, table
 from ops import fused
+from ops.attention import additive, attention
 from runs.flags import flag, run_main
 from runs.processes import pick_device
 from runs.speed import peak_memory
 
-OPS = ["svd_lora_linear", "linear_logprob", "rms_norm", "rope_", "swiglu"]
+OPS = ["svd_lora_linear", "linear_logprob", "rms_norm", "rope_", "swiglu", "attention"]
 PEERS = ["naive", "checkpoint_512", "liger_compiled"]
 
 
@@ -49,13 +53,16 @@ class Flags:
 # The cases: op, definition, tensors with a gradient, constants.
 
 def cases(device, dtype, N, D):
-    """{op: (fused, plain, leaves, constants)} with B = 4 rows of N / 4 tokens, rank 10, one preference per row."""
+    """{op: (fused, plain, leaves, constants)} with B = 4 rows of N / 4 tokens, rank 10, one preference per row;
+    attention in the trees of 4 rows of the embedded world."""
     r, B, T, C = 10, 4, max(1, N // 4), 64
     normal = lambda *shape, scale=1.0, dt=dtype: (torch.randn(*shape, device=device) * scale).to(dt)
     x, W = normal(B, T, D), normal(D, D, scale=D ** -0.5)
     U, V = normal(D, r, dt=torch.float32), normal(D, r, dt=torch.float32)
     angle = torch.rand(1, T, C // 2, device=device) * 6
     rope_plain = lambda x, c, s: fused.rope_plain(x.unflatten(-1, (-1, C)), c, s).flatten(2)
+    pairs = toy.sample_pairs("train", toy.DIMS[:2], 4, 48, torch.Generator().manual_seed(0))
+    mask = pack(tokenize(pairs, load_tokenizer("toy"), 512)[0]).mask.to(device)       # of a DPO step: (4, 1, T, T)
     return {
         "svd_lora_linear": (lambda x, U, V, d, W: fused.svd_lora_linear(x, W, U, V, d),
                             lambda x, U, V, d, W: fused.svd_lora_linear_plain(x, W, U, V, d),
@@ -68,6 +75,9 @@ def cases(device, dtype, N, D):
         "rope_": (lambda x, c, s: fused.rope_(1 * x, c, s), lambda x, c, s: rope_plain(1 * x, c, s), [x],
                   [angle.cos(), angle.sin()]),
         "swiglu": (fused.swiglu, fused.swiglu_plain, [x, normal(B, T, D)], []),
+        "attention": (lambda q, k, v, mask: attention(q, k, v, additive(mask, q.dtype)),
+                      lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
+                      [normal(len(mask), 4, mask.shape[-1], 32) for _ in "qkv"], [mask]),
     }
 
 
