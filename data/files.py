@@ -128,7 +128,7 @@ def _lines(path):
     try:
         with open(path, "rb") as raw, bar(None, f"reading {path}", os.path.getsize(path) or None, unit="B",
                                           unit_scale=True) as read:
-            file = gzip.open(raw) if str(path).endswith(".gz") else raw
+            file = gzip.open(raw, "rb") if str(path).endswith(".gz") else raw
             for line in io.TextIOWrapper(file, encoding="utf-8-sig"):
                 if read.total:                                         # a pipe has no size, and no place
                     read.update(raw.tell() - read.n)

@@ -120,7 +120,7 @@ def helped(capsys, script, word):
 def test_help_tells_every_flag_and_its_default(capsys):
     text = helped(capsys, train_dpo, "--help-all")
     assert all(f"--{f.name} " in text or f"--{f.name}," in text for f in fields(train_dpo.Flags))
-    assert "(default: 960)" in text and "--no-eval" in text and "(default: None)" not in text
+    assert "(default: 480)" in text and "--no-eval" in text and "(default: None)" not in text
     assert text.index("--beta") < text.index("--log_every")   # the script's own first
     titles = [line.rstrip(":") for line in text.splitlines() if line.endswith(":") and line[0] != " "]
     assert titles[:2] == ["options", "this script"] and len(titles) == len(set(titles)) == 7     # one for each class

@@ -229,12 +229,12 @@ def test_dimensions_are_chosen_by_number_or_name():
 
 
 def test_default_names_and_preferences():
-    """Without --out the run is named after what it is; without --lams_per_step G is 8 for ls, 1 for tche."""
+    """Without --out the run is named after what it is; without --lams_per_step G is 4 for ls, 1 for tche."""
     run = train_dpo.main(train_dpo.Flags(steps=1, rows=8, responses=3, eval=False, device="cpu", aggregate="tche"))
     assert str(run).startswith("out/dpo-panacea-tche-helpful-harmless-seed0-") and "rows=8" in str(run)
     assert np.shape(metrics(run)[0]["lam"]) == (1, 2)
     run = train_dpo.main(train_dpo.Flags(steps=1, rows=8, responses=3, eval=False, device="cpu"))
-    assert np.shape(metrics(run)[0]["lam"]) == (8, 2)
+    assert np.shape(metrics(run)[0]["lam"]) == (4, 2)
 
 
 @pytest.mark.parametrize("flags", [dict(checkpoint=True), dict(precision="bf16"), dict(quantize="int8")])
