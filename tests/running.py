@@ -34,7 +34,8 @@ ELSEWHERE = dict(init="out/base-of-no-world", tokenizer="toy")        # the same
 # flags that make a run of a second; beside them constants of the scripts
 COMMON = dict(device="cpu", eval=False, log_every=1)
 SMALL = {
-    "train_dpo": dict(steps=4, rows=24, responses=4, batch_size=4, lams_per_step=4, snapshots=2, keep=0.0, values_lr=1.0),
+    "train_dpo": dict(steps=4, rows=24, responses=4, batch_size=4, lams_per_step=4, snapshots=2, keep=0.0,
+                      values_lr=1.0),
     "train_sft": dict(steps=4, rows=16, responses=2, batch_size=4, snapshots=2),
     "train_ppo": dict(steps=3, batch_size=8, samples=4, minibatch=8, kl_coeff=0.2, max_new_tokens=24, snapshots=2,
                       estimator="gae"),
