@@ -256,14 +256,17 @@ MGDA_GRAD_B = t(0.54565219, 0.58824207, 0.22917506)
 
 @problem("noon", 2)
 def test_noon_by_hand(adapters):
-    got = adapters.noon(t([[2, -1], [3, 0.5]], [[-4, -2], [1, 5]]), t([1, 1.1], [0.9, 1.3]), 0.2)
-    want = t([[2, 0], [3, 0.5]], [[0, 0], [0, 0]])
-    same("two responses of two tokens, ε = 0.2", got, want, looks_like={
-        "negative advantages are kept": t([[2, -1], [3, 0.5]], [[-4, -2], [0, 0]]),
-        "the ratio plays no part": t([[2, 0], [3, 0.5]], [[0, 0], [1, 5]]),
+    got = adapters.noon(t([[2, -1], [3, 0.5]], [[-4, 2], [1, 5]]), t([1, 1.1], [0.5, 1.3]), 0.2)
+    want = t([[2, 0], [3, 0.5]], [[0, 2], [0, 0]])
+    same("two responses of two tokens, ratios 1, 1.1 and 0.5, 1.3, ε = 0.2", got, want, looks_like={
+        "negative advantages are kept": t([[2, -1], [3, 0.5]], [[-4, 2], [0, 0]]),
+        "the ratio plays no part": t([[2, 0], [3, 0.5]], [[0, 2], [1, 5]]),
+        "ratios below 1 − ε are dropped too": t([[2, 0], [3, 0.5]], [[0, 0], [0, 0]]),
+        "ratios below 1 − ε are dropped, and those above 1 + ε are not": t([[2, 0], [3, 0.5]], [[0, 0], [1, 5]]),
+        "ratios above 1 + ε are kept and others dropped": t([[0, 0], [0, 0]], [[0, 0], [1, 5]]),
         "the sign is lost: absolute values": t([[2, 1], [3, 0.5]], [[4, 2], [0, 0]]),
-        "the advantage is multiplied by the ratio": t([[2, 0], [3.3, 0.55]], [[0, 0], [0, 0]]),
-        "the clipped ratio is multiplied, and nothing dropped": t([[2, 0], [3.3, 0.55]], [[0, 0], [1.2, 6]]),
+        "the advantage is multiplied by the ratio": t([[2, 0], [3.3, 0.55]], [[0, 1], [0, 0]]),
+        "the clipped ratio is multiplied, and nothing dropped": t([[2, 0], [3.3, 0.55]], [[0, 1.6], [1.2, 6]]),
         "a token counts only if it is good for all objectives": t([[0, 0], [3, 0.5]], [[0, 0], [0, 0]])})
 
 
@@ -312,20 +315,17 @@ def test_pama_weights_of_both_signs(adapters):
 
 @problem("pama_weights", 2)
 def test_pama_weights_of_one_sign(adapters):
-    for A, want in ((t(0.5, 2, 3), [1, 0, 0]), (t(3, 2, 0.5), [0, 0, 1]), (t(-3, -1), [0, 1]),
-                    (t(-1, -5, -3), [1, 0, 0]), (t(0, 2), [1, 0]), (t(-2, 0), [0, 1]), (t(7), [1]),
-                    (t(1e-9, 3e-9), [1, 0])):
-        A = A.flatten()
-        low, high = A.min(), A.max()
-        free = torch.zeros_like(A)
-        if len(A) == 2:
-            free = t(A[1], -A[0]) / (A[1] - A[0])
+    for A, want, free in (([0.5, 2, 3], [1, 0, 0], [1.2, 0, -0.2]), ([3, 2, 0.5], [0, 0, 1], [-0.2, 0, 1.2]),
+                          ([-3, -1], [0, 1], [-0.5, 1.5]), ([-1, -5, -3], [1, 0, 0], [1.25, -0.25, 0]),
+                          ([0, 2], [1, 0], [1, 0]), ([-2, 0], [0, 1], [0, 1]), ([7], [1], [1]),
+                          ([1e-9, 3e-9], [1, 0], [1.5, -0.5])):
+        A = t(A)[0]
         same(f"A = {A.tolist()}", adapters.pama_weights(A), want, looks_like={
-            "the objective with the largest absolute value is taken": (A.abs() == A.abs().max()).double(),
             "the weights are not clipped: one is negative": free,
+            "the objective with the largest absolute value is taken": (A.abs() == A.abs().max()).double(),
             "the weights are equal": torch.full_like(A, 1 / len(A)),
-            "all weight is on the smallest, whatever the signs": (A == low).double(),
-            "all weight is on the largest, whatever the signs": (A == high).double()})
+            "all weight is on the smallest, whatever the signs": (A == A.min()).double(),
+            "all weight is on the largest, whatever the signs": (A == A.max()).double()})
 
 
 @problem("pama_weights", 2)
@@ -390,7 +390,8 @@ def test_pama_advantages_token(adapters):
 def test_pama_advantages_scalar(adapters):
     A, c = combined(adapters, HAND, HAND_MASK, "S")
     same("S, three tokens: c", c, [1, 0], looks_like={
-        "the larger mean has the weight, or padding counts": [0, 1], "the weights are equal": [0.5, 0.5],
+        "the larger mean has the weight, or padding counts": [0, 1],
+        "the weights are equal, or the mean is one of the responses' own means": [0.5, 0.5],
         "the norm of the vector is made small (that is V)": [8 / 11, 3 / 11]})
     same("S, three tokens: their advantages", A, [1, 0, 2], looks_like={
         "all tokens have the mean as their advantage": [1, 1, 1], "the larger mean has the weight": [0, 3, 1]})

@@ -124,9 +124,12 @@ def by_backward(losses, parameters):
 
 
 def graph_freed(losses, parameters):
-    grads = [torch.autograd.grad(loss, parameters) for loss in losses]
-    flat = torch.stack([torch.cat([g.flatten() for g in grad]) for grad in grads])
-    return right.min_norm_weights(flat @ flat.T), flat.norm()
+    grads = [torch.autograd.grad(loss, parameters, materialize_grads=True) for loss in losses]
+    flat = torch.stack([torch.cat([g.flatten() for g in grad]) for grad in grads]).double()
+    c = right.min_norm_weights(flat @ flat.T)
+    for p, *each in zip(parameters, *grads):
+        p.grad = sum(w * g for w, g in zip(c.tolist(), each))
+    return c, (c @ flat).norm()
 
 
 def first_alone(losses, parameters):

@@ -10,9 +10,10 @@ from course import grade, mutants
 from course.grading import brief, numbers, same, slope
 from course.set1 import grade as set1
 from course.set2 import grade as set2
+from course.set5 import grade as set5
 
 HANDOUTS = {n: (grade.ROOT / f"course/set{n}/handout.md").read_text(encoding="utf-8") for n in grade.SETS}
-GRADERS = {1: set1, 2: set2}
+GRADERS = {1: set1, 2: set2, 5: set5}
 
 
 @pytest.mark.parametrize("n", grade.SETS)
@@ -53,7 +54,12 @@ def test_right_answers_pass_and_stubs_fail(n, adapters, share):
     (2, "dpo_loss", "chosen and rejected exchanged", "chosen and rejected have changed places"),
     (2, "uneven_labels", "missing labels are counted", "missing labels are counted"),
     (2, "tchebycheff", "λ chooses, but does not weigh", "does not weigh it"),
-    (2, "training_step", "the reference with the adapter on", "the reference is computed with the adapter on")])
+    (2, "training_step", "the reference with the adapter on", "the reference is computed with the adapter on"),
+    (5, "min_norm_pair", "not clipped", "the weights are those of the whole line"),
+    (5, "min_norm_weights", "Frank-Wolfe, 250 steps", "there are shorter means"),
+    (5, "mgda_backward", "a c for each parameter", "the weights are those of the last parameter alone"),
+    (5, "noon", "dropped on both sides", "ratios below 1 − ε are dropped too"),
+    (5, "pama_advantages", "S: padding counts", "or padding counts")])
 def test_messages_name_the_mistake(n, problem, name, says):
     wrong = mutants.import_module(f"course.set{n}.mutants").MUTANTS[problem][name]
     failed = [r for r in mutants.graded(n, problem, wrong) if r["score"] == 0]

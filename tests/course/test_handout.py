@@ -14,7 +14,9 @@ from course.grade import ROOT, SETS
 TELLING = {1: ["self.s * lam", "cat([self.sigma", "x @ V", "* self.U", "layer.U.T @", ".enabled = False",
                "SVDLoRALinear", "svd_lora_linear_plain"],
            2: ["logsigmoid", "softplus", "log_softmax", ".gather(", "(lam * losses)", "lam == 0", "_standard_gamma(",
-               "amax(-1)", "better == 1", "clamp(min=1e-9)", "gamma.sum(-1"]}
+               "amax(-1)", "better == 1", "clamp(min=1e-9)", "gamma.sum(-1"],
+           5: ["spread", "kkt", "c @ gram @ c - (gram @ c)", "A.argmin()", "A[high] <= 0", "rows @ rows.T", ".amin(-1)",
+               "advantages.clamp(min=0)", "ratio <= 1 +"]}
 ALLOWED = {"handout.md": ["x @ V"], "handout.html": ["x @ V"],       # why (B, T, r) needs care
            "generation.py": ["log_softmax", ".gather("]}             # of next tokens, not of responses
 
@@ -92,7 +94,7 @@ def test_it_runs_by_itself(tmp_path, sets):
     assert go(folder, "course/grade.py", "--results", "r.json").stdout and '"score": 0' in (
         folder / "r.json").read_text()
     if 2 in sets:
-        with_own = {1: "stand-in", 2: "stand-in"}[len(sets)] if 1 in sets else "reference"
+        with_own = "stand-in" if 1 in sets else "reference"
         said = go(folder, "-c",
                   "import course.adapters as a; from course import earlier; print(earlier.adapter(a).name)")
         assert with_own in said.stdout
@@ -103,7 +105,7 @@ def test_it_runs_by_itself(tmp_path, sets):
     adapters.write_text(stubs)
     then = go(folder, "course/grade.py")
     assert then.returncode == 0, then.stdout
-    quick = {1: ["--steps", "2"], 2: ["--steps", "1", "--prompts", "1"]}
+    quick = {1: ["--steps", "2"], 2: ["--steps", "1", "--prompts", "1"], 5: ["--steps", "2"]}
     for n in sets:
         done = go(folder, "-m", f"course.set{n}.experiment", "--out", f"out/{n}", *quick[n])
         assert done.returncode == 0 and list((folder / f"out/{n}").glob("*.png")), done.stderr

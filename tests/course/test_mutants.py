@@ -6,7 +6,7 @@ import pytest
 from course import mutants
 
 
-@pytest.mark.parametrize("n, problem", [(1, "preference_per_row"), (2, "losses_on_pairs")])
+@pytest.mark.parametrize("n, problem", [(1, "preference_per_row"), (2, "losses_on_pairs"), (5, "pama_weights")])
 def test_some_mutants(n, problem):
     wrong = mutants.import_module(f"course.set{n}.mutants").MUTANTS[problem]
     assert len(wrong) >= 8
