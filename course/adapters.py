@@ -233,6 +233,59 @@ def regret(lams: Tensor, J: Tensor, J_base: Tensor, J_best: Tensor) -> tuple[flo
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Set 5: min-norm weights. R: responses   T: tokens of the longest one
+
+
+def min_norm_pair(a: Tensor, b: Tensor) -> Tensor:
+    """The weights of the shortest point between two vectors. Set 5: min_norm_pair.
+
+    a, b: (d,)   ->  (2,), the weight of a and that of b; ½ each if they are equal
+    """
+    raise NotImplementedError
+
+
+def min_norm_weights(gram: Tensor) -> Tensor:
+    """Weights c of the shortest mean of m vectors. Raises ValueError if gram is not finite. Set 5: min_norm_weights.
+
+    gram: (m, m) float64, the vectors' scalar products   ->  (m,) float64
+    """
+    raise NotImplementedError
+
+
+def mgda_backward(losses: list[Tensor], parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Writes the shortest Σ c_i ∇L_i into the parameters' .grad, over what is there. Set 5: mgda_backward.
+
+    losses: m scalars   ->  c (m,) and the length of Σ c_i ∇L_i, (), both detached
+    """
+    raise NotImplementedError
+
+
+def noon(advantages: Tensor, ratio: Tensor, epsilon: float) -> Tensor:
+    """PAMA's "no negative" advantages. Set 5: noon.
+
+    advantages: (R, T, m)   ratio: (R, T), π/π_old   epsilon: of PPO's clip   ->  (R, T, m)
+    """
+    raise NotImplementedError
+
+
+def pama_weights(advantages: Tensor) -> Tensor:
+    """Weights c that bring Σ c_i A_i nearest to 0, PAMA's Theorem 1. Set 5: pama_weights.
+
+    advantages: (m,), numbers of any sign   ->  (m,); equal weights if all numbers are equal
+    """
+    raise NotImplementedError
+
+
+def pama_advantages(advantages: Tensor, mask: Tensor, reading: str) -> tuple[Tensor, Tensor | None]:
+    """The one advantage of each token that PAMA trains on. Set 5: pama_advantages.
+
+    advantages: (R, T, m), not negative   mask: (R, T), 1.0 on tokens, 0.0 on padding   reading: "V", "S" or "T"
+    ->  (R, T), anything at padding; c (m,), None for "T"
+    """
+    raise NotImplementedError
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Set 6: fast and large.   N: places   D: width   V: vocabulary, or a factor of the branch   T: nodes of a tree
 # F: preferences   n, A: scored responses
 

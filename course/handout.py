@@ -28,7 +28,8 @@ REFERENCE = {   # set: the files that its solution needs to run, where a later s
     1: ("svd_lora.py model.py families.py ops/__init__.py ops/attention.py ops/fused.py ops/check.py "
         "ops/generation.py ops/quantize.py").split(),
     2: ["objectives.py", "aggregate.py"],
-    3: []}                                                            # no later set needs a front
+    3: [],                                                            # no later set needs a front
+    5: ["objectives.py", "aggregate.py"]}
 SOLVES = {      # set: {a file of REFERENCE or SHARED: the names in it that solve the set; None: the whole file}
     1: {"svd_lora.py": None, "ops/generation.py": None, "ops/check.py": None,
         "ops/fused.py": "svd_lora_linear_plain _SVDLoRALinear _down _up_ svd_lora_linear"},
@@ -37,6 +38,7 @@ SOLVES = {      # set: {a file of REFERENCE or SHARED: the names in it that solv
         "ops/fused.py": "linear_logprob_plain _LinearLogprob _logprob_rows_fp32 _logprob_rows_bf16 logprob_rows_plain "
                         "_logprob_rows_cuda linear_logprob"},
     3: dict.fromkeys(["fronts/dominance.py", "fronts/metrics.py", "fronts/optimum.py", "fronts/evaluation.py"]),
+    5: {"objectives.py": "noon", "aggregate.py": "min_norm_weights pama_weights pama_advantages"},
     6: {"ops/fused.py": "linear_logprob_plain _LinearLogprob _logprob_rows_fp32 _logprob_rows_bf16 logprob_rows_plain "
                         "_logprob_rows_cuda linear_logprob _SVDLoRALinear _down _up_ svd_lora_linear",
         "data/trees.py": None, "fronts/selection.py": None, "fronts/dominance.py": None, "train_hqd.py": None}}

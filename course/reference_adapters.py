@@ -153,6 +153,28 @@ def regret(lams, J, J_base, J_best):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Set 5.
+
+
+min_norm_weights, noon = aggregate.min_norm_weights, objectives.noon
+pama_weights, pama_advantages = aggregate.pama_weights, aggregate.pama_advantages
+
+
+def min_norm_pair(a, b):
+    both = torch.stack([a, b])
+    return min_norm_weights(both @ both.T)
+
+
+def mgda_backward(losses, parameters):
+    grads = [torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True) for loss in losses]
+    flat = torch.stack([torch.cat([g.flatten() for g in grad]) for grad in grads]).double()        # (m, parameters)
+    c = min_norm_weights(flat @ flat.T)
+    for p, *each in zip(parameters, *grads):
+        p.grad = sum(w * g for w, g in zip(c.tolist(), each))
+    return c, (c @ flat).norm()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Set 6.
 
 

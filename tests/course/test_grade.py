@@ -11,10 +11,11 @@ from course.grading import brief, numbers, same, slope
 from course.set1 import grade as set1
 from course.set2 import grade as set2
 from course.set3 import grade as set3
+from course.set5 import grade as set5
 from course.set6 import grade as set6
 
 HANDOUTS = {n: (grade.ROOT / f"course/set{n}/handout.md").read_text(encoding="utf-8") for n in grade.SETS}
-GRADERS = {1: set1, 2: set2, 3: set3, 6: set6}
+GRADERS = {1: set1, 2: set2, 3: set3, 5: set5, 6: set6}
 
 
 @pytest.mark.parametrize("n", grade.SETS)
@@ -61,6 +62,11 @@ def test_right_answers_pass_and_stubs_fail(n, adapters, share):
     (3, "newton", "λ·r", "λ·r is taken"),
     (3, "tchebycheff_point", "a prompt at a time", "every prompt has its own maximum"),
     (3, "regret", "the mean of quotients", "the mean of the quotients is taken"),
+    (5, "min_norm_pair", "not clipped", "the weights are those of the whole line"),
+    (5, "min_norm_weights", "Frank-Wolfe, 250 steps", "there are shorter means"),
+    (5, "mgda_backward", "a c for each parameter", "the weights are those of the last parameter alone"),
+    (5, "noon", "dropped on both sides", "ratios below 1 − ε are dropped too"),
+    (5, "pama_advantages", "S: padding counts", "or padding counts"),
     (6, "logprob_forward", "the old sum is not rescaled", "the old sum is kept as it is"),
     (6, "logprob_backward", "without the 1 at the target", "the term of the target is missing"),
     (6, "pack_tree", "the responses share the prompt alone", "the responses share the prompt alone"),

@@ -19,6 +19,8 @@ TELLING = {1: ["self.s * lam", "cat([self.sigma", "x @ V", "* self.U", "layer.U.
            3: ["nondominated_layers", "bisect_right", "np.maximum.accumulate", "_staircase(", "linalg.cholesky",
                "linalg.solve", ".reciprocal_()", "1 - torch.eye(", "win_probs", "with_outside", "rlhf_closed_form",
                "gain[rows]"],
+           5: ["spread", "kkt", "c @ gram @ c - (gram @ c)", "A.argmin()", "A[high] <= 0", "rows @ rows.T", ".amin(-1)",
+               "advantages.clamp(min=0)", "ratio <= 1 +"],
            6: ["_LinearLogprob", "torch.maximum(top", "scatter_add_", "W_target -", "_SVDLoRALinear", "a, e = _down(",
                "(flat(z)", "chains.append(", "np.logical_and.accumulate", "causal[:n, :n]", "np.maximum((offset",
                "nondominated_layers", "_smallest(", "torch.cdist(ends", "answers(model"]}
@@ -122,7 +124,8 @@ def test_it_runs_by_itself(tmp_path, sets):
     then = go(folder, "course/grade.py")
     assert then.returncode == 0, then.stdout
     quick = {1: ["--steps", "2"], 2: ["--steps", "1", "--prompts", "1"],
-             3: ["--lams", "3", "--prompts", "1"], 6: ["--most", "1000", "--responses", "2"]}
+             3: ["--lams", "3", "--prompts", "1"], 5: ["--steps", "2"],
+             6: ["--most", "1000", "--responses", "2"]}
     for n in sets:
         done = go(folder, "-m", f"course.set{n}.experiment", "--out", f"out/{n}", *quick[n])
         assert done.returncode == 0 and list((folder / f"out/{n}").glob("*.png")), done.stderr

@@ -6,8 +6,9 @@ import pytest
 from course import mutants
 
 
-@pytest.mark.parametrize("n, problem", [(1, "preference_per_row"), (2, "losses_on_pairs"), (3, "derivatives"),
-    (6, "tree_logprobs")])
+@pytest.mark.parametrize("n, problem", [
+    (1, "preference_per_row"), (2, "losses_on_pairs"), (3, "derivatives"),
+    (5, "pama_weights"), (6, "tree_logprobs")])
 def test_some_mutants(n, problem):
     wrong = mutants.import_module(f"course.set{n}.mutants").MUTANTS[problem]
     assert len(wrong) >= 8
