@@ -27,14 +27,19 @@ OF_SET = ("__init__.py", "grade.py", "experiment.py", "handout.md")
 REFERENCE = {   # set: the files that its solution needs to run, where a later set is handed out without it
     1: ("svd_lora.py model.py families.py ops/__init__.py ops/fused.py ops/check.py ops/generation.py "
         "ops/quantize.py").split(),
-    2: ["objectives.py", "aggregate.py"]}
+    2: ["objectives.py", "aggregate.py"],
+    4: ["objectives.py", "aggregate.py"]}
+LOGPROBS = ("linear_logprob_plain _LinearLogprob _logprob_rows_cpu logprob_rows_plain _logprob_rows_cuda "
+            "linear_logprob")
 SOLVES = {      # set: {a file of REFERENCE or SHARED: the names in it that solve the set; None: the whole file}
     1: {"svd_lora.py": None, "ops/generation.py": None, "ops/check.py": None,
         "ops/fused.py": "svd_lora_linear_plain _SVDLoRALinear _down _up_ svd_lora_linear"},
     2: {"objectives.py": "response_logprobs dpo_loss ipo_loss implicit_accuracy losses_on_pairs bradley_terry_loss",
         "aggregate.py": "sample_preference linear_scalarization tchebycheff denominators scalar_reward",
-        "ops/fused.py": "linear_logprob_plain _LinearLogprob _logprob_rows_cpu logprob_rows_plain _logprob_rows_cuda "
-                        "linear_logprob"}}
+        "ops/fused.py": LOGPROBS},
+    4: {"objectives.py": "masked_mean kl_penalized_rewards gae group_advantages ppo_policy_loss ppo_value_loss",
+        "aggregate.py": "linear_scalarization scalar_reward pama_advantages", "ops/heads.py": "Critic",
+        "ops/fused.py": LOGPROBS}}
 README = """# Problem sets: aligning one language model with many preferences
 
     pip install -r requirements.txt

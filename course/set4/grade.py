@@ -82,12 +82,12 @@ LOGPROBS = t(-4.70442004, -4.44030257, -1.33661334, -2.68344153, -1.57766025, -4
 # ---------------------------------------------------------------------------------------------------------------------
 # kl_penalized_rewards
 
-SCORE, LOGP, REF = t([3, 1], [-2, 4]), t([9, -1, -2, 9], [-3, -1, -2, 9]), t([5, -1.5, -1, 7], [-1, -1, -4, 7])
-TWO = on([0, 1, 1, 0], [1, 1, 1, 0])                                  # log-ratios 0.5 -1, and -2 0 2
-KL = t([0, -0.25, 0.5, 0], [1, 0, -1, 0])                             # for β = 0.5
+SCORE, LOGP, REF = t([3, 1], [-2, 4]), t([9, -1, -2, 9], [-3, -1, -2, -4]), t([5, -1.5, -1, 7], [-1, -1, -4, -3])
+TWO = on([0, 1, 1, 0], [1, 1, 1, 1])                                  # log-ratios 0.5 -1, and -2 0 2 -1
+KL = t([0, -0.25, 0.5, 0], [1, 0, -1, 0.5])                           # for β = 0.5
 
 
-def hand_rewards(kl=KL, at=((0, 2), (1, 2)), score=SCORE):
+def hand_rewards(kl=KL, at=((0, 2), (1, 3)), score=SCORE):
     """Rewards of KL terms (2, 4), or (2, 4, 2), and scores that stand at these places."""
     rewards = (kl[..., None] if kl.ndim == 2 else kl).expand(2, 4, 2).clone()
     for r, place in at:
@@ -97,7 +97,7 @@ def hand_rewards(kl=KL, at=((0, 2), (1, 2)), score=SCORE):
 
 @problem("kl_penalized_rewards", 2)
 def test_kl_penalized_rewards_by_hand(adapters):
-    """Two rows of two and three tokens; one has a prompt before it; β = 0.5, nothing is clamped."""
+    """Two rows of two and four tokens; one has a prompt before it, and padding; β = 0.5, nothing is clamped."""
     half = torch.stack([KL, 0 * KL], -1)
     every = hand_rewards(at=[(r, i) for r in range(2) for i in range(4) if TWO[r, i]])
     same("rewards, β = 0.5", adapters.kl_penalized_rewards(SCORE, LOGP, REF, TWO, 0.5, 50.0), hand_rewards(),
@@ -105,14 +105,15 @@ def test_kl_penalized_rewards_by_hand(adapters):
              "the KL term has the wrong sign": hand_rewards(-KL), "the KL term is left out": hand_rewards(0 * KL),
              "β is left out": hand_rewards(2 * KL), "β divides": hand_rewards(4 * KL),
              "the score stands at the last position, padding or not": hand_rewards(at=((0, 3), (1, 3))),
+             "the score stands at the last position, and is lost where that is padding": hand_rewards(at=((1, 3),)),
              "the score stands at the first token": hand_rewards(at=((0, 1), (1, 0))),
              "the score stands at every token": every,
              "the score is left out": hand_rewards(score=0 * SCORE),
              "the score stands at position (length of the response) − 1, as if no prompt came before":
-                 hand_rewards(at=((0, 1), (1, 2))),
+                 hand_rewards(at=((0, 1), (1, 3))),
              "only the first column has the KL term": hand_rewards(half),
              "the KL term is shared out among the columns": hand_rewards(KL / 2),
-             "rows without a KL term but at the last token": hand_rewards(KL * t([0, 0, 1, 0])),
+             "the last token of the first row is taken for that of all": hand_rewards(at=((0, 2), (1, 2))),
              "prompt and padding have a KL term too": hand_rewards(-0.5 * (LOGP - REF))})
 
 
@@ -133,17 +134,15 @@ def test_kl_penalized_rewards_add_up(adapters):
 
 @problem("kl_penalized_rewards", 2)
 def test_kl_penalized_rewards_clamp(adapters):
-    """c = 2: log-ratios 0.5 -1, and -2 0 2; β = 2; scores (3, 1) and (-2, 4)."""
-    score, kl = SCORE[..., None, :], 4 * KL
-    want = hand_rewards(kl).clamp(-2, 2)
-    last = torch.zeros(2, 4, 1, dtype=torch.float64)
-    last[:, 2] = 1
+    """c = 2: log-ratios 0.5 -1, and -2 0 2 -1; β = 2; scores (3, 1) and (-2, 4)."""
+    score, kl = SCORE[:, None], 4 * KL
+    want, last = hand_rewards(kl).clamp(-2, 2), t([0, 0, 1, 0], [0, 0, 0, 1])[..., None]
     same("rewards, β = 2, c = 2", adapters.kl_penalized_rewards(SCORE, LOGP, REF, TWO, 2.0, 2.0), want, looks_like={
         "nothing is clamped": hand_rewards(kl), "the score alone is clamped": kl[..., None] + last * score.clamp(-2, 2),
         "the KL term alone is clamped": kl[..., None].clamp(-2, 2) + last * score,
         "score and KL term are clamped each, before the sum": kl[..., None].clamp(-2, 2) + last * score.clamp(-2, 2),
-        "there is no lower bound": hand_rewards(kl).clamp(max=2), "there is no upper bound":
-            hand_rewards(kl).clamp(min=-2)})
+        "there is no lower bound": hand_rewards(kl).clamp(max=2),
+        "there is no upper bound": hand_rewards(kl).clamp(min=-2)})
 
 
 @problem("kl_penalized_rewards", 2)
@@ -180,12 +179,12 @@ def test_gae_by_hand(adapters):
     same("advantages", A, column(3.5, 4, 2), looks_like={
         "decay is left out": column(6.5, 5, 2), "nothing comes from later tokens: A_t is δ_t": column(1.5, 3, 2),
         "the value after the last token is that of the last": column(4, 5, 4),
-        "V_{t+1} is left out": column(1.5, 2, 2), "V_t is left out": column(6, 6, 4),
-        "V_t is added": column(7.5, 9, 6),
+        "V_{t+1} is left out": column(1.5, 2, 2), "V_t is left out": column(5, 6, 4),
+        "V_t is added": column(6.5, 8, 6), "γ is decay instead of 1": column(1.625, 2.5, 2),
         "decay stands before V_{t+1} too": column(2.5, 3, 2), "decay stands before V_{t+1} alone": column(5, 4, 2),
         "the loop goes forwards": column(1.5, 3.75, 3.875),
         "returns and advantages have changed places": column(4, 5, 4),
-        "V_{t+1} and V_t have changed places": column(0.25, 2.5, 7)})
+        "V_{t+1} and V_t have changed places": column(2.5, 4, 6)})
     same("returns", G, column(4, 5, 4), looks_like={
         "they are the rewards from t on": column(7, 6, 4), "they are the advantages": column(3.5, 4, 2),
         "the value is subtracted": column(3, 3, 0)})
@@ -283,7 +282,11 @@ def test_critic_values_knows_the_row_and_what_came_before(adapters):
     lam, states, weight, bias = torch.eye(3).double(), numbers(3, 3, 2), numbers(3, 5, start=2.0), t(1, 2, 3)
     mask = on([0, 1, 1], [0, 0, 1], [0, 1, 0])
     values = adapters.critic_values(states, lam, mask, weight, bias)
-    same("three rows, three dimensions", values, VALUES)
+    of_lam = weight.T[2:]                                             # what the three λ add: (3, m)
+    other = lambda row: VALUES + (of_lam[torch.tensor(row)] - of_lam[:, None]) * mask[..., None]
+    same("three rows, three dimensions", values, VALUES, looks_like={
+        "the first λ counts for all rows": other([[0]]), "row t of lam is taken for token t": other([[0, 1, 2]]),
+        "the mean of the preferences counts for all rows": (other([[0]]) + other([[1]]) + other([[2]])) / 3})
     for place in range(3):
         moved = states.clone()
         moved[:, place] += 1
@@ -324,9 +327,11 @@ def test_aggregate_advantages_by_hand(adapters):
     """Two rows, two tokens, two dimensions: every wrong way to broadcast fits too."""
     A, lam = t([[1, 10], [2, 20]], [[3, 30], [4, 40]]), t([1, 0], [0.5, 0.5])
     same("λ = (1, 0) and (0.5, 0.5)", adapters.aggregate_advantages(A, lam), t([1, 2], [16.5, 22]), looks_like={
-        "row t of lam is taken for token t": t([1, 11], [3, 22]), "the first λ counts for all rows": t([1, 2], [3, 4]),
-        "the λ of the other row counts": t([5.5, 11], [3, 4]), "λ is left out": t([11, 22], [33, 44]),
-        "the mean is taken": t([0.5, 1], [8.25, 11]), "the columns are those of another λ": t([10, 20], [16.5, 22]),
+        "row t of lam is taken for token t": t([1, 11], [3, 22]),
+        "the first λ counts for all rows": t([1, 2], [3, 4]), "the λ of the other row counts": t([5.5, 11], [3, 4]),
+        "λ is left out": t([11, 22], [33, 44]), "the sum is divided by m": t([0.5, 1], [8.25, 11]),
+        "the mean of the columns is taken": t([5.5, 11], [16.5, 22]),
+        "it has the wrong sign": -t([1, 2], [16.5, 22]), "the columns are those of another λ": t([10, 20], [16.5, 22]),
         "the mean of the preferences counts for all rows": t([3.25, 6.5], [9.75, 13])})
 
 
@@ -485,6 +490,8 @@ VALUE_LOSS = 1.5356637
 SCORES = t([1, 6], [2, 0], [6, 0], [0, 0], [0, 4], [3, 8])            # K = 3 responses to each of 2 prompts
 LAM = t(*[[0.5, 0.5]] * 3, *[[0.25, 0.75]] * 3)                       # summed by λ: 3.5 1 3, 0 3 6.75
 ONES = torch.ones(6, 1, dtype=torch.float64)
+GRPO = t(0.75587181, -1.13380771, 0.37793590, -0.96095924, -0.07391994, 1.03487918)
+SUMS = t(0.19938342, -0.47764190, 0.27825848, -0.89431048, -0.14432923, 1.03863972)    # GDPO's, before the last division
 
 
 @problem("leave_one_out", 2)
@@ -497,7 +504,8 @@ def test_leave_one_out_by_hand(adapters):
         "the baseline is the sum of the others": t(-0.5, -5.5, -1.5, -9.75, -3.75, 3.75),
         "the sum of the others is divided by K": S - (t(7.5, 7.5, 7.5, 9.75, 9.75, 9.75) - S) / 3,
         "all other responses of the batch are the baseline": 1.2 * (S - S.mean()),
-        "there is no baseline": S, "it has the wrong sign": -want,
+        "there is no baseline": S, "it has the wrong sign": -want, "the sign is wrong, and a response is in its own "
+        "baseline": -want * 2 / 3,
         "the responses to one prompt are looked for in every second row": t(0.5, -2.375, -0.25, -3.875, -0.25, 6.25),
         "λ is left out": 1.5 * t(7 - 5, 2 - 5, 6 - 5, 0 - 5, 4 - 5, 11 - 5),
         "the first λ counts for all rows": t(1.5, -2.25, 0.75, -3.75, -0.75, 4.5),
@@ -541,37 +549,35 @@ def test_leave_one_out_is_unbiased(adapters):
 @problem("normalised_groups", 2)
 def test_normalised_groups_grpo_by_hand(adapters):
     """Summed by λ the scores are 3.5 1 3, and 0 3 6.75; their standard deviations the roots of 1.75 and 11.4375."""
-    centred = t(1, -1.5, 0.5, -3.25, -0.25, 3.5)
+    S, centred = t(3.5, 1, 3, 0, 3, 6.75), t(1, -1.5, 0.5, -3.25, -0.25, 3.5)
     std = t(*[1.75 ** 0.5] * 3, *[11.4375 ** 0.5] * 3)
-    each = t([-2, 4], [-1, -2], [3, -2], [-1, -4], [-1, 0], [2, 4]) / (torch.cat([
-        t(7, 12).sqrt().expand(3, 2), t(3, 16).sqrt().expand(3, 2)]) + 1e-4)
-    same("grpo, K = 3", adapters.group_advantages(SCORES, LAM, 3, "grpo"), centred / (std + 1e-4), looks_like={
+    same("grpo, K = 3", adapters.group_advantages(SCORES, LAM, 3, "grpo"), GRPO, looks_like={
         "the standard deviation is divided by K instead of K − 1": centred / (std * (2 / 3) ** 0.5 + 1e-4),
         "1e-4 is not added": centred / std, "1e-4 is added to the variance": centred / (std ** 2 + 1e-4).sqrt(),
         "the variance divides": centred / (std ** 2 + 1e-4), "nothing divides": centred,
         "the baseline leaves the response out": 1.5 * centred / (std + 1e-4),
-        "each dimension is divided before the sum": (LAM * each).sum(1),
-        "the standard deviation of the whole batch divides": centred / (t(3.5, 1, 3, 0, 3, 6.75).std() + 1e-4),
-        "the mean is not subtracted": t(3.5, 1, 3, 0, 3, 6.75) / (std + 1e-4)})
+        "each dimension is divided before the sum": SUMS,
+        "the standard deviation of the whole batch divides": centred / (S.std() + 1e-4),
+        "mean and standard deviation are those of the whole batch": (S - S.mean()) / (S.std() + 1e-4),
+        "the first λ counts for all rows":
+            t(1, -1.5, 0.5, -2.5, -0.5, 3) / (t(*[1.75] * 3, *[7.75] * 3).sqrt() + 1e-4),
+        "the mean is not subtracted": S / (std + 1e-4)})
 
 
 @problem("normalised_groups", 2)
 def test_normalised_groups_gdpo_by_hand(adapters):
-    """The standard deviations are the roots of 7 and 12, and of 3 and 16."""
-    each = t([-2, 4], [-1, -2], [3, -2], [-1, -4], [-1, 0], [2, 4])
-    std = torch.cat([t(7, 12).sqrt().expand(3, 2), t(3, 16).sqrt().expand(3, 2)])
-    B = (LAM * each / (std + 1e-4)).sum(1)
-    grpo = t(1, -1.5, 0.5, -3.25, -0.25, 3.5) / (t(*[1.75 ** 0.5] * 3, *[11.4375 ** 0.5] * 3) + 1e-4)
-    biased = (LAM * each / (std * (2 / 3) ** 0.5 + 1e-4)).sum(1)
-    groups = B.view(2, 3)
-    same("gdpo, K = 3", adapters.group_advantages(SCORES, LAM, 3, "gdpo"), B / (B.std() + 1e-4), looks_like={
-        "the sums are not divided again": B, "λ sums first, as in GRPO": grpo,
-        "λ sums first, as in GRPO, and the batch's standard deviation divides again": grpo / (grpo.std() + 1e-4),
-        "standard deviations are divided by the number instead of the number less 1":
-            biased / (biased.std(correction=0) + 1e-4),
-        "the sums are divided by their standard deviation in the group, not in the batch":
-            (groups / (groups.std(1, keepdim=True) + 1e-4)).flatten(),
-        "λ is left out": (each / (std + 1e-4)).sum(1) / ((each / (std + 1e-4)).sum(1).std() + 1e-4)})
+    """The dimensions' standard deviations are the roots of 7 and 12, and of 3 and 16."""
+    same("gdpo, K = 3", adapters.group_advantages(SCORES, LAM, 3, "gdpo"),
+         t(0.29752833, -0.71275737, 0.41522903, -1.33452779, -0.21537417, 1.54990196), looks_like={
+             "the sums are not divided again": SUMS, "λ sums first, as in GRPO": GRPO,
+             "λ sums first, as in GRPO, and the sums are divided again": GRPO / (GRPO.std() + 1e-4),
+             "standard deviations are divided by the number instead of the number less 1":
+                 t(0.32593263, -0.78079895, 0.45486633, -1.46192582, -0.23593297, 1.69785880),
+             "the sums are divided by their standard deviation in the group, not in the batch":
+                 t(0.47971862, -1.14921149, 0.66949287, -0.91759524, -0.14808707, 1.06568231),
+             "λ is left out": t(0.29979744, -0.71819323, 0.41839579, -1.18582604, -0.43403345, 1.61985948),
+             "the first λ counts for all rows":
+                 t(0.29977491, -0.71813924, 0.41836433, -1.18573689, -0.43400082, 1.61973771)})
 
 
 @problem("normalised_groups", 2)

@@ -14,7 +14,11 @@ from course.grade import ROOT, SETS
 TELLING = {1: ["self.s * lam", "cat([self.sigma", "x @ V", "* self.U", "layer.U.T @", ".enabled = False",
                "SVDLoRALinear", "svd_lora_linear_plain"],
            2: ["logsigmoid", "softplus", "log_softmax", ".gather(", "(lam * losses)", "lam == 0", "_standard_gamma(",
-               "amax(-1)", "better == 1", "clamp(min=1e-9)", "gamma.sum(-1"]}
+               "amax(-1)", "better == 1", "clamp(min=1e-9)", "gamma.sum(-1"],
+           4: ["log_softmax", ".gather(", "mask.cumsum(1) == mask.sum(1", "-kl_coeff *", "for t in reversed(",
+               "gamma * after", "gamma * decay", "states.detach()", "(lam * losses).sum", "(lam * scores)", "(lam * A)",
+               ".clamp(1 - clip", "torch.minimum(", "torch.maximum(", "(samples - 1)",
+               "groups.std("]}
 ALLOWED = {"handout.md": ["x @ V"], "handout.html": ["x @ V"],       # why (B, T, r) needs care
            "generation.py": ["log_softmax", ".gather("]}             # of next tokens, not of responses
 
