@@ -81,7 +81,7 @@ def blocks(lines):
             quoted = take(lambda x: x.startswith(">"))
             out.append(f"<blockquote>{blocks(x[1:].removeprefix(' ') for x in quoted)}</blockquote>")
         elif line.startswith("|"):
-            rows = [[cell.strip() for cell in x.strip("| ").split("|")] for x in take(lambda x: x.startswith("|"))]
+            rows = [[cell.strip() for cell in x.strip()[1:-1].split("|")] for x in take(lambda x: x.startswith("|"))]
             cells = lambda row, tag: "<tr>" + "".join(f"<{tag}>{inline(cell)}</{tag}>" for cell in row) + "</tr>"
             out.append("<table>" + cells(rows[0], "th") + "".join(cells(row, "td") for row in rows[2:]) + "</table>")
         elif re.match(ITEM, line):

@@ -10,9 +10,10 @@ from course import grade, mutants
 from course.grading import brief, numbers, same, slope
 from course.set1 import grade as set1
 from course.set2 import grade as set2
+from course.set4 import grade as set4
 
 HANDOUTS = {n: (grade.ROOT / f"course/set{n}/handout.md").read_text(encoding="utf-8") for n in grade.SETS}
-GRADERS = {1: set1, 2: set2}
+GRADERS = {1: set1, 2: set2, 4: set4}
 
 
 @pytest.mark.parametrize("n", grade.SETS)
@@ -53,7 +54,13 @@ def test_right_answers_pass_and_stubs_fail(n, adapters, share):
     (2, "dpo_loss", "chosen and rejected exchanged", "chosen and rejected have changed places"),
     (2, "uneven_labels", "missing labels are counted", "missing labels are counted"),
     (2, "tchebycheff", "λ chooses, but does not weigh", "does not weigh it"),
-    (2, "training_step", "the reference with the adapter on", "the reference is computed with the adapter on")])
+    (2, "training_step", "the reference with the adapter on", "the reference is computed with the adapter on"),
+    (4, "kl_penalized_rewards", "the sign of the KL term", "the KL term has the wrong sign"),
+    (4, "gae", "bootstrapping past the end", "behind a response is taken for its value after the last token"),
+    (4, "aggregate_advantages", "λ of row t at token t", "row t of lam is taken for token t"),
+    (4, "ppo_policy_loss", "max for min", "the larger of the two is taken"),
+    (4, "leave_one_out", "the own score in the mean", "a response is in its own baseline"),
+    (4, "normalised_groups", "GDPO: after the sum", "λ sums first, as in GRPO")])
 def test_messages_name_the_mistake(n, problem, name, says):
     wrong = mutants.import_module(f"course.set{n}.mutants").MUTANTS[problem][name]
     failed = [r for r in mutants.graded(n, problem, wrong) if r["score"] == 0]
