@@ -29,10 +29,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 DIMS, BETA = ["helpful", "harmless"], 0.5
-TEST = toy.prompts("new_verbs")[::8]                                  # five prompts to measure on
+TEST = toy.prompts("new_verbs")[::10]                                 # to measure on: one of each grade of risk
 LAMS = torch.tensor([[0, 1], [0.25, 0.75], [0.5, 0.5], [0.75, 0.25], [1, 0]])
 # the mean scores of the best of all policies for these prompts and preferences, by the closed form in the handout
-BEST = [[1.650, 1.682], [1.988, 1.575], [2.227, 1.436], [2.396, 1.280], [2.515, 1.111]]
+BEST = [[0.565, 2.983], [1.209, 2.784], [1.850, 2.233], [2.404, 1.226], [2.682, 0.271]]
 
 
 def read(model, tokens, past=None):
@@ -151,7 +151,7 @@ def main():
     gain, kl = zip(*train(model, layer, ours, args, generator))
 
     print(TEST[-1])
-    layer.set_preference(model, LAMS)                                 # five users in one batch
+    layer.set_preference(model, LAMS)                                 # one prompt, five users, one batch
     for lam, y in zip(LAMS, rollout(model, TEST[-1:] * 5, generator)[2]):
         print(f"  λ {lam[0]:.2f} {lam[1]:.2f}  {y}")
     whole = lambda *x: ours.token_logprobs(*x).sum(1)
@@ -178,6 +178,7 @@ def main():
     right.plot(gain, label="Σ λ_i s_i − β KL, less the base's")
     right.plot(kl, label="KL, nats a response")
     right.set(xlabel="rollout", title="responses while training")
+    left.margins(0.1)
     left.legend()
     right.legend()
     figure.savefig(out / "ppo.png", dpi=120)
