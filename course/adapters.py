@@ -233,6 +233,74 @@ def regret(lams: Tensor, J: Tensor, J_base: Tensor, J_best: Tensor) -> tuple[flo
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Set 4: RLHF. mask: (R, T) bool, True on the tokens of the response; prompts come before them, padding behind.
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """log π(y_t|x, y_<t) of every token of a response, at its own place, and 0 elsewhere. Set 4: token_logprobs.
+
+    logits: (R, T, V), the model's at `tokens`   tokens, mask: (R, T)   ->  (R, T)
+    """
+    raise NotImplementedError
+
+
+def kl_penalized_rewards(score: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, kl_coeff: float,
+                         clip: float) -> Tensor:
+    """The rewards of the tokens, one column a dimension. Set 4: kl_penalized_rewards.
+
+    score: (R, m)   logp, ref_logp: (R, T), of π_old and π_ref   clip: a reward lies within ± this   ->  (R, T, m)
+    """
+    raise NotImplementedError
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation with γ = 1, every column by itself. Set 4: gae.
+
+    rewards, values: (R, T, m)   decay: between 0 and 1   ->  advantages and returns, both (R, T, m)
+    """
+    raise NotImplementedError
+
+
+def critic_values(states: Tensor, lam: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear critic with one head a dimension. Set 4: critic_values.
+
+    states: (R, T, D), the one at position t has read the tokens up to t   lam: (R, m), one preference a row
+    weight: (m, D + m)   bias: (m,)   ->  (R, T, m)
+    """
+    raise NotImplementedError
+
+
+def aggregate_advantages(advantages: Tensor, lam: Tensor) -> Tensor:
+    """advantages: (R, T, m)   lam: (R, m), one preference a row   ->  (R, T). Set 4: aggregate_advantages."""
+    raise NotImplementedError
+
+
+def ppo_policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> Tensor:
+    """PPO's clipped loss of the policy, a scalar. Set 4: ppo_policy_loss.
+
+    logp, old_logp: (R, T), of π and π_old   advantages: (R, T)   clip: how far the ratio counts
+    """
+    raise NotImplementedError
+
+
+def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
+    """PPO's clipped loss of the critic, a scalar. Set 4: ppo_value_loss.
+
+    values, old_values, returns: (R, T, m)   clip: how far a value counts as moved
+    """
+    raise NotImplementedError
+
+
+def group_advantages(scores: Tensor, lam: Tensor, samples: int, estimator: str) -> Tensor:
+    """One advantage for each response, from the others to its prompt. Set 4: leave_one_out, normalised_groups.
+
+    scores: (R, m), the responses to a prompt in `samples` rows that follow each other   lam: (R, m), equal in these
+    estimator: "rloo", "grpo" or "gdpo"   ->  (R,)
+    """
+    raise NotImplementedError
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Set 5: min-norm weights. R: responses   T: tokens of the longest one
 
 

@@ -40,13 +40,13 @@ def inject(model, k, m, gain, generator=None):
     model.requires_grad_(False)
     model.vectors = torch.nn.Parameter(torch.zeros(len(model.blocks), m, model.shape[-1]))
     model.steer = None
-    for i, block in enumerate(model.blocks):
-        block.register_forward_hook(lambda block, inputs, x, i=i:
-                                    x if model.steer is None else x + gain * model.steer @ model.vectors[i])
+    for i, block in enumerate(model.blocks):                          # what the MLP gives is added to the block's x
+        block.mlp.register_forward_hook(lambda mlp, inputs, x, i=i: x if model.steer is None else
+                                        x + gain * (model.steer @ model.vectors[i])[..., None, :])
 
 
 def set_preference(model, lam):
-    """lam: (m,)"""
+    """lam: (m,), or (B, m), one a row"""
     model.steer = torch.as_tensor(lam, dtype=torch.float32)
 
 

@@ -29,18 +29,22 @@ REFERENCE = {   # set: the files that its solution needs to run, where a later s
         "ops/generation.py ops/quantize.py").split(),
     2: ["objectives.py", "aggregate.py"],
     3: [],                                                            # no later set needs a front
+    4: ["objectives.py", "aggregate.py"],
     5: ["objectives.py", "aggregate.py"]}
+LOGPROBS = ("linear_logprob_plain _LinearLogprob _logprob_rows_fp32 _logprob_rows_bf16 logprob_rows_plain "
+            "_logprob_rows_cuda linear_logprob")
 SOLVES = {      # set: {a file of REFERENCE or SHARED: the names in it that solve the set; None: the whole file}
     1: {"svd_lora.py": None, "ops/generation.py": None, "ops/check.py": None,
         "ops/fused.py": "svd_lora_linear_plain _SVDLoRALinear _down _up_ svd_lora_linear"},
     2: {"objectives.py": "response_logprobs dpo_loss ipo_loss implicit_accuracy losses_on_pairs bradley_terry_loss",
         "aggregate.py": "sample_preference linear_scalarization tchebycheff denominators scalar_reward",
-        "ops/fused.py": "linear_logprob_plain _LinearLogprob _logprob_rows_fp32 _logprob_rows_bf16 logprob_rows_plain "
-                        "_logprob_rows_cuda linear_logprob"},
+        "ops/fused.py": LOGPROBS},
     3: dict.fromkeys(["fronts/dominance.py", "fronts/metrics.py", "fronts/optimum.py", "fronts/evaluation.py"]),
+    4: {"objectives.py": "masked_mean kl_penalized_rewards gae group_advantages ppo_policy_loss ppo_value_loss",
+        "aggregate.py": "linear_scalarization scalar_reward pama_advantages", "ops/heads.py": "Critic",
+        "ops/fused.py": LOGPROBS},
     5: {"objectives.py": "noon", "aggregate.py": "min_norm_weights pama_weights pama_advantages"},
-    6: {"ops/fused.py": "linear_logprob_plain _LinearLogprob _logprob_rows_fp32 _logprob_rows_bf16 logprob_rows_plain "
-                        "_logprob_rows_cuda linear_logprob _SVDLoRALinear _down _up_ svd_lora_linear",
+    6: {"ops/fused.py": LOGPROBS + " _SVDLoRALinear _down _up_ svd_lora_linear",
         "data/trees.py": None, "fronts/selection.py": None, "fronts/dominance.py": None, "train_hqd.py": None}}
 INSTEAD = {     # what stands in a file for something that a set solves and an earlier set's solution calls
     6: {"ops/fused.py": """

@@ -3,6 +3,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
 import aggregate
 import objectives
@@ -150,6 +151,40 @@ def regret(lams, J, J_base, J_best):
                              {"J": J_best, "logps": none, "z": None}, lams.tolist(), None, SimpleNamespace(value=None),
                              {"aggregate": "ls"})
     return said["regret"], said["regret_worst"], torch.tensor(said["worst_lam"], dtype=torch.float64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Set 4.
+
+
+kl_penalized_rewards, ppo_value_loss = objectives.kl_penalized_rewards, objectives.ppo_value_loss
+
+
+def token_logprobs(logits, tokens, mask):
+    logps = logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]     # (R, T - 1)
+    return F.pad(logps, (1, 0)) * mask
+
+
+def gae(rewards, values, mask, decay):
+    return objectives.gae(rewards, values, mask, 1.0, decay)
+
+
+def critic_values(states, lam, mask, weight, bias):
+    before = F.pad(states.detach()[:, :-1], (0, 0, 1, 0))             # what was read before each token
+    each = lam[:, None].expand(-1, mask.shape[1], -1)                 # (R, T, m)
+    return F.linear(torch.cat([before, each], -1), weight, bias) * mask[..., None]
+
+
+def aggregate_advantages(advantages, lam):
+    return linear_scalarization(advantages, lam[:, None])
+
+
+def ppo_policy_loss(logp, old_logp, advantages, mask, clip):
+    return objectives.ppo_policy_loss(logp, old_logp, advantages, mask, clip)[0]
+
+
+def group_advantages(scores, lam, samples, estimator):
+    return objectives.group_advantages(scores, samples, estimator, lam)[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

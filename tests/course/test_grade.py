@@ -11,11 +11,12 @@ from course.grading import brief, numbers, same, slope
 from course.set1 import grade as set1
 from course.set2 import grade as set2
 from course.set3 import grade as set3
+from course.set4 import grade as set4
 from course.set5 import grade as set5
 from course.set6 import grade as set6
 
 HANDOUTS = {n: (grade.ROOT / f"course/set{n}/handout.md").read_text(encoding="utf-8") for n in grade.SETS}
-GRADERS = {1: set1, 2: set2, 3: set3, 5: set5, 6: set6}
+GRADERS = {1: set1, 2: set2, 3: set3, 4: set4, 5: set5, 6: set6}
 
 
 @pytest.mark.parametrize("n", grade.SETS)
@@ -62,6 +63,12 @@ def test_right_answers_pass_and_stubs_fail(n, adapters, share):
     (3, "newton", "λ·r", "λ·r is taken"),
     (3, "tchebycheff_point", "a prompt at a time", "every prompt has its own maximum"),
     (3, "regret", "the mean of quotients", "the mean of the quotients is taken"),
+    (4, "kl_penalized_rewards", "the sign of the KL term", "the KL term has the wrong sign"),
+    (4, "gae", "bootstrapping past the end", "behind a response is taken for its value after the last token"),
+    (4, "aggregate_advantages", "λ of row t at token t", "row t of lam is taken for token t"),
+    (4, "ppo_policy_loss", "max for min", "the larger of the two is taken"),
+    (4, "leave_one_out", "the own score in the mean", "a response is in its own baseline"),
+    (4, "normalised_groups", "GDPO: after the sum", "λ sums first, as in GRPO"),
     (5, "min_norm_pair", "not clipped", "the weights are those of the whole line"),
     (5, "min_norm_weights", "Frank-Wolfe, 250 steps", "there are shorter means"),
     (5, "mgda_backward", "a c for each parameter", "the weights are those of the last parameter alone"),

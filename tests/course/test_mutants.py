@@ -1,4 +1,4 @@
-"""test_mutants.py - wrong answers are caught: all of them (slow), and some of two problems at every run."""
+"""test_mutants.py - wrong answers are caught: all of them (slow), and some of one problem of a set at every run."""
 import sys
 
 import pytest
@@ -8,7 +8,7 @@ from course import mutants
 
 @pytest.mark.parametrize("n, problem", [
     (1, "preference_per_row"), (2, "losses_on_pairs"), (3, "derivatives"),
-    (5, "pama_weights"), (6, "tree_logprobs")])
+    (4, "aggregate_advantages"), (5, "pama_weights"), (6, "tree_logprobs")])
 def test_some_mutants(n, problem):
     wrong = mutants.import_module(f"course.set{n}.mutants").MUTANTS[problem]
     assert len(wrong) >= 8
