@@ -371,7 +371,6 @@ def table():
     kl_coeff = said("train_ppo.py", "flags.kl_coeff or (# if truth_known")
     loop = said("data/text_rewards.py", "return len(tokens) < # or len(set(grams)) / len(grams) < #")[::-1]
     stories = dict(zip(*[iter(reproduce.STORIES[3:])] * 2))
-    many = dict(zip(*[iter(reproduce.TABLES["ablations"]["G = 32, 32 rows a step, a quarter of the steps"][2:])] * 2))
     trains = [node.end_lineno - node.lineno + 1 for f in ROOT.glob("train_*.py") if (node := node_of(f, "train"))]
     worth = {name: points for n in (1, 2) for name, (points, _) in boxes(n).items()}
     ruff = tomllib.loads(read("pyproject.toml"))["tool"]["ruff"]
@@ -462,8 +461,6 @@ def table():
             ("| m = 2, # preferences", F),
             ("KL(data ‖ base), is #,", known["kl_data_to_base"]),
             ("Taking only # of the mixture's way", reproduce.SOUP_FACTOR),
-            ("# steps of # rows (G = # … #: # steps of # rows)",
-             (steps, batch, 8, many["--lams_per_step"], many["--steps"], many["--batch_size"])),
             ("β = #. A step draws # prompts and one λ for each, samples # responses",
              (kl_coeff, ppo.batch_size / 16, said("train_ppo.py", "flags.samples or (#"))),
             ("# rollouts each;", reproduce.TABLES["pama"]["MGDA"][-1]),

@@ -6,7 +6,8 @@
 helpful: what HelpSteer2's raters found more helpful   concise: what they found less verbose. The two conflict in half
 of the pairs that have both labels. Rows that do not fit --max_length are left out: a cut answer has no length.
 
-Panacea and rewarded soups are trained with equal steps, and then asked at eleven λ, on rows that no training has seen:
+Panacea, Panacea without shared singular values and rewarded soups are trained with equal steps, and then asked at
+eleven λ, on rows that no training has seen:
 accuracy    the part of the labelled pairs whose implicit rewards r = β (log π − log π_ref) are in the label's order
 margin      the mean of r(better) − r(worse), in nats · β
 length      tokens of a sampled answer, at most --max_new_tokens    collapsed: the part that is a loop or nearly empty
@@ -31,16 +32,19 @@ from experiments.reproduce import call
 from fronts.exact import evaluation_preferences
 from fronts.measure import base_of, policies, run_config
 from fronts.metrics import spearman
-from fronts.pictures.shared import METHODS, plt, save
+from fronts.pictures.shared import METHODS, OTHER, plt, save
 from fronts.tables import shown, table
 from model import generate
-from runs.files import read_json, write_json, write_jsonl
+from runs.files import UserError, read_json, write_json, write_jsonl
 from runs.flags import flag, run_main
 from runs.processes import pick_device
 from runs.randomness import generator_for
 
 DIMS = ["helpful", "concise"]
-METHOD = {"panacea": "Panacea", "rs": "rewarded soups"}
+# what is trained: name -> (label, flags of train_dpo.py, its colour and marker)
+CASES = {"panacea": ("Panacea, k = 8", (), METHODS["panacea"]),
+         "k0": ("Panacea, k = 0: λ alone", ("--lora_dim", 0), OTHER),
+         "rs": ("rewarded soups", ("--method", "rs"), METHODS["rs"])}
 
 
 @dataclass
@@ -49,10 +53,11 @@ class Flags:
 
     init: str = flag("", "Hugging Face directory of the chat model")
     data: str = flag("", "directory with helpsteer2_train.jsonl and helpsteer2_eval.jsonl")
-    steps: int = flag(240, "optimizer steps of each method, in all", 1)
-    max_length: int = flag(512, "tokens of a prompt with its longer answer; longer rows are left out", 2)
-    max_new_tokens: int = flag(384, "a sampled answer's", 1)
-    prompts: int = flag(64, "held-out prompts that are answered at every preference", 2)
+    only: list[str] = flag(list(CASES), "these alone")
+    steps: int = flag(80, "optimizer steps of each, in all", 1)
+    max_length: int = flag(256, "tokens of a prompt with its longer answer; longer rows are left out", 2)
+    max_new_tokens: int = flag(256, "a sampled answer's", 1)
+    prompts: int = flag(48, "held-out prompts that are answered at every preference", 2)
     precision: str = flag("auto", "of the frozen base: auto, fp32 or bf16")
     out: str = flag("out", "where the runs go")
     device: str = flag("auto", "cpu, cuda, or auto")
@@ -63,16 +68,19 @@ def main(flags):
     out, device = Path(flags.out), pick_device(flags.device)[0]
     files = [fitting(flags, part, out / "helpsteer2") for part in ("train", "eval")]
     results = {}
-    for method in METHOD:
-        run = out / f"real-{method}"
+    for name in flags.only:
+        if name not in CASES:
+            raise UserError(f"--only {name}: choose among {' '.join(CASES)}")
+        label, more, _ = CASES[name]
+        run = out / f"real-{name}"
         if not (run / "adapter.safetensors").exists() and not list(run.glob("adapter-*.safetensors")):
-            call(f"{method}: train_dpo.py", "train_dpo.py", "--init", flags.init, "--data", files[0], "--eval_data",
-                 files[1], "--dims", *DIMS, "--method", method, "--steps", flags.steps, "--max_length",
+            call(f"{name}: train_dpo.py", "train_dpo.py", "--init", flags.init, "--data", files[0], "--eval_data",
+                 files[1], "--dims", *DIMS, *more, "--steps", flags.steps, "--max_length",
                  flags.max_length, "--precision", flags.precision, "--out", run, "--no-eval")
         if not (run / "real.json").exists():
             write_json(run / "real.json", measure(run, flags, device))
-        results[method] = read_json(run / "real.json")
-        print(f"\n{METHOD[method]}, {flags.steps} steps\n" + table_of(results[method]))
+        results[name] = read_json(run / "real.json")
+        print(f"\n{label}, {flags.steps} steps\n" + table_of(results[name]))
     write_json(out / "real.json", results)
     draw(results, out / "real.png")
     return results
@@ -162,12 +170,12 @@ def table_of(r):
 def draw(results, path):
     """Accuracies and lengths along λ, a band of one standard error."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.6))
-    for method, r in results.items():
-        x, (color, marker) = [lam[0] for lam in r["lams"]], METHODS[method]
+    for name, r in results.items():
+        x, (label, _, (color, marker)) = [lam[0] for lam in r["lams"]], CASES[name]
         for ax, key, i in ((axes[0], "accuracy", 0), (axes[1], "accuracy", 1), (axes[2], "length", None)):
             pick = lambda values: np.array(values) if i is None else np.array(values)[:, i]
             y, se = pick(r[key]), pick(r[key + "_se"])
-            ax.plot(x, y, color=color, marker=marker, markersize=4, label=METHOD[method])
+            ax.plot(x, y, color=color, marker=marker, markersize=4, label=label)
             ax.fill_between(x, y - se, y + se, color=color, alpha=0.15, linewidth=0)
     for ax, title in zip(axes, (*(f"held-out accuracy, {dim}" for dim in DIMS), "tokens of a sampled answer")):
         ax.set(xlabel=f"λ {DIMS[0]}   (λ {DIMS[1]} = 1 − λ {DIMS[0]})", title=title)
