@@ -43,7 +43,7 @@ from runs.randomness import generator_for
 DIMS = ["helpful", "concise"]
 # what is trained: name -> (label, flags of train_dpo.py, its colour and marker)
 CASES = {"panacea": ("Panacea, k = 8", (), METHODS["panacea"]),
-         "k0": ("Panacea, k = 0: λ alone", ("--lora_dim", 0), OTHER),
+         "k0": ("Panacea, k = 0: λ alone", ("--lora_dim", 0, "--lr", 6e-4), OTHER),
          "rs": ("rewarded soups", ("--method", "rs"), METHODS["rs"])}
 
 
