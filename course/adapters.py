@@ -111,7 +111,8 @@ def expected_counts(better: list[Tensor], batch_size: int) -> Tensor:
 def mean_losses(losses: Tensor, known: Tensor, expected: Tensor | None) -> Tensor:
     """The losses of the dimensions. Set 2: uneven_labels.
 
-    losses, known: (P, m), from losses_on_pairs   expected: (m,), from expected_counts; None: the batch's own counts
+    losses, known: (P, m); where known is 0, losses may hold any number, which does not count
+    expected: (m,), from expected_counts; None: the batch's own counts
     ->  (m,)
     """
     raise NotImplementedError
@@ -137,7 +138,7 @@ def sample_preference(n: int, m: int, alpha: float, vertex_share: float, generat
 
 def training_step(model: nn.Module, adapters_off, optimizer, tokens: Tensor, mask: Tensor, pairs: Tensor,
                   better: Tensor, lam: Tensor, beta: float, expected: Tensor, aggregate: str) -> Tensor:
-    """One step of Algorithm 1, lines 6 to 8, under one preference that is set already. Set 2: training_step.
+    """One step of Algorithm 1, lines 6 to 8, under one preference that the model has already. Set 2: training_step.
 
     model(tokens) -> logits (R, T, V)   adapters_off(model): a context manager   aggregate: "ls" or "tche"
     tokens, mask: (R, T)   pairs, better: as in losses_on_pairs   lam: (m,)   expected: (m,)

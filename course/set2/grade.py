@@ -89,8 +89,8 @@ def test_dpo_loss_by_hand(adapters):
     soft = lambda h: [math.log1p(math.exp(-h)), math.log1p(math.exp(-h / 2))]
     same("two pairs, the gap of β log π/π_ref is 0.75 and 0.375",
          adapters.dpo_loss(t(-1, -5), t(-3, -2), t(-2, -6), t(-2.5, -2.25), 0.5), soft(0.75), looks_like={
-             "chosen and rejected have changed places": soft(-0.75), "β is left out": soft(1.5),
-             "policy and reference have changed places": soft(-0.75),
+             "the gap's sign is turned: chosen and rejected have changed places, or policy and reference": soft(-0.75),
+             "β is left out": soft(1.5), "the reference is left out": [soft(1.0)[0], soft(-3.0)[1]],
              "it has the wrong sign": [-x for x in soft(0.75)],
              "the loss is divided by β": [2 * x for x in soft(0.75)]})
     same("the same at four times the β", adapters.dpo_loss(t(-1, -5), t(-3, -2), t(-2, -6), t(-2.5, -2.25), 2.0),
@@ -152,6 +152,7 @@ def test_losses_on_pairs_by_hand(adapters):
         "a missing label counts as 1": soft(-1, 1, -3, -3).view(2, 2),
         "the first dimension's labels count for all": soft(-1, -1, -3, -3).view(2, 2)})
     same("known", known, [[1, 1], [1, 0]])
+    check(known.is_floating_point(), f"known: expected 1.0 and 0.0, got a tensor of {known.dtype}")
 
 
 @problem("losses_on_pairs", 2)
@@ -194,11 +195,11 @@ LOSSES = numbers(8, 2, start=4.0) + 2                                           
 
 @problem("uneven_labels", 2)
 def test_uneven_labels_expected_counts(adapters):
-    same("8 and 3 labels in 4 rows, batches of 2 rows", adapters.expected_counts(ROWS, 2), [4, 1.5], looks_like={
-        "missing labels are counted": [4, 4], "the batch size is left out": [2, 0.75],
-        "the labels of the whole data set are counted": [8, 3], "the labels of a pair are counted": [2, 0.75],
-        "the ones are counted, not the labels": [2, 1]})
-    same("batches of 3 rows", adapters.expected_counts(ROWS, 3), [6, 2.25])
+    same("8 and 3 labels in 4 rows, batches of 3 rows", adapters.expected_counts(ROWS, 3), [6, 2.25], looks_like={
+        "missing labels are counted": [6, 6], "the batch size is left out": [2, 0.75],
+        "the labels of the whole data set are counted": [8, 3], "the labels of a pair are counted": [3, 1.125],
+        "the ones are counted, not the labels": [3, 1.5]})
+    same("batches of 2 rows", adapters.expected_counts(ROWS, 2), [4, 1.5])
 
 
 @problem("uneven_labels", 2)
@@ -218,11 +219,15 @@ def test_uneven_labels_own_counts(adapters):
     known = t([1, 1], [1, 0], [1, 0], [1, 1])
     losses = t([1, 6], [2, 9], [3, 9], [6, 2])
     same("expected = None: four labels and two", adapters.mean_losses(losses, known, None), [3, 4],
-         looks_like={"pairs without a label count": [3, 6.5], "the divisor is the number of pairs": [3, 2],
+         looks_like={"a loss counts where known is 0": [3, 13], "pairs without a label count": [3, 6.5], "the divisor is the number of pairs": [3, 2],
                      "sums are not divided": [12, 8]})
-    same("expected = None: no label of the second dimension",
-         adapters.mean_losses(t([1, 6], [2, 9]), t([1, 0], [1, 0]), None),
-         [1.5, -math.inf])
+    losses = t([1, 6], [2, 9]).requires_grad_(True)
+    got = adapters.mean_losses(losses, t([1, 0], [1, 0]), None)
+    same("expected = None: no label of the second dimension", got, [1.5, -math.inf])
+    check(got.requires_grad, "no gradient reaches the losses")
+    got[0].backward()
+    same("expected = None: the gradient of the first mean, where the second dimension has no label", losses.grad,
+         [[0.5, 0], [0.5, 0]])
 
 
 @problem("uneven_labels", 2)
@@ -230,7 +235,7 @@ def test_uneven_labels_no_label_in_a_batch(adapters):
     """With expected counts a dimension without a label gives 0; and only known losses have a gradient."""
     losses = t([1, 6], [2, 9]).requires_grad_(True)
     got = adapters.mean_losses(losses, t([1, 0], [1, 0]), t(4, 1.5))
-    same("L with expected counts 4 and 1.5", got, [0.75, 0])
+    same("L with expected counts 4 and 1.5", got, [0.75, 0], looks_like={"a loss counts where known is 0": [0.75, 10]})
     check(got.requires_grad, "no gradient reaches the losses")
     got.sum().backward()
     same("the gradient to the losses", losses.grad, [[0.25, 0], [0.25, 0]])
@@ -362,6 +367,8 @@ def test_sample_preference_generator(adapters):
     first, again, other = (drawn(adapters, 50, 2, 1.0, 0.3, seed) for seed in (1, 1, 2))
     check(torch.equal(first, again), "the same generator gives other preferences: all randomness should come from it")
     check(not torch.equal(first, other), "another seed gives the same preferences")
+    vertices = {int((drawn(adapters, 50, 2, 1.0, 0.3, seed).amax(1) > 1 - 1e-6).sum()) for seed in range(8)}
+    check(len(vertices) > 1, f"every call draws {min(vertices)} vertices; each row should be one independently")
     check(len(first.unique(dim=0)) > 20, "the preferences of one call are not drawn independently")
     check(torch.equal(state, torch.get_rng_state()), "torch's global random state was used")
 
@@ -382,11 +389,17 @@ class Table(torch.nn.Module):
         super().__init__()
         self.base = torch.nn.Parameter(numbers(3, 3, start=1.0), requires_grad=False)
         self.delta = torch.nn.Parameter(numbers(3, 3, start=8.0) * trained)
-        self.share, self.calls = 1.0, []
+        self.share, self.calls, self.reached = 1.0, [], False
 
     def forward(self, tokens):
         self.calls.append(self.share == 1)
-        return (self.base + self.share * self.delta)[tokens]
+        logits = (self.base + self.share * self.delta)[tokens]
+        if self.share == 0 and logits.requires_grad:
+            logits.register_hook(self.reach)
+        return logits
+
+    def reach(self, gradient):
+        self.reached = True
 
     @contextmanager
     def off(self):
@@ -431,6 +444,7 @@ def test_training_step_moves_the_adapter(adapters, aggregate):
     same(f"{aggregate}: how far SGD with learning rate 0.1 moves the adapter, from a gradient of ones that an earlier "
          "pass has left behind", moved, want, looks_like={
              "nothing is learned: was the step taken?": torch.zeros(3, 3), "the step goes uphill": -want,
+             **({"the expected counts divide": 1.5 * want} if aggregate == "tche" else {}),
              "the old gradient is not cleared": want - 0.1, "only the old gradient is used": torch.full((3, 3), -0.1)})
     check(torch.equal(model.base, before.base), "the frozen base has changed")
 
@@ -460,6 +474,7 @@ def test_training_step_reference(adapters):
     check(True in model.calls and False in model.calls,
           "expected one pass with the adapter on and one within adapters_off; "
           f"the model was called with the adapter {' '.join('on' if on else 'off' for on in model.calls) or 'never'}")
+    check(not model.reached, "a gradient goes through the reference's pass")
     check(model.share == 1, "after the step the adapter is off")
     check(model.base.grad is None, "the frozen base has got a gradient")
 
@@ -472,7 +487,7 @@ def test_training_step_tche_leaves_out_what_has_no_label(adapters):
     moved = model.delta.detach() - Table(1.0).delta.detach()
     check(bool(moved.isfinite().all()) and moved.abs().max() > 1e-4,
           "the step should learn from the first dimension; the adapter "
-          + ("stays where it is" if bool(moved.isfinite().all()) else "has become NaN or infinite"))
+          + ("stays where it is" if bool(moved.isfinite().all()) else "has become NaN or infinite: what is the gradient of mean_losses, where a count is 0?"))
 
 
 STEP_LOSSES = t(1.47111873, 0.19914784)

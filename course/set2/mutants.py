@@ -108,7 +108,8 @@ def stepping(reference="off", after_off=None, losses=right.losses_on_pairs, coun
     """training_step with one of its pieces replaced."""
     def wrong(model, adapters_off, optimizer, tokens, on, pairs, better, weights, b, expected, kind):
         pi = right.response_logprobs(model(tokens), tokens, mask(on))
-        with torch.no_grad(), nullcontext() if reference == "on" else adapters_off(model):
+        with (torch.set_grad_enabled(reference == "with gradient"),
+              nullcontext() if reference == "on" else adapters_off(model)):
             ref = right.response_logprobs(model(tokens), tokens, mask(on))
         ref = {"none": torch.zeros_like(ref), "pi": pi}.get(reference, ref)
         each, known = losses(detach(pi), ref, pairs, better, beta(b))
@@ -190,6 +191,7 @@ MUTANTS = {
         "the reference is the policy, with gradient": on_pairs(ref=lambda pi, ref: pi),
         "the first response against the next, whatever the pairs": on_pairs(index=lambda pairs: torch.stack(
             [torch.arange(len(pairs)), torch.arange(len(pairs)) + 1], 1)),
+        "known is bool": on_pairs(after=lambda losses, known, better: (losses, known.bool())),
         "known alone": {"losses_on_pairs": lambda *a: right.losses_on_pairs(*a)[1]},
         "rows without all labels dropped": on_pairs(after=lambda losses, known, better: (
             losses * known.amin(1, keepdim=True), known * known.amin(1, keepdim=True)))},
@@ -212,6 +214,8 @@ MUTANTS = {
         "unlabelled losses count": given(lambda losses, known, expected: losses.sum(0) / expected),
         "NaN where nothing is expected": given(lambda losses, known, expected: (losses * known).sum(0) / expected),
         "0 instead of −inf": own(lambda losses, known: (losses * known).sum(0) / known.sum(0).clamp(min=1)),
+        "NaN in the gradient": own(lambda losses, known: torch.where(
+            known.sum(0) > 0, (losses * known).sum(0) / known.sum(0), -torch.inf)),
         "NaN instead of −inf": own(lambda losses, known: (losses * known).sum(0) / known.sum(0)),
         "+inf instead of −inf": own(lambda losses, known: ((losses * known).sum(0) / known.sum(0)).nan_to_num(
             torch.inf)),
@@ -268,6 +272,8 @@ MUTANTS = {
             take=lambda n, share, g: torch.rand(n, 1, generator=g) > share),
         "the first vertex alone": sampling(vertex=lambda n, m, g: torch.eye(m)[torch.zeros(n, dtype=torch.long)]),
         "the last vertex never": sampling(vertex=lambda n, m, g: torch.eye(m)[torch.randint(m - 1, (n,), generator=g)]),
+        "the same number of vertices in each call": sampling(take=lambda n, share, g: (
+            torch.randperm(n, generator=g) < round(n * share))[:, None]),
         "one coin for all": sampling(take=lambda n, share, g: (torch.rand(1, 1, generator=g) < share).expand(n, 1)),
         "one λ for all": {"sample_preference": lambda n, m, alpha, share, g=None: right.sample_preference(
             1, m, alpha, share, g).expand(n, m)},
@@ -284,6 +290,7 @@ MUTANTS = {
             (0, m - 2))}},
     "training_step": {
         "the reference with the adapter on": stepping("on"),
+        "the reference with a gradient": stepping("with gradient"),
         "no reference": stepping("none"),
         "the reference is π itself": stepping("pi"),
         "π is computed with the adapter off": {"training_step": both_off},
