@@ -116,7 +116,8 @@ def kl_penalized_rewards(score, logp, ref_logp, mask, kl_coeff, clip_range_score
     kl = -kl_coeff * (logp - ref_logp)                                                    # (R, L)
     if score.ndim == 2:
         last, kl, mask = last[..., None], kl[..., None], mask[..., None]
-    return (kl + last * score[:, None]).clamp(-clip_range_score, clip_range_score) * mask
+    score = torch.where(last > 0, score[:, None], 0.0)                    # not a product: 0 · inf is NaN
+    return (kl + score).clamp(-clip_range_score, clip_range_score) * mask
 
 
 def gae(rewards, values, mask, gamma=1.0, decay=0.95):
@@ -160,6 +161,7 @@ def group_advantages(scores, samples, estimator, lam=None):
     groups = scores.unflatten(0, (-1, samples))                                           # (X, K, n)
     A = groups - groups.mean(1, keepdim=True)
     A = A * (samples / (samples - 1)) if estimator == "rloo" else A / (groups.std(1, keepdim=True) + 1e-4)
+    A = A * (groups != groups[:, :1]).any(1, keepdim=True)          # equal scores: 0, not the rounding of their mean
     A = A.flatten(0, 1)                                                                   # (R, n)
     if lam is not None:
         A = (lam * A).sum(-1, keepdim=True)

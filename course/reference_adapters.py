@@ -157,7 +157,17 @@ def regret(lams, J, J_base, J_best):
 # Set 4.
 
 
-kl_penalized_rewards, ppo_value_loss = objectives.kl_penalized_rewards, objectives.ppo_value_loss
+def inside(mask, *tensors):
+    """The tensors (R, T) or (R, T, m) with 0 where mask is False: a product with the mask would keep NaN."""
+    return [x.masked_fill(~mask.view(mask.shape + (1,) * (x.ndim - 2)), 0.0) for x in tensors]
+
+
+def kl_penalized_rewards(score, logp, ref_logp, mask, kl_coeff, clip):
+    return objectives.kl_penalized_rewards(score, *inside(mask, logp, ref_logp), mask, kl_coeff, clip)
+
+
+def ppo_value_loss(values, old_values, returns, mask, clip):
+    return objectives.ppo_value_loss(*inside(mask, values, old_values, returns), mask, clip)
 
 
 def token_logprobs(logits, tokens, mask):
@@ -166,7 +176,7 @@ def token_logprobs(logits, tokens, mask):
 
 
 def gae(rewards, values, mask, decay):
-    return objectives.gae(rewards, values, mask, 1.0, decay)
+    return objectives.gae(*inside(mask, rewards, values), mask, 1.0, decay)
 
 
 def critic_values(states, lam, mask, weight, bias):
@@ -180,7 +190,7 @@ def aggregate_advantages(advantages, lam):
 
 
 def ppo_policy_loss(logp, old_logp, advantages, mask, clip):
-    return objectives.ppo_policy_loss(logp, old_logp, advantages, mask, clip)[0]
+    return objectives.ppo_policy_loss(*inside(mask, logp, old_logp, advantages), mask, clip)[0]
 
 
 def group_advantages(scores, lam, samples, estimator):

@@ -315,6 +315,9 @@ def test_group_advantages_of_equal_scores_are_0():
     for name in ("rloo", "grpo", "gdpo"):
         assert (group_advantages(torch.full((6, 2), -3.5), 3, name, LAM.float()) == 0).all()
     assert group_advantages(tensor([5], [5]), 2, "grpo").tolist() == [[0], [0]]        # wrong: 0 / 0
+    equal = torch.tensor([[1000.1, -333.37]] * 3)                                      # float32: their mean is rounded
+    for name in ("grpo", "gdpo"):                                                      # wrong: rounding / 1e-4
+        assert (group_advantages(equal, 3, name, LAM[:1].float().expand(3, 2)) == 0).all()
 
 
 def test_leave_one_out_is_the_gradient_of_J(close):

@@ -17,7 +17,7 @@ def kl_penalized_rewards(score, logp, ref_logp, mask, kl_coeff, clip):
     rewards = torch.zeros(*mask.shape, score.shape[1], dtype=score.dtype)
     for r, at in places(mask):
         for t in at:
-            r_t = kl_coeff * (ref_logp[r, t] - logp[r, t]) + (score[r] if t == at[-1] else 0 * score[r])
+            r_t = kl_coeff * (ref_logp[r, t] - logp[r, t]) + (score[r] if t == at[-1] else torch.zeros_like(score[r]))
             rewards[r, t] = torch.clip(r_t, -clip, clip)
     return rewards
 

@@ -155,13 +155,15 @@ def main():
     for lam, y in zip(LAMS, rollout(model, TEST[-1:] * 5, generator)[2]):
         print(f"  λ {lam[0]:.2f} {lam[1]:.2f}  {y}")
     whole = lambda *x: ours.token_logprobs(*x).sum(1)
+    print("measuring the base model, then each λ", flush=True)
     base, points = mean_scores(load_base(), whole, TEST, DIMS)[0].tolist(), []
     for lam in LAMS:
+        print(f"λ {lam[0]:.2f} {lam[1]:.2f}  ", end="", flush=True)    # now: what follows takes a while
         layer.set_preference(model, lam)
-        points.append(mean_scores(model, whole, TEST, DIMS))
+        p, outside = mean_scores(model, whole, TEST, DIMS)
+        points.append((p, outside))
+        print(f"mean scores {p[0]:.2f} {p[1]:.2f}  outside mass {outside:.4f}", flush=True)
     scores = [p.tolist() for p, _ in points]
-    for lam, (p, outside) in zip(LAMS, points):
-        print(f"λ {lam[0]:.2f} {lam[1]:.2f}  mean scores {p[0]:.2f} {p[1]:.2f}  outside mass {outside:.4f}")
     out.mkdir(parents=True, exist_ok=True)
     (out / "ppo.json").write_text(json.dumps({
         "estimator": args.estimator, "dims": DIMS, "lam": LAMS.tolist(), "scores": scores, "base": base, "best": BEST,

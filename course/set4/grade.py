@@ -32,8 +32,21 @@ def noisy(x, n=50.0):
 
 def shaped(what, got, *shape):
     """Fails unless `got` is a tensor of this shape."""
-    check(isinstance(got, torch.Tensor) and got.shape == shape,
-          f"{what}: expected a tensor of shape {shape}, got {getattr(got, 'shape', type(got).__name__)}")
+    check(isinstance(got, torch.Tensor), f"{what}: expected a tensor of shape {shape}, got {type(got).__name__}")
+    check(got.shape == shape, f"{what}: expected the shape {shape}, got {tuple(got.shape)}")
+
+
+def no_gradient_outside(name, loss, x):
+    """loss(noise) of x (R, T, …), in float32: no gradient where MASK is False, whatever the others hold there."""
+    for what, noise in (("large numbers", lambda x, sign: noisy(x, 200.0 * sign)),
+                        ("NaN", lambda x, sign: noisy(x, math.nan))):
+        leaf = noise(x, 1).float().requires_grad_(True)
+        loss(leaf, lambda y: noise(y, -1).float()).backward()
+        same(f"float32, {what} at prompts and padding: the gradient to {name} there, plus 1", leaf.grad[~MASK] + 1,
+             torch.ones_like(leaf.grad[~MASK]))
+        check(bool(leaf.grad[MASK].isfinite().all() and leaf.grad[MASK].any()),
+              f"float32, {what} at prompts and padding: expected a finite gradient to {name} in the responses, got "
+              f"{leaf.grad[MASK].flatten().tolist()}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,6 +156,9 @@ def test_kl_penalized_rewards_clamp(adapters):
         "score and KL term are clamped each, before the sum": kl[..., None].clamp(-2, 2) + last * score.clamp(-2, 2),
         "there is no lower bound": hand_rewards(kl).clamp(max=2),
         "there is no upper bound": hand_rewards(kl).clamp(min=-2)})
+    broken = t([math.inf, 1], [-2, -math.inf])
+    same("the same with the scores (inf, 1) and (-2, -inf)",
+         adapters.kl_penalized_rewards(broken, LOGP, REF, TWO, 2.0, 2.0), hand_rewards(kl, score=broken).clamp(-2, 2))
 
 
 @problem("kl_penalized_rewards", 2)
@@ -155,6 +171,8 @@ def test_kl_penalized_rewards_outside_the_response(adapters):
     got = adapters.kl_penalized_rewards(score, noisy(logp), noisy(ref, -50.0), MASK, 0.3, 50.0)
     check(not got[~MASK].any(), "there are rewards at places where mask is False")
     same("rewards, with large numbers at prompts and padding", got, clean)
+    same("rewards, with NaN at prompts and padding", adapters.kl_penalized_rewards(
+        score, noisy(logp, math.nan), noisy(ref, math.nan), MASK, 0.3, 50.0), clean)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,20 +192,20 @@ def column(*values):
 
 @problem("gae", 2)
 def test_gae_by_hand(adapters):
-    """Three tokens: rewards 1 2 4, values 0.5 1 2, decay 0.5."""
-    A, G = gae(adapters, column(1, 2, 4), column(0.5, 1, 2), on([1, 1, 1]), 0.5)
-    same("advantages", A, column(3.5, 4, 2), looks_like={
-        "decay is left out": column(6.5, 5, 2), "nothing comes from later tokens: A_t is δ_t": column(1.5, 3, 2),
-        "the value after the last token is that of the last": column(4, 5, 4),
-        "V_{t+1} is left out": column(1.5, 2, 2), "V_t is left out": column(5, 6, 4),
-        "V_t is added": column(6.5, 8, 6), "γ is decay instead of 1": column(1.625, 2.5, 2),
-        "decay stands before V_{t+1} too": column(2.5, 3, 2), "decay stands before V_{t+1} alone": column(5, 4, 2),
-        "the loop goes forwards": column(1.5, 3.75, 3.875),
-        "returns and advantages have changed places": column(4, 5, 4),
-        "V_{t+1} and V_t have changed places": column(2.5, 4, 6)})
-    same("returns", G, column(4, 5, 4), looks_like={
-        "they are the rewards from t on": column(7, 6, 4), "they are the advantages": column(3.5, 4, 2),
-        "the value is subtracted": column(3, 3, 0)})
+    """Three tokens: rewards 1 2 4, values 0.5 1 3, decay 0.5."""
+    A, G = gae(adapters, column(1, 2, 4), column(0.5, 1, 3), on([1, 1, 1]), 0.5)
+    same("advantages", A, column(3.75, 4.5, 1), looks_like={
+        "decay is left out": column(6.5, 5, 1), "nothing comes from later tokens: A_t is δ_t": column(1.5, 4, 1),
+        "the value after the last token is that of the last": column(4.5, 6, 4),
+        "V_{t+1} is left out": column(1.25, 1.5, 1), "V_t is left out": column(5.5, 7, 4),
+        "V_t is added": column(7.25, 9.5, 7), "γ is decay instead of 1": column(1.6875, 2.75, 1),
+        "decay stands before V_{t+1} too": column(2.5, 3, 1), "decay stands before V_{t+1} alone": column(4.5, 3.5, 1),
+        "the loop goes forwards": column(1.5, 4.75, 3.375),
+        "returns and advantages have changed places": column(4.25, 5.5, 4),
+        "V_{t+1} and V_t have changed places": column(2.25, 3.5, 7)})
+    same("returns", G, column(4.25, 5.5, 4), looks_like={
+        "they are the rewards from t on": column(7, 6, 4), "they are the advantages": column(3.75, 4.5, 1),
+        "the value is subtracted": column(3.25, 3.5, -2)})
 
 
 @problem("gae", 2)
@@ -213,6 +231,9 @@ def test_gae_prompts_and_padding(adapters):
         same(f"{name} of the responses' tokens", got[MASK], want, looks_like={
             "what stands behind a response is taken for its value after the last token": LEAKED[name]})
         check(not got[~MASK].any(), f"there are {name} at places where mask is False")
+    hollow = gae(adapters, noisy(rewards, math.nan), noisy(values, math.nan), MASK, 0.9)
+    for name, got, want in (("advantages", hollow[0], A), ("returns", hollow[1], G)):
+        same(f"{name}, with NaN at prompts and padding", got, want)
 
 
 @problem("gae", 2)
@@ -365,18 +386,18 @@ def test_aggregate_advantages_has_what_all_columns_have_once(adapters):
 
 
 @problem("ppo_policy_loss", 2)
-@pytest.mark.parametrize("ratio, A, want", [(1.5, 2, -2.4), (0.5, 2, -1.0), (1.5, -2, 3.0), (0.5, -2, 1.6),
-                                             (1.1, 2, -2.2)])
-def test_ppo_policy_loss_by_hand(adapters, ratio, A, want):
-    """One token; ε = 0.2."""
-    clamped = min(max(ratio, 0.8), 1.2)
-    loss = adapters.ppo_policy_loss(t([-1 + math.log(ratio)]), t([-1]), t([A]), on([1]), 0.2)
-    same(f"ρ = {ratio}, A = {A}, ε = 0.2", loss, want, looks_like={
-        "the larger of the two is taken instead of the smaller": -max(ratio * A, clamped * A),
-        "nothing is clipped": -ratio * A, "the clipped term alone counts": -clamped * A, "it has the wrong sign": -want,
-        "ρ is upside down": -min(A / ratio, min(max(1 / ratio, 0.8), 1.2) * A),
-        "the log-ratio stands for the ratio": -min(math.log(ratio) * A, 0.8 * A),
-        "the ratio is clipped to ±ε": -min(ratio * A, min(max(ratio, -0.2), 0.2) * A)})
+def test_ppo_policy_loss_by_hand(adapters):
+    """Five tokens in one call, so that no two mistakes lead to the same number; ε = 0.2."""
+    ratio, A, want = t(1.5, 0.5, 1.5, 0.5, 1.1), t(2, 3, -4, -1, 1), (-2.4 - 1.5 + 6 + 0.8 - 1.1) / 5
+    clamped, less = ratio.clamp(0.8, 1.2), torch.minimum
+    loss = adapters.ppo_policy_loss(ratio.log()[None] - 1, -torch.ones(1, 5).double(), A[None], on([1] * 5), 0.2)
+    same("ρ = 1.5 0.5 1.5 0.5 1.1, A = 2 3 -4 -1 1, ε = 0.2", loss, want, looks_like={
+        "the larger of the two is taken instead of the smaller": -torch.maximum(ratio * A, clamped * A).mean(),
+        "nothing is clipped": -(ratio * A).mean(), "the clipped term alone counts": -(clamped * A).mean(),
+        "it has the wrong sign": -want, "the sum is taken": 5 * want,
+        "ρ is upside down": -less(A / ratio, (1 / ratio).clamp(0.8, 1.2) * A).mean(),
+        "the log-ratio stands for the ratio": -less(ratio.log() * A, ratio.log().clamp(0.8, 1.2) * A).mean(),
+        "the ratio is clipped to ±ε": -less(ratio * A, ratio.clamp(-0.2, 0.2) * A).mean()})
 
 
 @problem("ppo_policy_loss", 2)
@@ -413,6 +434,10 @@ def test_ppo_policy_loss_is_a_mean_over_tokens(adapters):
     same("seven tokens at ρ = 1", adapters.ppo_policy_loss(old, old, A, MASK, 0.2), -A[MASK].mean(), looks_like)
     same("the same, with large numbers at prompts and padding",
          adapters.ppo_policy_loss(noisy(old, 2.0), noisy(old, -2.0), noisy(A), MASK, 0.2), -A[MASK].mean())
+    same("the same, with NaN there", adapters.ppo_policy_loss(
+        noisy(old, math.nan), noisy(old, math.nan), noisy(A, math.nan), MASK, 0.2), -A[MASK].mean())
+    no_gradient_outside("logp", lambda logp, noise: adapters.ppo_policy_loss(
+        logp, noise(old), noise(A).where(MASK, -noise(A).abs()), MASK, 0.2), old)
 
 
 @problem("ppo_policy_loss", 2)
@@ -430,34 +455,39 @@ POLICY_LOSSES = {0.1: 0.32753487, 0.2: 0.2673134, 0.4: 0.14687046}
 
 
 @problem("ppo_value_loss", 2)
-@pytest.mark.parametrize("V, old, G, want", [(3, 1, 5, 6.125), (3, 1, 1, 2.0), (1.25, 1, 5, 7.03125),
-                                             (-2, 1, -4, 10.125), (-2, 1, 3, 12.5)])
-def test_ppo_value_loss_by_hand(adapters, V, old, G, want):
-    """One token, one head, ε = 0.5."""
-    near = min(max(V, old - 0.5), old + 0.5)
-    loss = adapters.ppo_value_loss(column(V), column(old), column(G), on([1]), 0.5)
-    same(f"V = {V}, V_old = {old}, G = {G}, ε = 0.5", loss, want, looks_like={
-        "the factor 1/2 is left out": 2 * want,
-        "the smaller of the two is taken": 0.5 * min((V - G) ** 2, (near - G) ** 2),
-        "nothing is clipped": 0.5 * (V - G) ** 2, "the clipped term alone counts": 0.5 * (near - G) ** 2,
-        "the ratio's range 1 ± ε is used": 0.5 * max((V - G) ** 2, (min(max(V, 0.5 * old), 1.5 * old) - G) ** 2),
-        "errors are not squared": 0.5 * max(abs(V - G), abs(near - G))})
+def test_ppo_value_loss_by_hand(adapters):
+    """Five tokens in one call, so that no two mistakes lead to the same number; one head, ε = 0.5."""
+    V, old, G = column(3, 3, 1.25, -2, -2), column(1, 1, 2, 1, 1), column(5, 1, 5, -4, 3)
+    want, near = (6.125 + 2 + 7.03125 + 10.125 + 12.5) / 5, column(1.5, 1.5, 1.5, 0.5, 0.5)
+    plain, clipped, more = (V - G).square(), (near - G).square(), torch.maximum
+    same("V = 3 3 1.25 -2 -2, V_old = 1 1 2 1 1, G = 5 1 5 -4 3, ε = 0.5",
+         adapters.ppo_value_loss(V, old, G, on([1] * 5), 0.5), want, looks_like={
+             "the factor 1/2 is left out": 2 * want, "the sum is taken": 5 * want,
+             "the smaller of the two is taken": torch.minimum(plain, clipped).mean() / 2,
+             "nothing is clipped": plain.mean() / 2, "the clipped term alone counts": clipped.mean() / 2,
+             "V_old (1 ± ε) are the bounds": more(plain, (V.clamp(0.5 * old, 1.5 * old) - G).square()).mean() / 2,
+             "errors are not squared": more(plain, clipped).sqrt().mean() / 2})
 
 
 @problem("ppo_value_loss", 2)
 def test_ppo_value_loss_is_a_mean_over_tokens_and_heads(adapters):
-    """Rows of 2, 4 and 1 tokens, two heads; anything at prompts and padding."""
-    V, G = 3 * numbers(3, 6, 2, start=2.0), 2 * numbers(3, 6, 2, start=3.0) + 1
+    """Rows of 2, 4 and 1 tokens, three heads (two would undo the 1/2); anything at prompts and padding."""
+    V, G = 3 * numbers(3, 6, 3, start=2.0), 2 * numbers(3, 6, 3, start=3.0) + 1
     square = (V - G).square() / 2
     rows = torch.stack([square[r][MASK[r]].mean() for r in range(3)])
-    same("V = V_old, seven tokens and two heads", adapters.ppo_value_loss(V, V, G, MASK, 0.5), square[MASK].mean(),
+    same("V = V_old, seven tokens and three heads", adapters.ppo_value_loss(V, V, G, MASK, 0.5), square[MASK].mean(),
          looks_like={
-             "the heads are summed": 2 * square[MASK].mean(), "the mean of the rows' means is taken": rows.mean(),
+             "the heads are summed": 3 * square[MASK].mean(), "the factor 1/2 is left out": 2 * square[MASK].mean(),
+             "the mean of the rows' means is taken": rows.mean(),
              "everything is summed": square[MASK].sum(), "prompts and padding count": square.mean(),
              "the first head alone learns": square[MASK][:, 0].mean()})
     same("the same, with large numbers at prompts and padding",
          adapters.ppo_value_loss(noisy(V), noisy(V, -50.0), noisy(G), MASK, 0.5), square[MASK].mean())
-    moved = V + numbers(3, 6, 2, start=4.0)
+    same("the same, with NaN there", adapters.ppo_value_loss(
+        noisy(V, math.nan), noisy(V, math.nan), noisy(G, math.nan), MASK, 0.5), square[MASK].mean())
+    no_gradient_outside("values", lambda values, noise: adapters.ppo_value_loss(
+        values, noise(V), noise(G), MASK, 0.5), V)
+    moved = V + numbers(3, 6, 3, start=4.0)
     same("V moved, ε = 0.3", adapters.ppo_value_loss(moved, V, G, MASK, 0.3), VALUE_LOSS)
 
 
@@ -482,7 +512,7 @@ def test_ppo_value_loss_gradient(adapters):
              slope(value, V, (0, i, 0)), tolerance=1e-5)
 
 
-VALUE_LOSS = 1.5356637
+VALUE_LOSS = 0.82148092
 
 # ---------------------------------------------------------------------------------------------------------------------
 # leave_one_out and normalised_groups

@@ -18,28 +18,34 @@ def logprobs(of=lambda x: x.log_softmax(-1), shift=1, pad=(1, 0), after=lambda x
     return {"token_logprobs": wrong}
 
 
+def tidy(x, mask):
+    """x (R, T) or (R, T, m) with 0 where mask is False, NaN or not."""
+    return x.masked_fill(~mask.view(mask.shape + (1,) * (x.ndim - 2)), 0.0)
+
+
 def end_of(mask):
     """1.0 on the last token of each response."""
     return (mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))).double()
 
 
 def rewards(kl=lambda logp, ref, beta: -beta * (logp - ref), at=end_of, score=lambda s: s,
-            join=lambda kl, last, c: (kl + last).clamp(-c, c), after=lambda x, mask: x * mask[..., None]):
+            join=lambda kl, last, c: (kl + last).clamp(-c, c), after=tidy,
+            place=lambda share, s: torch.where(share > 0, share * s, 0.0)):
     """kl_penalized_rewards with one of its pieces replaced."""
     def wrong(s, logp, ref, mask, beta, c):
         kl_ = kl(logp, ref, beta)
-        return after(join(kl_ if kl_.ndim == 3 else kl_[..., None].expand(*mask.shape, s.shape[1]),
-                          at(mask)[..., None] * score(s)[:, None], c), mask)
+        return after(join(kl_[..., None].expand(*mask.shape, s.shape[1]),
+                          place(at(mask)[..., None], score(s)[:, None]), c), mask)
     return {"kl_penalized_rewards": wrong}
 
 
-def estimate(values=lambda v, mask: v * mask, delta=lambda r, after, v: r + after - v,
+def estimate(values=tidy, rewards=tidy, delta=lambda r, after, v: r + after - v,
              join=lambda delta, d, later: delta + d * later, on=lambda mask: mask, last=lambda v: 0.0 * v[:, -1],
              back=lambda A, G: (A, G), over=reversed, step=1, in_place=False):
     """gae with one of its pieces replaced."""
     def wrong(r, v, mask, decay):
-        r = r if in_place else r.clone()
-        inside, v = mask[..., None], values(v, mask[..., None])
+        r = r if in_place else rewards(r, mask).clone()
+        inside, v = mask[..., None], values(v, mask)
         running, T = 0.0, r.shape[1]
         for t in over(range(T)):
             after = v[:, t + step] if 0 <= t + step < T else last(v)
@@ -64,18 +70,20 @@ def weighed(wrong):
 
 
 def policy(log_ratio=lambda new, old: new - old, ratio=torch.exp, pick=torch.minimum, sign=-1,
-           bounds=lambda e: (1 - e, 1 + e), pool=lambda x, mask: x[mask].mean(), A=lambda A, mask: A):
+           bounds=lambda e: (1 - e, 1 + e), pool=lambda x, mask: x[mask].mean(), A=lambda A, mask: A, before=tidy):
     """ppo_policy_loss with one of its pieces replaced."""
     def wrong(logp, old, advantages, mask, clip):
+        logp, old, advantages = (before(x, mask) for x in (logp, old, advantages))
         rho, low_high, a = ratio(log_ratio(logp, old)), bounds(clip), A(advantages, mask)
         return sign * pool(pick(rho * a, rho.clamp(*low_high) * a), mask)
     return {"ppo_policy_loss": wrong}
 
 
 def critic(near=lambda V, old, G, e: old + (V - old).clamp(-e, e), error=torch.square, pick=torch.maximum, factor=0.5,
-           pool=lambda x, mask: x[mask].mean(), V=lambda V: V):
+           pool=lambda x, mask: x[mask].mean(), V=lambda V: V, before=tidy):
     """ppo_value_loss with one of its pieces replaced."""
     def wrong(new, old, G, mask, clip):
+        new, old, G = (before(x, mask) for x in (new, old, G))
         return factor * pool(pick(error(V(new) - G), error(near(V(new), old, G, clip) - G)), mask)
     return {"ppo_value_loss": wrong}
 
@@ -183,13 +191,16 @@ MUTANTS = {
         "both clamped before the sum": rewards(join=lambda kl, last, c: kl.clamp(-c, c) + last.clamp(-c, c)),
         "no lower bound": rewards(join=lambda kl, last, c: (kl + last).clamp(max=c)),
         "the mask is not used": rewards(after=lambda x, mask: x),
-        "padding has a reward": rewards(after=lambda x, mask: x * (mask.cumsum(1) > 0)[..., None]),
-        "the prompt has a reward": rewards(
-            after=lambda x, mask: x * (mask.flip(1).cumsum(1).flip(1) > 0)[..., None])},
+        "multiplied by the mask": rewards(after=lambda x, mask: x * mask[..., None]),
+        "the score multiplied by whether the token is the last": rewards(place=lambda share, s: share * s),
+        "padding has a reward": rewards(after=lambda x, mask: tidy(x, mask.cumsum(1) > 0)),
+        "the prompt has a reward": rewards(after=lambda x, mask: tidy(x, mask.flip(1).cumsum(1).flip(1) > 0))},
     "gae": {
         "no mask": {"gae": lambda r, v, mask, d: right.gae(r, v, torch.ones_like(mask), d)},
         "no mask, but zeros outside": {"gae": lambda r, v, mask, d: tuple(
             x * mask[..., None] for x in right.gae(r, v, torch.ones_like(mask), d))},
+        "rewards multiplied by the mask": estimate(rewards=lambda r, mask: r * mask[..., None]),
+        "values multiplied by the mask": estimate(values=lambda v, mask: v * mask[..., None]),
         "bootstrapping past the end": estimate(values=lambda v, mask: v),
         "bootstrapping past the end, at the end of the row too": estimate(last=lambda v: v[:, -1]),
         "the running sum is not stopped at padding": estimate(on=torch.ones_like, back=lambda A, G: (A, G)),
@@ -290,7 +301,11 @@ MUTANTS = {
         "the mean over all positions": policy(pool=lambda x, mask: (x * mask).mean()),
         "the mean of the rows' means": policy(pool=lambda x, mask: ((x * mask).sum(1) / mask.sum(1)).mean()),
         "the mean over rows of the rows' sums": policy(pool=lambda x, mask: (x * mask).sum(1).mean()),
-        "no mask": policy(pool=lambda x, mask: x.mean()),
+        "no mask": policy(pool=lambda x, mask: x.mean(), before=lambda x, mask: x),
+        "multiplied by the mask": policy(pool=lambda x, mask: (x * mask).sum() / mask.sum(), before=lambda x, mask: x),
+        "the mask after exp": policy(before=lambda x, mask: x),
+        "the mask after exp, log-ratios bounded": policy(
+            log_ratio=lambda new, old: (new - old).nan_to_num().clamp(-20, 20), before=lambda x, mask: x),
         "one loss a row": policy(pool=lambda x, mask: (x * mask).sum(1) / mask.sum()),
         "advantages whitened": policy(A=lambda A, mask: (A - A[mask].mean()) / (A[mask].std(correction=0) + 1e-8)),
         "the advantage's sign alone": policy(A=lambda A, mask: A.sign()),
@@ -319,7 +334,10 @@ MUTANTS = {
         "the sum": critic(pool=lambda x, mask: x[mask].sum()),
         "heads summed": critic(pool=lambda x, mask: x[mask].sum(-1).mean()),
         "the first head alone": critic(pool=lambda x, mask: x[mask][:, 0].mean()),
-        "no mask": critic(pool=lambda x, mask: x.mean()),
+        "no mask": critic(pool=lambda x, mask: x.mean(), before=lambda x, mask: x),
+        "multiplied by the mask": critic(pool=lambda x, mask: (x * mask[..., None]).sum() / (mask.sum() * x.shape[-1]),
+                                         before=lambda x, mask: x),
+        "the mask after the squares": critic(before=lambda x, mask: x),
         "the mean over all positions": critic(pool=lambda x, mask: (x * mask[..., None]).mean()),
         "the mean of the rows' means": critic(pool=lambda x, mask: (
             (x * mask[..., None]).sum((1, 2)) / mask.sum(1) / x.shape[-1]).mean()),

@@ -65,6 +65,9 @@ def test_right_answers_pass_and_stubs_fail(n, adapters, share):
     (3, "regret", "the mean of quotients", "the mean of the quotients is taken"),
     (4, "kl_penalized_rewards", "the sign of the KL term", "the KL term has the wrong sign"),
     (4, "gae", "bootstrapping past the end", "behind a response is taken for its value after the last token"),
+    (4, "gae", "advantages and returns exchanged", "advantages: not the expected numbers\n  expected 3.75 4.5 1\n"
+     "  got      4.25 5.5 4\n  this is what comes out when returns and advantages have changed places"),
+    (4, "ppo_value_loss", "no factor 1/2", "the factor 1/2 is left out"),
     (4, "aggregate_advantages", "λ of row t at token t", "row t of lam is taken for token t"),
     (4, "ppo_policy_loss", "max for min", "the larger of the two is taken"),
     (4, "leave_one_out", "the own score in the mean", "a response is in its own baseline"),
