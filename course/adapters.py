@@ -3,6 +3,8 @@
 Write your solution in files of your own, for instance solution.py in the folder above, with the names and the structure
 that you like. Then let each function here call it, for instance
 
+    import solution
+
     def svd_lora_linear(x, weight, bias, U, V, sigma, s, lam, gain):
         return solution.svd_lora_linear(x, weight, bias, U, V, sigma, s, lam, gain)
 
@@ -59,7 +61,7 @@ def adapters_off(model: nn.Module):
 def merged_state_dict(model: nn.Module, lam) -> dict[str, Tensor]:
     """The weights of a plain model without branches that computes the same at this one preference. Set 1: merge.
 
-    lam: (m,)   ->  a state dict for GPT(*model.shape); the model itself is as before
+    lam: (m,), a tensor or a list   ->  a state dict for GPT(*model.shape); the model itself is as before
     """
     raise NotImplementedError
 

@@ -2,7 +2,7 @@
 
     python course/grade.py                          # all problems of all sets that are here
     python course/grade.py --sets 1
-    python course/grade.py svd_lora_forward         # one problem, or several
+    python course/grade.py svd_lora_forward         # one problem, or several, of any set: without --sets
     python course/grade.py --results results.json   # besides, the file that Gradescope reads
 """
 import argparse

@@ -60,7 +60,8 @@ README = """# Problem sets: aligning one language model with many preferences
 
 Read `course/set*/handout.md` (or `handout.html`, the same as one page). Write your code in `solution.py`, or in
 files of your own, connect it in `course/adapters.py`, and grade it as often as you like: `python course/grade.py NAME`
-for one problem, `--sets N` for one set. `pytest course/setN/grade.py -k NAME` does the same with pytest's own report.
+for one problem (without `--sets`), `--sets N` for one set. `pytest course/setN/grade.py -k NAME` does the same with
+pytest's own report.
 
 A set can be started before the earlier ones are solved. Sets: {sets}.
 """

@@ -4,9 +4,10 @@
     python -m course.set1.experiment --out out/k0 --k 0
     python -m course.set1.experiment --out out/ends --vertices        # only λ = (1, 0) and λ = (0, 1) are ever trained
 
-An answer begins with the word "Dear" (warm) or "Ha" (humorous). The loss is the cross-entropy of the first word to λ,
-so the best model is known: it says "Dear" with probability λ_1 and "Ha" with probability λ_2. Each row of a batch has
-a preference of its own. Writes lambda.png and lambda.json to --out.
+An answer begins with the word "Dear" (warm) or "Ha" (humorous). The loss is the cross-entropy of the first word to λ:
+it asks for "Dear" with probability λ_1 and "Ha" with probability λ_2. The last norm and the head are frozen, so other
+words keep a part. So the share of "Dear" is plotted, p(Dear) / (p(Dear) + p(Ha)), which should be λ_1; what is left for
+other words is printed. Each row of a batch has a preference of its own. Writes lambda.png and lambda.json to --out.
 """
 import argparse
 import importlib
@@ -41,9 +42,11 @@ def main():
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--gain", type=float, default=64.0)
     parser.add_argument("--vertices", action="store_true", help="train at the vertices alone")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--adapters", default="course.adapters")
     args = parser.parse_args()
-    adapters, out, generator = importlib.import_module(args.adapters), Path(args.out), torch.Generator().manual_seed(0)
+    adapters, out = importlib.import_module(args.adapters), Path(args.out)
+    generator = torch.Generator().manual_seed(args.seed)
     model, ids = load_base(), [TOKENIZER.encode(word)[0] for word in WORDS]
     adapters.inject(model, args.k, 2, args.gain, generator)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, weight_decay=0.0)
@@ -71,26 +74,32 @@ def main():
             adapters.set_preference(model, torch.stack([first, 1 - first]))
             said.append(last_logits(model, test).softmax(-1)[:, ids].mean(0))
     said = torch.stack(said)                                                          # (11, 2)
-    values = {name: {"sigma": p["sigma"].tolist(), "s": p["s"].item()} for name, p in adapters.parts(model).items()}
+    share = said[:, 0] / said.sum(1)                                                  # (11,) of "Dear"
+    values = {name: {"sigma": p["sigma"].tolist(), "s": p["s"].item(),
+                     "s_u_v": [p["s"].abs().item() * (p["U"][:, j].norm() * p["V"][:, j].norm()).item()
+                               for j in (args.k, args.k + 1)]}                        # the size of λ_1's and λ_2's part
+              for name, p in adapters.parts(model).items()}
     out.mkdir(parents=True, exist_ok=True)
-    (out / "lambda.json").write_text(json.dumps({"lam_1": along.tolist(), "said": said.tolist(), "values": values},
-                                                indent=1))
+    (out / "lambda.json").write_text(json.dumps(
+        {"lam_1": along.tolist(), "said": said.tolist(), "share": share.tolist(), "values": values}, indent=1))
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for i, word in enumerate(WORDS):
-        left.plot(along, said[:, i], "o-", label=f"“{word}”")
-        left.plot([0, 1], [i, 1 - i], ":", color="grey")
-    left.set(xlabel="λ₁", ylabel="probability of the first word, new verbs", title=f"k = {args.k}; dotted: the best")
+    left.plot(along, share, "o-", label="share of “Dear”")
+    left.plot([0, 1], [0, 1], ":", color="grey")
+    left.plot(along, 1 - said.sum(1), "x-", label="probability of other words")
+    left.set(xlabel="λ₁", ylabel="first word, new verbs", title=f"k = {args.k}; dotted: λ₁")
     left.legend()
-    right.bar(range(len(values)), [abs(v["s"]) for v in values.values()], label="|s|")
-    right.plot(range(len(values)), [max(map(abs, v["sigma"]), default=0.0) for v in values.values()], "k_",
-               label="largest |σ|")
-    right.set(title="the singular values of every matrix", xticks=range(len(values)))
+    right.bar(range(len(values)), [sum(v["s_u_v"]) / 2 for v in values.values()], label="|s| ‖u‖ ‖v‖, mean of both")
+    right.plot(range(len(values)), [abs(v["s"]) for v in values.values()], "k_", label="|s|")
+    right.set(title="λ's part in every matrix", xticks=range(len(values)))
     right.set_xticklabels([name.removeprefix("blocks.") for name in values], rotation=90, fontsize=6)
     right.legend()
     figure.savefig(out / "lambda.png", dpi=120)
-    off = (said - torch.stack([along, 1 - along], 1)).abs().max()
-    print(f"largest distance from the dotted lines: {off:.3f}; {out}/lambda.png")
+    for kind in sorted({name.split(".", 2)[2] for name in values}):                   # attn.k, …, mlp.up
+        sizes = torch.tensor([v["s_u_v"] for name, v in values.items() if name.endswith(kind)])
+        print(f"{kind:8s}  |s| ‖u‖ ‖v‖ {sizes.mean():.3f}")
+    print(f"largest distance of the share from λ_1: {(share - along).abs().max():.3f}   "
+          f"other words, at λ_1 = 0: {1 - said[0].sum():.3f}, at 1: {1 - said[-1].sum():.3f}   {out}/lambda.png")
 
 
 if __name__ == "__main__":

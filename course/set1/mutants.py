@@ -147,6 +147,15 @@ def freezes(model):
 
 
 @contextmanager
+def old_preference(model):
+    kept = {layer: layer.lam for layer in svd_lora_layers(model).values()}
+    with right.adapters_off(model):
+        yield model
+    for layer, lam in kept.items():
+        layer.lam = lam
+
+
+@contextmanager
 def some_off(model):
     layers = list(svd_lora_layers(model).values())[:-1]
     for layer in layers:
@@ -285,6 +294,7 @@ MUTANTS = {
         "σ and s overwritten": {"adapters_off": off_in_place},
         "s alone is off, σ stays": {"adapters_off": s_off},
         "all layers but the last": {"adapters_off": some_off},
+        "the old preference comes back": {"adapters_off": old_preference},
         "freezes the adapter for good": {"adapters_off": freezes},
         "λ is deleted": off(lambda layer: setattr(layer, "enabled", False), lambda layer: (
             setattr(layer, "enabled", True), setattr(layer, "lam", None))),
@@ -307,6 +317,7 @@ MUTANTS = {
         "norms and embeddings are not copied": {"merged_state_dict": aliases},
         "the branch's tensors stay in": {"merged_state_dict": lambda model, lam: right.merged_state_dict(model, lam) | {
             "blocks.0.attn.q.U": right.parts(model)["blocks.0.attn.q"]["U"]}},
+        "a list becomes float32": preference() | {"merged_state_dict": right.merged_state_dict},
         "matrices alone": {"merged_state_dict": lambda model, lam: {
             name: x for name, x in right.merged_state_dict(model, lam).items() if "blocks" in name}},
         "the first block alone": {"merged_state_dict": lambda model, lam: right.merged_state_dict(model, lam) | {
