@@ -219,7 +219,8 @@ def test_uneven_labels_own_counts(adapters):
     known = t([1, 1], [1, 0], [1, 0], [1, 1])
     losses = t([1, 6], [2, 9], [3, 9], [6, 2])
     same("expected = None: four labels and two", adapters.mean_losses(losses, known, None), [3, 4],
-         looks_like={"a loss counts where known is 0": [3, 13], "pairs without a label count": [3, 6.5], "the divisor is the number of pairs": [3, 2],
+         looks_like={"a loss counts where known is 0": [3, 13], "pairs without a label count": [3, 6.5],
+                     "the divisor is the number of pairs": [3, 2],
                      "sums are not divided": [12, 8]})
     losses = t([1, 6], [2, 9]).requires_grad_(True)
     got = adapters.mean_losses(losses, t([1, 0], [1, 0]), None)
@@ -487,7 +488,8 @@ def test_training_step_tche_leaves_out_what_has_no_label(adapters):
     moved = model.delta.detach() - Table(1.0).delta.detach()
     check(bool(moved.isfinite().all()) and moved.abs().max() > 1e-4,
           "the step should learn from the first dimension; the adapter "
-          + ("stays where it is" if bool(moved.isfinite().all()) else "has become NaN or infinite: what is the gradient of mean_losses, where a count is 0?"))
+          + ("stays where it is" if bool(moved.isfinite().all()) else
+             "has become NaN or infinite: what is the gradient of mean_losses, where a count is 0?"))
 
 
 STEP_LOSSES = t(1.47111873, 0.19914784)
