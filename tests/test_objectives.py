@@ -232,6 +232,7 @@ def test_token_rewards_are_clamped_after_adding():
     rewards = lambda score, **more: kl_penalized_rewards(tensor(score), logp, ref, ones, 1.0, **more).tolist()
     assert rewards(10) == [[-4, 9]]
     assert rewards(10, clip_range_score=3) == [[-3, 3]]                  # wrong: the score clamped first, 3 − 1 = 2
+    assert rewards(float("inf"), clip_range_score=3) == [[-3, 3]]        # wrong: 0 · inf, NaN, at the first token
     assert rewards(-10, clip_range_score=3) == [[-3, -3]]                # wrong: −3 − 1; and the KL of others unclamped
 
 
