@@ -34,7 +34,7 @@ def test_response_logprobs_by_hand(adapters):
              "the mean over tokens is taken": [math.log(0.125) / 2],
              "position t is asked for its own token instead of the next one": [math.log(0.05 * 0.3)],
              "the prompt's tokens count too": [math.log(0.1 * 0.125)],
-             "the last token of the response is left out": [math.log(0.5)],
+             "the last token of the response is left out, or the mean over all places is taken": [math.log(0.5)],
              "the first token of the response is left out": [math.log(0.25)],
              "logits are taken for log-probabilities": [math.log(0.125) + 1.0],
              "probabilities are added instead of their logarithms": [0.75]})
