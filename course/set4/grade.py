@@ -392,7 +392,7 @@ def test_ppo_policy_loss_by_hand(adapters):
     clamped, less = ratio.clamp(0.8, 1.2), torch.minimum
     loss = adapters.ppo_policy_loss(ratio.log()[None] - 1, -torch.ones(1, 5).double(), A[None], on([1] * 5), 0.2)
     same("ρ = 1.5 0.5 1.5 0.5 1.1, A = 2 3 -4 -1 1, ε = 0.2", loss, want, looks_like={
-        "the larger of the two is taken instead of the smaller": -torch.maximum(ratio * A, clamped * A).mean(),
+        "the larger of the two is taken instead of the smaller": -torch.stack([ratio * A, clamped * A]).amax(0).mean(),
         "nothing is clipped": -(ratio * A).mean(), "the clipped term alone counts": -(clamped * A).mean(),
         "it has the wrong sign": -want, "the sum is taken": 5 * want,
         "ρ is upside down": -less(A / ratio, (1 / ratio).clamp(0.8, 1.2) * A).mean(),
@@ -463,7 +463,7 @@ def test_ppo_value_loss_by_hand(adapters):
     same("V = 3 3 1.25 -2 -2, V_old = 1 1 2 1 1, G = 5 1 5 -4 3, ε = 0.5",
          adapters.ppo_value_loss(V, old, G, on([1] * 5), 0.5), want, looks_like={
              "the factor 1/2 is left out": 2 * want, "the sum is taken": 5 * want,
-             "the smaller of the two is taken": torch.minimum(plain, clipped).mean() / 2,
+             "the smaller of the two is taken": torch.stack([plain, clipped]).amin(0).mean() / 2,
              "nothing is clipped": plain.mean() / 2, "the clipped term alone counts": clipped.mean() / 2,
              "V_old (1 ± ε) are the bounds": more(plain, (V.clamp(0.5 * old, 1.5 * old) - G).square()).mean() / 2,
              "errors are not squared": more(plain, clipped).sqrt().mean() / 2})
