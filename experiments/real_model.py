@@ -168,22 +168,22 @@ def table_of(r):
 
 
 def draw(results, path):
-    """Accuracies and lengths along λ, a band of one standard error."""
+    """Margins and lengths along λ, a band of one standard error."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.6))
     for name, r in results.items():
         x, (label, _, (color, marker)) = [lam[0] for lam in r["lams"]], CASES[name]
-        for ax, key, i in ((axes[0], "accuracy", 0), (axes[1], "accuracy", 1), (axes[2], "length", None)):
+        for ax, key, i in ((axes[0], "margin", 0), (axes[1], "margin", 1), (axes[2], "length", None)):
             pick = lambda values: np.array(values) if i is None else np.array(values)[:, i]
             y, se = pick(r[key]), pick(r[key + "_se"])
             ax.plot(x, y, color=color, marker=marker, markersize=4, label=label)
             ax.fill_between(x, y - se, y + se, color=color, alpha=0.15, linewidth=0)
-    for ax, title in zip(axes, (*(f"held-out accuracy, {dim}" for dim in DIMS), "tokens of a sampled answer")):
+    for ax, title in zip(axes, (*(f"held-out margin, {dim}" for dim in DIMS), "tokens of a sampled answer")):
         ax.set(xlabel=f"λ {DIMS[0]}   (λ {DIMS[1]} = 1 − λ {DIMS[0]})", title=title)
     for ax in axes[:2]:
-        ax.axhline(0.5, color="0.45", linestyle=":", linewidth=1)
+        ax.axhline(0, color="0.45", linestyle=":", linewidth=1)
     axes[2].axhline(r["base"]["length"], color="0.45", linestyle=":", linewidth=1)
-    axes[2].annotate("base model", (x[0], r["base"]["length"]), textcoords="offset points", xytext=(2, 4), fontsize=8)
-    axes[0].legend()
+    axes[2].annotate("base model", (x[0], r["base"]["length"]), textcoords="offset points", xytext=(2, -11), fontsize=8)
+    axes[0].legend(loc="lower right")
     save(figure, path)
 
 
