@@ -462,5 +462,6 @@ def test_orthogonality_gradient(adapters):
             got = value()
             check(got.requires_grad, "no gradient reaches U and V")
             got.backward()
+            check(x.grad is not None, f"no gradient reaches {name}.{key}")
             same(f"the gradient to {name}.{key}, beside a finite difference", x.grad[2, 1], slope(value, x, (2, 1)),
                  tolerance=1e-4)
