@@ -147,8 +147,9 @@ def main():
     ours, out = importlib.import_module(args.adapters), Path(args.out)
     layer, model, generator = earlier.adapter(ours), load_base(), torch.Generator().manual_seed(args.seed)
     print(f"adapter: {layer.name}")
-    layer.inject(model, 8, 2, 64.0, generator)
-    gain, kl = zip(*train(model, layer, ours, args, generator))
+    gain = 8.0 if layer.inject is earlier.inject else 64.0           # the stand-in's vectors fall apart with 64
+    layer.inject(model, 8, 2, gain, generator)
+    gained, kl = zip(*train(model, layer, ours, args, generator))
 
     print(TEST[-1])
     layer.set_preference(model, LAMS)                                 # one prompt, five users, one batch
@@ -167,7 +168,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     (out / "ppo.json").write_text(json.dumps({
         "estimator": args.estimator, "dims": DIMS, "lam": LAMS.tolist(), "scores": scores, "base": base, "best": BEST,
-        "outside": [outside for _, outside in points], "gain": gain, "kl": kl}, indent=1))
+        "outside": [outside for _, outside in points], "gain": gained, "kl": kl}, indent=1))
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for name, xy, style in (("the best of all policies", BEST, "k.--"), (args.estimator, scores, "o-")):
@@ -177,7 +178,7 @@ def main():
     left.plot(*base, "ks", label="base model")
     left.set(xlabel=f"mean score: {DIMS[0]}", ylabel=f"mean score: {DIMS[1]}",
              title=f"prompts with new verbs; numbers: λ of “{DIMS[0]}”")
-    right.plot(gain, label="Σ λ_i s_i − β KL, less the base's")
+    right.plot(gained, label="Σ λ_i s_i − β KL, less the base's")
     right.plot(kl, label="KL, nats a response")
     right.set(xlabel="rollout", title="responses while training")
     left.margins(0.1)
