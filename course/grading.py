@@ -75,6 +75,13 @@ def brief(x):
     return shown + (" …" if x.numel() > 6 else "")
 
 
+def backward(value, x, what):
+    """Runs value.backward(). Fails with "no gradient reaches …" where the leaf x, `what` in words, then has none."""
+    check(value.requires_grad, f"no gradient reaches {what}")
+    value.backward()
+    check(x.grad is not None, f"no gradient reaches {what}")
+
+
 def slope(function, x, index, step=1e-4):
     """The derivative of function() to one entry of the tensor x, by central differences; x is as before afterwards."""
     kept, values = x.detach()[index].clone(), []

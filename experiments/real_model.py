@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data.batches import pad_to
 from data.files import as_json
@@ -35,7 +34,7 @@ from fronts.metrics import spearman
 from fronts.pictures.shared import METHODS, OTHER, plt, save
 from fronts.tables import shown, table
 from model import generate
-from runs.files import UserError, read_json, write_json, write_jsonl
+from runs.files import UserError, bar, read_json, write_json, write_jsonl
 from runs.flags import flag, run_main
 from runs.processes import pick_device
 from runs.randomness import generator_for
@@ -73,14 +72,14 @@ def main(flags):
             raise UserError(f"--only {name}: choose among {' '.join(CASES)}")
         label, more, _ = CASES[name]
         run = out / f"real-{name}"
-        if not (run / "adapter.safetensors").exists() and not list(run.glob("adapter-*.safetensors")):
+        if not (run / "timing.json").exists():                         # it has not ended
             call(f"{name}: train_dpo.py", "train_dpo.py", "--init", flags.init, "--data", files[0], "--eval_data",
                  files[1], "--dims", *DIMS, *more, "--steps", flags.steps, "--max_length",
                  flags.max_length, "--precision", flags.precision, "--out", run, "--no-eval")
         if not (run / "real.json").exists():
             write_json(run / "real.json", measure(run, flags, device))
         results[name] = read_json(run / "real.json")
-        print(f"\n{label}, {flags.steps} steps\n" + table_of(results[name]))
+        print(f"\n{label}, {results[name]['steps']} steps\n" + table_of(results[name]))
     write_json(out / "real.json", results)
     draw(results, out / "real.png")
     return results
@@ -102,28 +101,28 @@ def fitting(flags, part, folder):
 
 @torch.no_grad()
 def measure(run, flags, device):
-    """{"lams": (F, 2), a figure: F values or pairs of values, figure + "_se", "texts": F lists, and "base": the same of
-    the base model}."""
+    """{"steps", "lams": (F, 2), "prompts", a figure: F values or pairs of values, figure + "_se", "texts": F lists, and
+    "base": the same of the base model}."""
     config = run_config(run)
     model, tokenizer = base_of(config, device), tokenizer_of(config)
     rows = read_preferences(config["flags"]["eval_data"], DIMS)[0]
     tokens = tokenize(rows, tokenizer, flags.max_length)[0]
     batches = [pack(tokens[i:i + 8], pad_to(device)).to(device) for i in range(0, len(tokens), 8)]
-    ref = [batch_logprobs(model, batch) for batch in batches]
+    ref = [batch_logprobs(model, batch) for batch in bar(batches, "log π_ref")]
     asked = [row.prompt for row in tokens[:flags.prompts]]
     lams, beta = evaluation_preferences(2).float(), config["flags"]["beta"]
     look = lambda policy: held_out(policy, batches, ref, beta) | answers(policy, asked, tokenizer, flags)
     base = look(model)
-    each = [look(policy) for _, policy in tqdm(policies(run, config, model, lams), total=len(lams), desc="λ",
-                                               disable=None)]
-    return {"lams": lams.tolist(), "base": base, "prompts": [as_json(row.prompt) for row in rows[:flags.prompts]],
+    each = [look(policy) for _, policy in bar(policies(run, config, model, lams), "λ", len(lams))]
+    return {"steps": config["flags"]["steps"], "lams": lams.tolist(), "base": base,
+            "prompts": [as_json(row.prompt) for row in rows[:flags.prompts]],
             **{key: [x[key] for x in each] for key in base}}
 
 
 def held_out(policy, batches, ref, beta):
     """Accuracy and margin of each dimension and the loss, on rows that training has not seen."""
     r, better, nats = [], [], []
-    for batch, before in zip(batches, ref):
+    for batch, before in bar(zip(batches, ref), "held-out pairs", len(ref)):
         now = batch_logprobs(policy, batch)                                           # (R,)
         first, second = (beta * (now - before))[batch.pairs].T                        # (P,)
         r.append(first - second)
@@ -140,7 +139,8 @@ def held_out(policy, batches, ref, beta):
 def answers(policy, prompts, tokenizer, flags):
     """Sampled answers, one to each prompt: their lengths, what of them has collapsed, and the texts."""
     ids = generate(policy, prompts, flags.max_new_tokens, eos_id=tokenizer.ends, vocab_size=tokenizer.vocab_size,
-                   generator=generator_for(0, "evaluation"))
+                   generator=generator_for(0, "evaluation"),
+                   show=lambda steps: bar(steps, "sampling", flags.max_new_tokens))
     lengths = torch.tensor([float(len(x)) for x in ids]).double()
     return {"length": lengths.mean().item(), "length_se": (lengths.std() / math.sqrt(len(ids))).item(),
             "collapsed": sum(map(collapsed, ids)) / len(ids), "texts": spoken(ids, tokenizer)[0]}

@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import linear
 
 from course.gpt import GPT, small
-from course.grading import check, numbers, problem, raises, same, slope
+from course.grading import backward, check, numbers, problem, raises, same, slope
 
 PROBLEMS = {    # problem: the functions of adapters.py that it asks for
     "svd_lora_forward": ["svd_lora_linear"], "preference_per_row": ["svd_lora_linear"], "inject": ["inject", "parts"],
@@ -93,9 +93,7 @@ def test_svd_lora_forward_gradients(adapters, name):
     a, lam = layer(), torch.tensor([0.25, 0.75], dtype=torch.float64)
     value = lambda: (adapters.svd_lora_linear(**a, lam=lam) * numbers(3, 2, 5, start=9.0)).sum()
     a[name].requires_grad_(True)
-    got = value()
-    check(got.requires_grad, f"no gradient reaches {name}: is it detached, or made a number, on the way?")
-    got.backward()
+    backward(value(), a[name], f"{name}: is it detached, or made a number, on the way?")
     index = (0,) * a[name].ndim
     same(f"the gradient to {name}, beside a finite difference", a[name].grad[index], slope(value, a[name], index),
          tolerance=1e-5)

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from course.grading import check, numbers, problem, same, slope
+from course.grading import backward, check, numbers, problem, same, slope
 
 PROBLEMS = {    # problem: the functions of adapters.py that it asks for
     "response_logprobs": ["response_logprobs"], "dpo_loss": ["dpo_loss"], "losses_on_pairs": ["losses_on_pairs"],
@@ -67,9 +67,7 @@ def test_response_logprobs_ignores_padding(adapters):
 def test_response_logprobs_gradient_and_large_logits(adapters):
     logits = HAND_LOGITS[None].clone().requires_grad_(True)
     value = lambda: adapters.response_logprobs(logits, HAND_TOKENS, HAND_MASK).sum()
-    got = value()
-    check(got.requires_grad, "no gradient reaches the logits")
-    got.backward()
+    backward(value(), logits, "the logits")
     for index in ((0, 1, 2), (0, 2, 1)):
         same(f"the gradient to logits{list(index)}, beside a finite difference", logits.grad[index],
              slope(value, logits, index), tolerance=1e-5)
@@ -176,9 +174,7 @@ def test_losses_on_pairs_symmetries(adapters):
 def test_losses_on_pairs_gradient(adapters):
     pi = PI.clone().requires_grad_(True)
     value = lambda: pairs(adapters, pi, REF, PAIRS, BETTER, 0.5)[0].sum()
-    got = value()
-    check(got.requires_grad, "no gradient reaches π's log-probabilities")
-    got.backward()
+    backward(value(), pi, "π's log-probabilities")
     check(pi.grad[3] == 0, "response 3 is in no pair, and has a gradient")
     for r in range(3):
         same(f"the gradient to pi[{r}], beside a finite difference", pi.grad[r], slope(value, pi, (r,)), tolerance=1e-5)
@@ -264,9 +260,7 @@ def test_linear_scalarization_by_hand(adapters):
 @problem("linear_scalarization", 2)
 def test_linear_scalarization_gradient(adapters):
     losses, lam = t(2, 1, 4).requires_grad_(True), t(0.2, 0.3, 0.5)
-    got = adapters.linear_scalarization(losses, lam)
-    check(got.requires_grad, "no gradient reaches the losses")
-    got.backward()
+    backward(adapters.linear_scalarization(losses, lam), losses, "the losses")
     for i in range(3):
         same(f"the gradient to loss {i}, beside a finite difference", losses.grad[i],
              slope(lambda: adapters.linear_scalarization(losses, lam), losses, (i,)), tolerance=1e-5)
@@ -289,9 +283,7 @@ def test_tchebycheff_by_hand(adapters):
 @problem("tchebycheff", 2)
 def test_tchebycheff_gradient(adapters):
     losses, lam = t(2, 1).requires_grad_(True), t(0.3, 0.7)
-    got = adapters.tchebycheff(losses, lam)
-    check(got.requires_grad, "no gradient reaches the losses")
-    got.backward()
+    backward(adapters.tchebycheff(losses, lam), losses, "the losses")
     same("the gradient at losses (2, 1), λ = (0.3, 0.7)", losses.grad, [0, 0.7], looks_like={
         "the largest loss is looked for without its λ": [1, 0], "λ chooses the term, but does not weigh it": [0, 1],
         "the sign is wrong": [0, -0.7], "all terms have a gradient": [0.3, 0.7]})
@@ -305,8 +297,7 @@ def test_tchebycheff_weight_zero(adapters):
     same("losses (1, 5), λ = (1, 0), ideal (2, 2)", got, -1.0, looks_like={
         "the term 0 · (5 − 2) of the dimension without weight is the largest": 0.0,
         "the largest gap is taken without its λ": 3.0})
-    check(got.requires_grad, "no gradient reaches the losses")
-    got.backward()
+    backward(got, losses, "the losses")
     same("the gradient", losses.grad, [1, 0])
 
 

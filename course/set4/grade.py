@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from course.grading import check, numbers, problem, same, slope
+from course.grading import backward, check, numbers, problem, same, slope
 
 PROBLEMS = {    # problem: the functions of adapters.py that it asks for
     "token_logprobs": ["token_logprobs"], "kl_penalized_rewards": ["kl_penalized_rewards"], "gae": ["gae"],
@@ -80,9 +80,7 @@ def test_token_logprobs_of_many_rows(adapters):
     check(not got[~MASK].any(), "there are numbers at places where mask is False")
     logits.requires_grad_(True)
     value = lambda: adapters.token_logprobs(logits, tokens, MASK).sum()
-    got = value()
-    check(got.requires_grad, "no gradient reaches the logits")
-    got.backward()
+    backward(value(), logits, "the logits")
     for index in ((0, 1, 2), (1, 3, 4), (1, 4, 0)):
         same(f"the gradient to logits{list(index)}, beside a finite difference", logits.grad[index],
              slope(value, logits, index), tolerance=1e-5)
@@ -407,10 +405,7 @@ def test_ppo_policy_loss_gradient(adapters):
     logp = old + t([1.5, 0.5, 1.5, 0.5, 1.1, 0.9]).log()
     logp.requires_grad_(True)
     value = lambda: adapters.ppo_policy_loss(logp, old, A, on([1] * 6), 0.2)
-    got = value()
-    check(got.requires_grad, "no gradient reaches logp")
-    got.backward()
-    check(logp.grad is not None, "no gradient reaches logp")
+    backward(value(), logp, "logp")
     same("ρ = 1.5 0.5 1.5 0.5 1.1 0.9, A = 2 2 -2 -2 1 -1: the gradient to logp", logp.grad,
          t([0, -1, 3, 0, -1.1, 0.9]) / 6, looks_like={
              "nothing is clipped": t([-3, -1, 3, 1, -1.1, 0.9]) / 6,
@@ -497,10 +492,7 @@ def test_ppo_value_loss_gradient(adapters):
     V, old, G = column(3, 3, 1.25, -2), column(1, 1, 1, 1), column(5, 1, 5, 3)
     V.requires_grad_(True)
     value = lambda: adapters.ppo_value_loss(V, old, G, on([1] * 4), 0.5)
-    got = value()
-    check(got.requires_grad, "no gradient reaches the values")
-    got.backward()
-    check(V.grad is not None, "no gradient reaches the values")
+    backward(value(), V, "the values")
     same("V = 3 3 1.25 -2, V_old = 1, G = 5 1 5 3: the gradient", V.grad, column(0, 2, -3.75, -5) / 4, looks_like={
         "nothing is clipped": column(-2, 2, -3.75, -5) / 4,
         "the smaller of the two is taken": column(-2, 0, -3.75, 0) / 4,
