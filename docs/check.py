@@ -592,6 +592,7 @@ def run_cheap(texts):
 
 
 def main(argv=None):
+    """Prints a line for each problem and the counts. Returns 1 where there is a problem, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="store_true", help="besides, run the cheap commands, in a copy")
     run, texts = parser.parse_args(argv).run, documents()
