@@ -31,6 +31,7 @@ from fronts import optimum
 from model import Transformer, generate
 from objectives import losses_on_pairs
 from ops.generation import Mixture, frozen
+from ops.threads import side_by_side
 from runs.directory import adapter_file, read_config
 from runs.files import UserError, bar
 from runs.processes import pick_device
@@ -56,10 +57,12 @@ def world_batches(prompts, tokenizer, device, rows=20):
 @torch.no_grad()
 def world_logprobs(policy, batches):
     """log π(y|x) of every prompt's every response: (X, S) float64. policy: a model, or a function, TreeBatch -> (R,)"""
-    if isinstance(policy, Transformer) and policy.embed.weight.device.type == "cpu":
+    on_cpu = isinstance(policy, Transformer) and policy.embed.weight.device.type == "cpu"
+    if on_cpu:
         policy = frozen(merged(policy), pack=True)                                    # a third of the time less
-    logprobs = partial(batch_logprobs, policy) if isinstance(policy, nn.Module) else policy
-    return torch.cat([logprobs(batch) for batch in bar(batches, "log π")]).double().cpu().view(-1, toy.N_RESPONSES)
+    logprobs = torch.no_grad()(partial(batch_logprobs, policy) if isinstance(policy, nn.Module) else policy)
+    each = side_by_side(logprobs, batches) if on_cpu else map(logprobs, batches)
+    return torch.cat(list(bar(each, "log π", len(batches)))).double().cpu().view(-1, toy.N_RESPONSES)
 
 
 def held_out_batches(rows, config, tokenizer, model, device):

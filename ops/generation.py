@@ -23,10 +23,12 @@ import torch.nn.functional as F
 from ops import fused
 from ops.fused import dense, has_onednn
 from ops.quantize import GROUP, LEVELS, QuantizedLinear, QuantizedWeight
+from ops.threads import side_by_side
 
 PACK_FROM = 2 ** 16         # weights smaller than this lose more by oneDNN's overhead than they gain
 PACK_STEPS = 16             # repacking costs about as much as this many steps save
 KEEP = 0.9                  # on a CPU, ended rows are dropped where so many of the rows, at most, still continue
+TINY = 256                  # width of a model whose weights fit in a core's caches, so that each core reads all of them
 SYNC_EVERY = 16             # on a GPU, steps between two checks whether all rows have ended: a check stalls the device
 
 
@@ -228,10 +230,13 @@ def frozen(model, pack):
 class Decoder:
     """The state of one generate() call. prefill() and step() give the logits (B, V) of the next token of every row."""
 
-    def __init__(self, model, prompts, max_new_tokens, graph=False, pack=False):
+    def __init__(self, model, prompts, max_new_tokens, graph=False, pack=False, rows=None):
+        """rows: (B,) which of the model's preferences, one per row, are those of the prompts; None: all, in order."""
         device, dtype = model.embed.weight.device, model.embed.weight.dtype
         B, longest = len(prompts), max(map(len, prompts))
         self.model = frozen(model, pack)
+        if rows is not None:
+            self.keep_preferences(rows)
         self.head = FastLinear(model.head_weight, pack=pack)
         # Padded on the left, so that all rows write the same slot; padding is masked and is not counted as a position.
         self.prompts = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)    # (B, T)
@@ -312,10 +317,14 @@ class Decoder:
             held = getattr(self.cache, name)                                          # (layers, B, K, M, C)
             held[:, to, :, :self.cache.seen] = held[:, rows[to], :, :self.cache.seen]
             setattr(self.cache, name, held[:, :n])
+        self.keep_preferences(rows)
+
+    def keep_preferences(self, rows):
+        """Of a model with one preference per row: drops all but those of these rows, (n,) indices."""
         for layer in self.model.modules():
             if isinstance(layer, FastLinear) and layer.factors is not None:
                 V, d, Ut = layer.factors
-                layer.factors = V, d[rows] if d.ndim == 3 else d, Ut                  # one preference per row
+                layer.factors = V, d[rows] if d.ndim == 3 else d, Ut
         for layer in self.model.modules():
             if isinstance(layer, OneToken):
                 layer.stack_d()
@@ -375,19 +384,33 @@ def sample_token(logits, temperature, top_p, uniform=None):
     return (drawn if top_p == 1 else ids.gather(-1, drawn))[:, 0]
 
 
-@torch.inference_mode()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, own=None, show=iter, **more):
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, generator=None, own=None,
+             show=iter, **more):
     """Continues every prompt until EOS or max_new_tokens. temperature 0 is greedy.
 
     The arguments are those of stream(), and so are the errors. Returns a list of token lists, the new tokens alone; one
-    that ends in EOS stopped by itself. show: is given the steps, and gives them back one by one (a bar).
+    that ends in EOS stopped by itself. show: is given the steps, and gives them back one by one (a bar). A tiny model
+    continues the rows in as many parts as there are cores, side by side: these are the same random numbers.
     """
-    ends = ends_of(model, eos_id)
-    out = torch.zeros(len(prompts if own is None else own), max_new_tokens, dtype=torch.int64,
-                      device=model.embed.weight.device)
-    steps = stream(model, prompts, max_new_tokens, temperature, top_p, ends, own=own, **more)
-    for i, (rows, token) in enumerate(show(steps)):
-        out[rows, i] = token
+    ends, own = ends_of(model, eos_id), range(len(prompts)) if own is None else own
+    out = torch.zeros(len(own), max_new_tokens, dtype=torch.int64, device=model.embed.weight.device)
+    seeded = temperature == 0 or generator is not None and generator.device.type == "cpu"
+    tiny = out.device.type == "cpu" and model.config.d_model <= TINY
+    n = torch.get_num_threads() if tiny and seeded and show is iter else 1
+    parts = torch.arange(len(own)).chunk(n)                                           # of the rows
+
+    @torch.inference_mode()
+    def work(part):
+        g, i = generator if len(parts) == 1 or generator is None else generator.clone_state(), 0
+        steps = stream(model, prompts, max_new_tokens, temperature, top_p, ends, g, own=[own[j] for j in part],
+                       rows=None if len(parts) == 1 else part, **more)
+        for i, (rows, token) in enumerate(show(steps)):
+            out[part[rows.cpu()], i] = token
+        return i, g
+
+    _, last = max(side_by_side(work, parts), key=lambda done: done[0])                # the part with the most steps
+    if last is not generator:
+        generator.set_state(last.get_state())
     return [row[:next((i + 1 for i, token in enumerate(row) if token in ends), None)] for row in out.tolist()]
 
 
@@ -400,7 +423,7 @@ def ends_of(model, eos_id):
 
 @torch.inference_mode()
 def stream(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, generator=None, pack=None,
-           own=None, vocab_size=None):
+           own=None, vocab_size=None, rows=None):
     """generate(), token by token: yields (rows, token), both (B,): the rows that still continue, and what each says
     next. A row that has ended may go on for some steps, until it is dropped.
 
@@ -412,6 +435,7 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=No
     own: indices of prompts: these alone are continued, by the random numbers that they have among all. So several
     processes that share the prompts out sample what one would; and a prompt that is there twice is answered by the same
     numbers.
+    rows: where each row has a λ of its own, which of them are those of own (None: all, in order).
     vocab_size: only smaller ids are drawn. Models have more where their matrices are padded: no text has those.
     Raises ValueError where prompt and new tokens exceed the context, and at the end FloatingPointError where the
     model's logits were not finite.
@@ -432,7 +456,7 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=No
     pack = on_cpu and max_new_tokens >= PACK_STEPS if pack is None else pack
     models, weights = (model.models, model.weights) if isinstance(model, Mixture) else ([model], [1.0])
     graph = device.type == "cuda" and fused.on("CUDA graph")
-    decoders = [Decoder(each, prompts, max_new_tokens, graph, pack) for each in models]
+    decoders = [Decoder(each, prompts, max_new_tokens, graph, pack, rows) for each in models]
     # (B, V): the mixture's log-probs, but for a number that all tokens share
     mixed = lambda logits: sum(w * fused.wide(each) for w, each in zip(weights, logits))
     logits = mixed(decoder.prefill() for decoder in decoders)

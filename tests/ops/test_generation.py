@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from model import SIZES, Transformer, generate
 from ops import fused, generation
 from ops.generation import KEEP, Decoder, FastLinear, Mixture, sample_token, stream
+from ops.threads import side_by_side
 from svd_lora import SVDLoRALinear, adapters_off, inject_svd_lora, set_preference, svd_lora_layers
 
 HF = Path(__file__).parents[3] / "shared" / "oracles" / "data" / "hf"
@@ -66,6 +67,39 @@ def test_some_of_the_prompts_get_the_tokens_that_they_have_among_all(talker, own
     assert len(lengths) > 1
     if own == [3, 1]:                                                                 # wrong: numbers of its own
         assert generate(model, [PROMPTS[j] for j in own], new, eos_id=5, generator=seeded(3)) != [whole[3], whole[1]]
+
+
+@pytest.fixture
+def cores():
+    """Lets torch have a number of threads, and what it had afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_in_parts_side_by_side_get_the_same_tokens(talker, cores, temperature):
+    """Each with its λ; the generator has drawn what the longest part has drawn, as with one part."""
+    model, said = talker("llama", adapter=True), {}
+    set_preference(model, LAM.double())
+    cores(1)
+    full = generate(model, PROMPTS, 20, temperature, eos_id=-1, generator=seeded(5))
+    for n in (1, 2, 3):
+        cores(n)
+        g = seeded(5)
+        tokens = generate(model, PROMPTS, 20, temperature, eos_id=[full[0][4], full[3][9]], generator=g)
+        said[n] = tokens, g.get_state().tolist(), torch.get_num_threads()
+    assert said[1][:2] == said[2][:2] == said[3][:2] and [said[n][2] for n in said] == [1, 2, 3]
+    lengths = list(map(len, said[1][0]))
+    assert len(set(lengths)) > 1, "all rows end together: dropping and the longest part are not tried"
+
+
+def test_what_fails_in_one_part_fails(cores):
+    cores(2)
+    with pytest.raises(ZeroDivisionError):
+        list(side_by_side(lambda x: 1 // x, [1, 0, 2]))
+    assert list(side_by_side(lambda x: torch.get_num_threads() + x, [0, 1, 2])) == [1, 2, 3]
+    assert torch.get_num_threads() == 2
 
 
 def test_the_stream_is_what_generate_says(talker):
@@ -294,9 +328,10 @@ def test_dropping_rows_changes_no_sample(talker, monkeypatch):
     assert sizes and max(sizes) <= KEEP * len(PROMPTS * 4)
 
 
-def test_generation_does_no_more_than_it_must(talker, monkeypatch):
+def test_generation_does_no_more_than_it_must(talker, cores, monkeypatch):
     """The prompts once, then one token per step, until all rows are done; and every query has something to look at."""
     calls, forward = [], Transformer.forward
+    cores(1)
 
     def record(self, tokens, positions, mask, *args, **kwargs):
         calls.append((tokens.shape, mask))
