@@ -57,9 +57,11 @@ def world_batches(prompts, tokenizer, device, rows=20):
 @torch.no_grad()
 def world_logprobs(policy, batches):
     """log π(y|x) of every prompt's every response: (X, S) float64. policy: a model, or a function, TreeBatch -> (R,)"""
-    on_cpu = isinstance(policy, Transformer) and policy.embed.weight.device.type == "cpu"
-    if on_cpu:
-        policy = frozen(merged(policy), pack=True)                                    # a third of the time less
+    on_cpu = isinstance(policy, (Transformer, Mixture)) and policy.embed.weight.device.type == "cpu"
+    if on_cpu:                                                                        # a third of the time less
+        fast = lambda model: frozen(merged(model), pack=True)
+        policy = (Mixture([fast(model) for model in policy.models], policy.weights) if isinstance(policy, Mixture) else
+                  fast(policy))
     logprobs = torch.no_grad()(partial(batch_logprobs, policy) if isinstance(policy, nn.Module) else policy)
     each = side_by_side(logprobs, batches) if on_cpu else map(logprobs, batches)
     return torch.cat(list(bar(each, "log π", len(batches)))).double().cpu().view(-1, toy.N_RESPONSES)
