@@ -228,7 +228,9 @@ def frozen(model, pack):
 
 
 class Decoder:
-    """The state of one generate() call. prefill() and step() give the logits (B, V) of the next token of every row."""
+    """The state of one generate() call. prefill() and step() give the logits (B, V) of the next token of every row.
+
+    Neighbouring rows with one prompt and one λ are several answers to it, and it is read once: B' of the B rows are."""
 
     def __init__(self, model, prompts, max_new_tokens, graph=False, pack=False, rows=None):
         """rows: (B,) which of the model's preferences, one per row, are those of the prompts; None: all, in order."""
@@ -237,6 +239,13 @@ class Decoder:
         self.model = frozen(model, pack)
         if rows is not None:
             self.keep_preferences(rows)
+        new = torch.tensor([i == 0 or prompts[i] != prompts[i - 1] for i in range(B)], device=device)
+        for layer in self.model.modules():
+            if isinstance(layer, FastLinear) and layer.factors is not None and layer.factors[1].ndim == 3:
+                d = layer.factors[1]                                                  # (B, 1, r)
+                new[1:] |= (d[1:] != d[:-1]).any(-1)[:, 0]
+        self.read = new.nonzero()[:, 0]                       # (B',) the rows whose prompts are read
+        self.reads = new.cumsum(0) - 1                        # (B,) which of these each row is
         self.head = FastLinear(model.head_weight, pack=pack)
         # Padded on the left, so that all rows write the same slot; padding is masked and is not counted as a position.
         self.prompts = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)    # (B, T)
@@ -254,17 +263,24 @@ class Decoder:
 
     def prefill(self):
         """Reads the prompts into the cache. Returns the logits (B, V) of every row's first new token."""
-        T = self.prompts.shape[1]
+        T, (tokens, padding) = self.prompts.shape[1], (x[self.read] for x in (self.prompts, self.padding))
         positions = mask = None                               # the model's own where no row is padded: 0..T-1, causal
         if self.padded:
             slot = self.slots[:T]
-            positions = (slot - self.padding).clamp(min=0)                            # (B, T)
+            positions = (slot - padding).clamp(min=0)                                 # (B', T)
             # padding sees itself, so that no row of the mask is empty
-            real = (slot >= self.padding)[:, None, None] | torch.eye(T, dtype=torch.bool, device=slot.device)
-            mask = real & (slot <= slot[:, None])                                     # (B, 1, T, T)
-        hidden = self.model(self.prompts, positions, mask, self.cache, return_hidden=True)
+            real = (slot >= padding)[:, None, None] | torch.eye(T, dtype=torch.bool, device=slot.device)
+            mask = real & (slot <= slot[:, None])                                     # (B', 1, T, T)
+        if len(tokens) == len(self.prompts):
+            hidden = self.model(tokens, positions, mask, self.cache, return_hidden=True)
+        else:
+            self.keep_preferences(self.read)
+            once = KVCache(self.model.config, len(tokens), T, self.cache.k.dtype, tokens.device)
+            hidden = self.model(tokens, positions, mask, once, return_hidden=True)
+            self.cache.k[:, :, :, :T], self.cache.v[:, :, :, :T] = once.k[:, self.reads], once.v[:, self.reads]
+            self.keep_preferences(self.reads)                                         # B' -> B, as they were
         self.cache.slot = self.slot
-        return self.head(hidden[:, -1])
+        return self.head(hidden[:, -1])[self.reads]
 
     def _step(self):
         """The decode step as a function of the tensors token, slot, padding and cache alone."""
@@ -320,7 +336,7 @@ class Decoder:
         self.keep_preferences(rows)
 
     def keep_preferences(self, rows):
-        """Of a model with one preference per row: drops all but those of these rows, (n,) indices."""
+        """Of a model with one preference per row: gives it those of these rows, (n,) indices."""
         for layer in self.model.modules():
             if isinstance(layer, FastLinear) and layer.factors is not None:
                 V, d, Ut = layer.factors

@@ -229,6 +229,28 @@ def test_a_mixture_in_bf16_keeps_small_updates(talker, close, monkeypatch):
     assert not close(sum(x * one.bfloat16() for x, one in zip(w, each)).double(), ours.double(), 1e-4)
 
 
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_prompt_with_several_answers_is_read_once(pack, talker, monkeypatch):
+    """Neighbours with one prompt and one λ, padded and not; the same prompt under another λ is read again."""
+    model, read, forward = talker("llama", adapter=True), [], Transformer.forward
+    one_by_one = []
+    order = [0, 0, 1, 1, 1, 1, 3]                                                     # of PROMPTS and of LAM, but
+    lam = LAM[order].double()
+    lam[4:6] = LAM[2].double()                                                        # prompt 1 has two λ
+    for j, x in zip(order, lam):
+        set_preference(model, x)
+        one_by_one += generate(model, [PROMPTS[j]], 20, temperature=0)
+
+    def record(self, tokens, *args, **kwargs):
+        read.append(tuple(tokens.shape))
+        return forward(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(Transformer, "forward", record)
+    set_preference(model, lam)
+    assert generate(model, [PROMPTS[j] for j in order], 20, temperature=0, pack=pack, show=list) == one_by_one
+    assert read[0] == (4, 7) and set(read[1:]) == {(7, 1)} and len(set(map(tuple, one_by_one))) == 4
+
+
 def test_a_preference_must_be_set(talker):
     with pytest.raises(RuntimeError, match="set_preference"):
         generate(talker("llama", adapter=True), PROMPTS, 4)
