@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from data.trees import edge_logprobs, pack, predicting_states, row_lengths
 from objectives import response_logprobs
 from ops.fused import ROWS
+from ops.generation import frozen, is_tiny
+from ops.threads import side_by_side
 from runs.files import UserError, bar, write_whole
 from runs.processes import all_sum, gathered, ranks, share
 from svd_lora import adapters_off, fingerprint
@@ -44,17 +46,26 @@ def reference_logprobs(model, rows, batch_size, multiple, device, least=None, us
     new = [j for j in used if j not in old]
     order = [new[i] for i in row_lengths([rows[j] for j in new]).argsort(stable=True).tolist()]
     logps, counts, tokens = {}, {}, {}
+
+    @torch.no_grad()
+    def look(own):
+        """log π_ref of these rows; and with `least` how many tokens are likely at each edge, and which."""
+        mine = own or order[:1]                     # no forward pass is empty: with fsdp the processes make it together
+        batch = pack([rows[j] for j in mine], multiple).to(device)
+        states = predicting_states(reference, batch)                                  # (N, D)
+        pi = response_logprobs(edge_logprobs(reference, batch, states), batch.paths)  # (R,)
+        edges = (batch.parents // batch.tokens.shape[1]).bincount(minlength=len(mine)).tolist()        # of each row
+        return own, pi.cpu(), edges, None if least is None else _likely(states, reference.head_weight, least)
+
     with adapters_off(model):
-        for i in bar(range(0, len(order), batch_size), "log π_ref"):
-            own = order[i:i + batch_size][share()]
-            mine = own or order[:1]                 # no forward pass is empty: with fsdp the processes make it together
-            batch = pack([rows[j] for j in mine], multiple).to(device)
-            states = predicting_states(model, batch)                                  # (N, D)
-            pi = response_logprobs(edge_logprobs(model, batch, states), batch.paths)  # (R,)
-            logps |= zip(own, pi.cpu().split([len(rows[j].responses) for j in mine]))
-            if least is not None:
-                count, token = _likely(states, model.head_weight, least)
-                edges = (batch.parents // batch.tokens.shape[1]).bincount(minlength=len(mine)).tolist()    # of each row
+        shares = [order[i:i + batch_size][share()] for i in range(0, len(order), batch_size)]
+        alone = is_tiny(model) and ranks()[1] == 1
+        reference = frozen(model, pack=True) if alone else model
+        for own, pi, edges, likely in bar(side_by_side(look, shares) if alone else map(look, shares), "log π_ref",
+                                          len(shares)):
+            logps |= zip(own, pi.split([len(rows[j].responses) for j in own or order[:1]]))
+            if likely:
+                count, token = likely
                 counts |= zip(own, count.split(edges))
                 tokens |= zip(own, token.split([each.sum().item() for each in count.split(edges)]))
     everywhere = lambda own, dtype: gathered(own, n, dtype, device)

@@ -411,8 +411,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     ends, own = ends_of(model, eos_id), range(len(prompts)) if own is None else own
     out = torch.zeros(len(own), max_new_tokens, dtype=torch.int64, device=model.embed.weight.device)
     seeded = temperature == 0 or generator is not None and generator.device.type == "cpu"
-    tiny = out.device.type == "cpu" and model.config.d_model <= TINY
-    n = torch.get_num_threads() if tiny and seeded and show is iter else 1
+    n = torch.get_num_threads() if is_tiny(model) and seeded and show is iter else 1
     parts = torch.arange(len(own)).chunk(n)                                           # of the rows
 
     @torch.inference_mode()
@@ -428,6 +427,11 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     if last is not generator:
         generator.set_state(last.get_state())
     return [row[:next((i + 1 for i, token in enumerate(row) if token in ends), None)] for row in out.tolist()]
+
+
+def is_tiny(model):
+    """Whether each core of a CPU is to compute rows of its own by the whole model, side by side (ops/threads.py)."""
+    return model.embed.weight.device.type == "cpu" and model.config.d_model <= TINY
 
 
 def ends_of(model, eos_id):
