@@ -52,9 +52,12 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags, ProcessFlags):
     data: list[str] | None = flag(None, "files with prompt and response (data/README.md), one per dimension, as "
                                         "dimension=file (default: the files' names; or --dims)")
     eval_data: list[str] | None = flag(None, "the same for the evaluation, in the same order (required with --data)")
-    rows: int = flag(1920, "embedded world: data rows, each a prompt with responses by every dimension's writer", 1)
+    batch_size: int | None = flag(None, "B: data rows per step (default 4 on the embedded world, 8 otherwise)", 1)
+    rows: int = flag(480, "embedded world: data rows, each a prompt with responses by every dimension's writer", 1)
     responses: int | None = flag(
-        None, "embedded world: responses by each writer in a row (default 8 / m, at least 2)", 1)
+        None, "embedded world: responses by each writer in a row (default 48 / m, at least 2)", 1)
+    vertex_share: float = flag(0.0, "share of the preferences that are vertices of the simplex; the others are drawn "
+                                    "evenly from it", "share")
     epochs: float = flag(1.0, "passes over --data, where --steps is not given", "positive")
 
 
@@ -102,7 +105,8 @@ def main(flags):
     """Trains one run (one adapter, or the several of rs and dps) and evaluates its front. Returns the run directory."""
     device, dtype = pick_device(flags.device, flags.precision, flags.plain)
     _, processes, device = init_distributed(device)
-    given, on_world = replace(flags), flags.data is None
+    given, on_world = replace(flags), flags.data is None               # given: before defaults are filled in
+    flags.batch_size, flags.values_lr = flags.batch_size or (4 if on_world else 8), flags.values_lr or 10.0
     check(flags, processes)
     matmul_ceiling(device, dtype)                                      # now, while nothing else runs
     base, tokenizer_name = find_base(flags.init, flags.size, flags.tokenizer, device)
@@ -113,8 +117,8 @@ def main(flags):
     load = lambda: load_base(base, tokenizer_name, torch.device("cpu") if flags.parallel == "fsdp" else device, dtype,
                              flags)
     model, tokenizer = load()
-    flags.lr = flags.lr or usual_rate(on_world, model.config)
-    flags.steps = flags.steps or (400 if on_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
+    flags.lr = flags.lr or (3e-3 if on_world else usual_rate(on_world, model.config))
+    flags.steps = flags.steps or (240 if on_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
     out = run_directory(["sft", flags.method, flags.aggregate],
                         {"method", "aggregate", "data", "eval_data", "fields"}, given, flags, dims)
     tokenizer = as_begun(tokenizer, out, flags.overwrite)
@@ -168,7 +172,7 @@ def demonstrations(flags):
     """The data rows, which dimension each of their responses demonstrates, and the dimensions."""
     if flags.data is None:
         dims = toy.choose_dims(flags.dims, flags.pref_dim)
-        each = flags.responses or max(2, 8 // len(dims))
+        each = flags.responses or max(2, 48 // len(dims))
         return *toy.sample_demonstrations("train", dims, flags.rows, each, generator_for(flags.seed, "demos")), dims
     rows, kinds = read_demonstrations(flags.data, flags.fields)
     if flags.eval:

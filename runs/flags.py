@@ -79,16 +79,17 @@ class AdapterFlags:
     lora_dim: int = flag(8, "k, the learned rank; the whole rank is k + m, of baselines k + 1; 0: λ alone", 0)
     lora_scaling: float = flag(512.0, "the adapter's gain is lora_scaling / lora_dim (lora_dim 0: / 8)", "positive")
     lr: float | None = flag(None, "peak learning rate, then a cosine to 0 "
-                                  "(default 2e-3 on the embedded world, by DPO 3e-3; else 2e-4, 1e-3 below width 512)",
+                                  "(default on the embedded world 2e-3, by DPO and SFT 3e-3; else 2e-4, 1e-3 below "
+                                  "width 512)",
                       "positive")
     values_lr: float | None = flag(None, "learning rate of σ and s, as a multiple of --lr: they start at 0, and while "
-                                         "they are small nothing reaches U and V (default 10 by DPO, else 1)",
+                                         "they are small nothing reaches U and V (default 10 by DPO and SFT, else 1)",
                                    "positive")
     weight_decay: float = flag(0.05, "AdamW's, on U and V only", "not negative")
     warmup_ratio: float = flag(0.03, "share of the steps with a rising learning rate", "share")
     max_grad_norm: float = flag(1.0, "gradient clipping", "positive")
     batch_size: int = flag(8, "B: data rows per step", 1)
-    steps: int | None = flag(None, "optimizer steps in all (embedded world: 240 by DPO, 400 by SFT)", 1)
+    steps: int | None = flag(None, "optimizer steps in all (embedded world: 240)", 1)
     seed: int = flag(0, "seed of adapter, data order, preferences and samples")
 
 

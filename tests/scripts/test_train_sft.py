@@ -22,7 +22,7 @@ def test_run_directory_and_the_first_loss(sft_run):
     # a fresh adapter is the base: the loss of step 1 from the same rows, one by one
     model, tokenizer = Transformer.from_pretrained(BASE), load_tokenizer("toy")
     rows, kinds = toy.sample_demonstrations("train", config["dims"], 16, 2, generator_for(0, "demos"))
-    lam = sample_preference(4, 2, 1.0, 0.25, generator_for(0, "lambda", 0))
+    lam = sample_preference(4, 2, 1.0, 0.0, generator_for(0, "lambda", 0))
     L = torch.zeros(4, 2)
     for g, j in enumerate(epoch_batch(16, 4, 0, 0).tolist()):
         for text, kind in zip(rows[j].responses, kinds[j]):
