@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 ONEDNN_FROM = 2 ** 16       # products of matrices smaller than this lose more by oneDNN's overhead than they gain
+COPY_FROM = 1024            # rows from which a wide W that lies column by column is copied: without AVX-512 oneDNN is
+                            # up to 1.7 times as slow with it as it lies, and with AVX-512 the copy costs nothing
 # where a CPU has no instructions for bf16: rows of a bf16 matrix that are converted to fp32 at a time; and the fewest
 TILE_ROWS, TILES_FROM = 256, 16                               # rows of the other that the conversion always pays for
 ROWS, TILE = 1024, 1024     # linear_logprob on a CPU in bf16: tokens and vocabulary entries at a time, 4 MB of logits
@@ -137,6 +139,8 @@ def large_on_cpu(x, W):
 def product(x, W, bias=None):
     """x Wᵀ + b without autograd. x: (…, d_in), W: (d_out, d_in), of any strides -> (…, d_out)"""
     flat = x.flatten(0, -2)                                                           # (N, d_in)
+    if len(flat) >= COPY_FROM and len(W) > W.shape[1] and W.stride(-1) > 1 and onednn_takes(x, W):
+        W = W.contiguous()
     y = (torch.ops.mkldnn._linear_pointwise(flat, W, bias, "none", [], "") if onednn_takes(x, W) else
          by_tiles(flat, W, bias) if tiles_take(x, W) else F.linear(flat, W, bias))
     # not a view: autograd forbids in-place changes of a view that a Function returned, and rope_ works in place
