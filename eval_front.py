@@ -247,15 +247,22 @@ def front_table(r):
     scores, error = np.array(r["scores"]), None if r["exact"] else r["scores_se"]
     if r["eval_labels"]:
         error = (scores * (1 - scores) / r["eval_labels"]) ** 0.5
-    columns = {f"{name}_{dim[:8]}": shown(values, form)
+    base, m = r["base"], len(r["dims"])
+    of_base = {"λ": ["base"] * m, "J": shown(base["J"], ".4f"),
+               "score": shown([None] * m if r["eval_labels"] else base["scores"], ".3f")}
+    columns = {f"{name}_{dim[:8]}": [*shown(values, form), of_base.get(name, ["-"] * m)[i]]
                for name, points, form in (("λ", r["lams"], ".2f"), ("J", r["J"], ".4f"),
                                           ("acc" if r["eval_labels"] else "score", scores, ".3f"), ("±", error, ".3f"))
-               if points is not None for dim, values in zip(r["dims"], zip(*points))}
+               if points is not None for i, (dim, values) in enumerate(zip(r["dims"], zip(*points)))}
     for head, key, form in (("KL", "kl", ".3f"), ("outside", "outside_mass", ".3f"),
                             ("own text", "own_text_loss", ".3f"), ("tokens", "length", ".1f"),
                             ("collapse", "collapsed", ".3f")):
-        columns[head] = shown(r[key] or [None] * len(scores), form)
-    return table(columns)
+        if r[key]:
+            columns[head] = shown([*r[key], base.get(key)], form)
+    if not r["eval_labels"]:
+        return table(columns)
+    of = ", ".join(f"{dim} {n}" for dim, n in zip(r["dims"], r["eval_labels"]))
+    return f"{table(columns)}\nacc: the part of the held-out labels that is met; there are {of}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,7 +285,7 @@ def print_list(flags):
         print(table({"run": [r["run"] for r in records], "method": [r["method"] or r["script"] for r in records],
                      "dimensions": [" ".join(r["dims"]) for r in records],
                      "steps": [str(r["steps"]) if r["finished"] else f"{r['step']} of {r['steps']}" for r in records],
-                     "finished": ["yes" if r["finished"] else "no" for r in records],
+                     "trained": ["yes" if r["finished"] else "no" for r in records],
                      "measure": [r["measure"] or "not evaluated" for r in records],
                      "result": shown([r["result"] for r in records], ".4f"),
                      "written": [age(r["written"]) for r in records]}))

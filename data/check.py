@@ -83,8 +83,9 @@ def about(examples, dims):
     found = list(dict.fromkeys(dim for labels in pairs for dim in labels))
     for dim in found:
         labels = [x[dim] for x in pairs if dim in x]
+        few = 10 * len(labels) < max(sum(other in x for x in pairs) for other in found)
         yield (f"  {dim}: {len(labels)} labels; the second response is better in {sum(labels) / len(labels):.1%}"
-               + "; give it a name, as helpful=FILE" * (dim == "*"))
+               + "; give it a name, as helpful=FILE" * (dim == "*") + "; so few: is the name a slip?" * few)
     for a, b in combinations(found, 2):
         both = [x[a] != x[b] for x in pairs if a in x and b in x]
         if both:
@@ -108,8 +109,8 @@ def lengths(examples, tokenizer, max_length):
 def as_read(example, tokenizer, max_length):
     """Lines with an example as the model reads it: its tokens, decoded, special ones spelled out."""
     (row,), _ = tokenize([Row(example.prompt, example.responses)], tokenizer, max_length)
-    yield f"{example.where}, as the model reads it; better: " + ", ".join(
-        f"{dim} {pair[label]}" for pair, labels in example.compared() for dim, label in labels.items())
+    yield f"{example.where}, as the model reads it; the better response is, for " + ", ".join(
+        f"{dim}: {pair[label]}" for pair, labels in example.compared() for dim, label in labels.items())
     for name, ids in (("prompt", row.prompt), *enumerate(row.responses)):
         text = tokenizer.decode(ids)
         if len(text) > 2 * SHOWN:

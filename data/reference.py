@@ -41,7 +41,8 @@ def reference_logprobs(model, rows, batch_size, multiple, device, least=None, us
         there = torch.tensor([all(h in known for h in hashes[j]) for j in used], device=device).int()
         there = all_sum(there) == ranks()[1]            # in every process: on several nodes some may see no file
         old = {j: torch.tensor([known[h] for h in hashes[j]]) for j, here in zip(used, there.tolist()) if here}
-        print(f"log π_ref of {len(used) - len(old)} rows; {len(old)} more are in {kept}, {n - len(used)} are not used")
+        print(f"log π_ref, the reference's log-probs: {len(used) - len(old)} rows to compute, {len(old)} kept in {kept}"
+              + f"; {n - len(used)} rows are not used in so many steps" * (n > len(used)))
 
     new = [j for j in used if j not in old]
     order = [new[i] for i in row_lengths([rows[j] for j in new]).argsort(stable=True).tolist()]

@@ -28,7 +28,8 @@ def preference_rows(flags, eval_rows=0):
     rows, dims, dropped = read_preferences(flags.data, flags.dims, flags.pref_dim, flags.seed, flags.fields)
     # read now, so that a bad file is not found after the training
     held_out = read_preferences(flags.eval_data, dims, fields=flags.fields)[0] if flags.eval else []
-    print(f"{' '.join(flags.data)}: {len(rows)} rows with a label for {', '.join(dims)}; {dropped} without dropped")
+    print(f"{' '.join(flags.data)}: {len(rows)} rows with a label for {', '.join(dims)}"
+          + f"; {dropped} without any are left out" * (dropped > 0))
     return rows, held_out, dims
 
 

@@ -31,7 +31,7 @@ def outcome(run):
     reward model the mean accuracy. (None, None) where nothing was."""
     if (run / "front.json").exists():
         r = read_json(run / "front.json")
-        return ("regret", r["regret"]) if r["regret"] is not None else (r["points_are"], r["inner_product"])
+        return ("regret", r["regret"]) if r["regret"] is not None else (f"λ · {r['points_are']}", r["inner_product"])
     accuracy = read_json(run / "reward.json").get("accuracy") if (run / "reward.json").exists() else None
     return ("held-out accuracy", sum(accuracy) / len(accuracy)) if accuracy else (None, None)
 

@@ -1,7 +1,7 @@
 """plane.py - m = 2: the front in the plane of the two objectives."""
 import numpy as np
 
-from fronts.objective import OBJECTIVES, POINTS
+from fronts.objective import ACCURACY, OBJECTIVES, POINTS
 from fronts.pictures.shared import EXACT, OUTLINE, arrays, draw_tracking, finish_plane, legend_text, looks, plt, save
 
 
@@ -33,9 +33,15 @@ def draw_plane(results, path):
             for n in range(0, len(Y) if moves else 0, -(-len(Y) // 11)):
                 ax.annotate(f"{lams[n, 0]:.2g}", Y[n], xytext=(7, 5), textcoords="offset points", fontsize=8,
                             color=look["color"], path_effects=OUTLINE, zorder=1.5)
+            if j == 0 and not moves and len(Y) > 1:
+                ax.annotate("at every λ", Y[0], xytext=(7, 5), textcoords="offset points", fontsize=8,
+                            color=look["color"])
+        if kind is ACCURACY and key == "points":              # none is below 0 or above 1
+            ax.set(xlim=np.clip(ax.get_xlim(), -0.02, 1.02), ylim=np.clip(ax.get_ylim(), -0.02, 1.02))
         finish_plane(ax, dims, unit.format(goal), first["base"][key])
         ax.set_title(title.format(goal))
-    fig.legend(*axes["A"].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    handles = {label: h for ax in (axes["B"], axes["A"]) for h, label in zip(*ax.get_legend_handles_labels())}
+    fig.legend(handles.values(), handles, loc="outside lower center", ncols=3)
     fig.suptitle(f"Each point is one preference λ = (weight of {dims[0]}, weight of {dims[1]}); "
                  f"small numbers: weight of {dims[0]}")
     return save(fig, path)

@@ -46,7 +46,7 @@ def test_a_file_by_hand(files, capsys):
                  "  helpful and harmless: 20 pairs have both labels; 75.0% of them conflict",
                  "  21 rows are there a second time; 3 different prompts",                 # whoever stands first
                  "evaluation: 1 of its 2 prompts are among the training's",
-                 "train.jsonl, row 14, as the model reads it; better: helpful 0, harmless 1"):
+                 "train.jsonl, row 14, as the model reads it; the better response is, for helpful: 0, harmless: 1"):
         assert line in said.splitlines(), (line, said)
     assert re.search(r"--max_length 24: \d+ of 25 prompts and \d+ of 50 responses are cut", said)
     assert '  0: " Sand it first.<|endoftext|>"' in said and said.count("as the model reads it") == 3
@@ -90,5 +90,5 @@ def test_long_texts_are_shortened(tmp_path, capsys):
     file = write(tmp_path / "a.jsonl", [dict(prompt="x" * 3000, chosen="y" * 900, rejected="z")])
     said = run(capsys, f"kind={file}", "--max_length", "9999")
     (example,) = read_examples(file).examples
-    assert "xxx [… " in said and "yyy [… " in said and "better: kind 0" in said
+    assert "xxx [… " in said and "yyy [… " in said and "the better response is, for kind: 0" in said
     assert len(said) < 3000 < len(example.prompt[0].content) + 1

@@ -65,13 +65,13 @@ def test_only_the_rows_that_are_used_and_only_once(tiny, tmp_path, monkeypatch, 
     kept = kept_file(tmp_path / "run", model, torch.float32, "none")
     first, _ = reference_logprobs(model, rows, 3, 1, CPU, used=[1, 4, 6], kept=kept)
     assert sorted(map(rows.index, seen)) == [1, 4, 6] == [j for j, logps in enumerate(first) if len(logps)]
-    assert kept.parent == tmp_path / "reference" and "of 3 rows; 0 more" in capsys.readouterr().out
+    assert kept.parent == tmp_path / "reference" and "3 rows to compute, 0 kept" in capsys.readouterr().out
 
     seen.clear()
     for row in rows:
         row.responses.reverse()
     second, _ = reference_logprobs(model, rows, 3, 1, CPU, used=[0, 1, 4, 8], kept=kept)
-    assert sorted(map(rows.index, seen)) == [0, 8] and "of 2 rows; 2 more" in capsys.readouterr().out
+    assert sorted(map(rows.index, seen)) == [0, 8] and "2 rows to compute, 2 kept" in capsys.readouterr().out
     for j in (0, 1, 4, 8):                                             # wrong: known by row, or by response alone
         assert torch.allclose(second[j], whole[j].flip(0), atol=1e-4)
     assert torch.equal(second[4], first[4].flip(0))

@@ -33,7 +33,7 @@ def test_records(folder):
     records = runs_under(folder)
     assert all(tuple(record) == RECORD for record in records)
     got = [[r[key] for key in ("script", "method", "steps", "step", "finished", "measure", "written")] for r in records]
-    assert got == [["train_dpo.py", "panacea", 4, 4, True, "accuracy", 1000],
+    assert got == [["train_dpo.py", "panacea", 4, 4, True, "λ · accuracy", 1000],
                    ["train_reward.py", None, 20, 20, True, got[1][5], 999],
                    ["train_dpo.py", "panacea", 4, got[2][3], False, None, 998]] and 1 <= got[2][3] < 4
     assert [r["result"] for r in records][::2] == [0.75, None]
