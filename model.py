@@ -299,7 +299,8 @@ class Transformer(nn.Module):
                     if kind and isinstance(layer, nn.Linear) and owner.startswith("blocks.") and leaf == "weight":
                         model.set_submodule(owner, QuantizedLinear(quantize_weight(part, kind, as_dtype), layer.bias))
                     else:
-                        setattr(layer, leaf, nn.Parameter(part.to(as_dtype).contiguous()))
+                        # beside quantised weights a copy: a view would hold the whole file in memory
+                        setattr(layer, leaf, nn.Parameter(part.to(as_dtype, copy=kind is not None).contiguous()))
                 del tensor, part                                                      # before the next one is read
         if said_tied and not config.tied:
             if missing.pop(hf_name("embed.weight", config), None):                    # the one that there is, is both
