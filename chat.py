@@ -40,6 +40,7 @@ from fronts.measure import base_of, load_trained, nearest, run_config, world_bat
 from model import Transformer
 from ops.check import replace_broken
 from ops.generation import stream
+from runs.directory import check_ended
 from runs.files import UserError, read_json
 from runs.flags import PLAIN, flag, preferences_of, run_main
 from runs.processes import pick_device
@@ -122,6 +123,7 @@ def load(flags):
         model = Transformer.from_pretrained(base, dtype, device, flags.quantize)
     else:
         config = run_config(Path(flags.run))
+        check_ended(Path(flags.run))
         model = base_of(config, device)
     replace_broken(device, model.embed.weight.dtype)
     tokenizer = load_tokenizer(config["tokenizer"], flags.template or config["flags"].get("template"),

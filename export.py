@@ -27,6 +27,7 @@ from families import stored_tensors, weight_files
 from fronts.measure import base_of, load_trained, nearest, policies, run_config
 from fronts.tables import table
 from model import Transformer
+from runs.directory import check_ended
 from runs.files import UserError, bar, read_json, whole_directory, write_json, write_text
 from runs.flags import flag, preferences_of, run_main
 from runs.processes import pick_device
@@ -103,8 +104,7 @@ def preferences(flags, run, config):
     dims = config["dims"]
     if flags.out is None:
         raise UserError("--out names the directory that is made")
-    if not (run / "timing.json").exists():
-        raise UserError(f"{run}: the training has not ended; run its command again to resume it")
+    check_ended(run)
     if config["method"] == "prompt":
         raise UserError(f"{run}: --method prompt says λ in the prompt, so that there are no weights of a λ to export")
     if flags.dtype != "base" and flags.to != "merged":

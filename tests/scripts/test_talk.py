@@ -1,6 +1,7 @@
 """test_talk.py - chat.py: what is said at a λ is what the model says there, streams, stops, and comes out of a pipe."""
 import contextlib
 import io
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -222,6 +223,12 @@ def test_turns_are_the_templates_and_its_end_stops(tmp_path, monkeypatch):
 def test_who_is_to_talk_must_be_said(words):
     with pytest.raises(UserError):
         chat.load(flags(*words))
+
+
+def test_half_a_run_does_not_talk(panacea, tmp_path):
+    shutil.copyfile(panacea / "config.json", tmp_path / "config.json")
+    with pytest.raises(UserError, match="the training has not ended; run its command again to resume it"):
+        chat.load(flags(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
