@@ -117,7 +117,7 @@ def preferences(flags, run, config):
         return simplex_lattice(len(dims), flags.parts or 4).float()
     if flags.pref is None or flags.to != "grid" and len(flags.pref) > len(dims):
         raise UserError(f"--to {flags.to} takes one preference: --pref and {len(dims)} numbers, for {' '.join(dims)}")
-    return preferences_of(flags.pref, dims, "pref").float()
+    return preferences_of(flags.pref, dims, "--pref").float()
 
 
 def models_at(run, config, model, lams):

@@ -159,13 +159,17 @@ def check_valid(flags):
                 raise UserError(f"--{f.name} {value}: must be between -2^31 and 2^31")
 
 
-def preferences_of(words, dims, flag="lam"):
+def preferences_of(words, dims, flag="--lam"):
     """The words of --lam, or of another flag, one preference after the other: (n, m) float64. Each is m numbers in the
     order of dims, or dimension=number in any order. Raises UserError for what is none."""
-    m, given = len(dims), f"--{flag} " + " ".join(map(str, words))
-    if len(words) % m:
-        raise UserError(f"--{flag} takes {m} numbers per preference, for {' '.join(dims)}; got {len(words)}")
+    m, given = len(dims), f"{flag} " + " ".join(map(str, words))
+    if not any("," in dim for dim in dims):                            # 0.3,0.7 is meant as 0.3 0.7
+        words = [part for word in words for part in str(word).split(",") if part]
     pairs = [str(word).rpartition("=")[::2] for word in words]
+    if unknown := [name for name, _ in pairs if name and name not in dims]:
+        raise UserError(f"{given}: {unknown[0]} is none of the dimensions, {' '.join(dims)}")
+    if not words or len(words) % m:
+        raise UserError(f"{flag} takes {m} numbers per preference, for {' '.join(dims)}; got {len(words)}")
     numbers = []
     for each in (pairs[i:i + m] for i in range(0, len(pairs), m)):
         if any(name for name, _ in each):

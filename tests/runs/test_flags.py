@@ -73,12 +73,17 @@ def test_preferences_of_names():
     words = ["b=0.75", "a=0.25", "a=1", "b=0", "0.5", "0.5"]
     assert preferences_of(words, ["a", "b"]).tolist() == [[0.25, 0.75], [1, 0], [0.5, 0.5]]
     assert preferences_of(["x=y=0.25", "c=0.75"], ["c", "x=y"]).tolist() == [[0.75, 0.25]]
+    for words in (["0.25,0.75"], ["0.25,", "0.75"], ["b=0.75,a=0.25"]):
+        assert preferences_of(words, ["a", "b"]).tolist() == [[0.25, 0.75]]
+    assert preferences_of(["x,y=0.25", "c=0.75"], ["c", "x,y"]).tolist() == [[0.75, 0.25]]
     for words, text in ((["a=0.5", "0.5"], "--pref a=0.5 0.5: the dimensions are a b, each once"),
-                        (["a=0.5", "a=0.5"], "each once"), (["a=0.5", "c=0.5"], "each once"),
+                        (["a=0.5", "a=0.5"], "each once"),
+                        (["a=0.5", "c=0.5"], "--pref a=0.5 c=0.5: c is none of the dimensions, a b"),
+                        (["c=1"], "c is none of"),
                         (["a=0.5", "b=half"], "--pref a=0.5 b=half: a preference is numbers, or dimension=number"),
                         (["nan", "1"], "not negative")):
         with pytest.raises(UserError, match=text):
-            preferences_of(words, ["a", "b"], "pref")
+            preferences_of(words, ["a", "b"], "--pref")
 
 
 def test_positional_flags():

@@ -160,7 +160,7 @@ def test_all_or_nothing(on_world, monkeypatch):
 @pytest.mark.parametrize("flags, text", [
     ({}, "--to merged takes one preference: --pref and 2 numbers, for helpful harmless"),
     (dict(pref=[0.3, 0.7, 0.5, 0.5]), "takes one preference"), (dict(pref=[0.3, 0.8]), "sums to 1"),
-    (dict(pref=["helpful=0.3", "harm=0.7"]), "the dimensions are helpful harmless, each once"),
+    (dict(pref=["helpful=0.3", "harm=0.7"]), "harm is none of the dimensions, helpful harmless"),
     (dict(pref=["helpful=0.3", 0.7]), "each once"), (dict(pref=["a", "b"]), "numbers, or dimension=number"),
     (dict(pref=[0.3, 0.7], to="peft", dtype="bf16"), "--dtype is of --to merged"),
     (dict(pref=[0.3, 0.7], parts=2), "--parts is of --to grid"),
