@@ -4,6 +4,7 @@ A script's Flags is a dataclass of its own flags that also takes in the groups b
 """
 import argparse
 import dataclasses
+import difflib
 import inspect
 import os
 import sys
@@ -209,6 +210,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; {self.prog} --help-all lists the flags")
 
+    def refuse(self, word, before):
+        """The error for a word that argparse can place nowhere. before: the words in front of it."""
+        flags = self._option_string_actions
+        if word.startswith("-"):
+            near = difflib.get_close_matches(word.partition("=")[0], flags, 1)
+            self.error(f"there is no flag {word}" + "".join(f"; {name} is the nearest" for name in near))
+        last = [name for name in (word.partition("=")[0] for word in before) if name in flags][-1:]
+        takes = "".join(f": {name} takes {'one value' if flags[name].nargs is None else 'none'}" for name in last)
+        longer = [name for name in flags for short in last if flags[short].nargs == 0 and name.startswith(short + "_")]
+        self.error(f"{word} belongs to no flag{takes}" + "".join(f"; {name} does" for name in longer[:1]))
+
 
 def cli(cls, doc, argv=None):
     """Parses sys.argv into the dataclass `cls`, one `--field` for each of its fields. Raises UserError for what is no
@@ -219,7 +231,7 @@ def cli(cls, doc, argv=None):
     """
     argv = sys.argv[1:] if argv is None else argv
     short = issubclass(cls, RunFlags) and "--help-all" not in argv
-    parser = Parser(description=doc, formatter_class=HelpFormatter, add_help=False)
+    parser = Parser(description=doc, formatter_class=HelpFormatter, add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="help", help="the flags that matter first" if short else "this text")
     parser.add_argument("--help-all", action="help", help=f"all {len(dataclasses.fields(cls))} flags")
     hints, groups = typing.get_type_hints(cls), {}
@@ -248,7 +260,10 @@ def cli(cls, doc, argv=None):
             groups[place].add_argument(f.name, nargs=one if kind is str else several, help=more["help"])
         else:
             groups[place].add_argument("--" + f.name, **more)
-    flags = cls(**vars(parser.parse_args(argv)))
+    given, rest = parser.parse_known_args(argv)
+    if rest:
+        parser.refuse(rest[0], argv[:argv.index(rest[0])])
+    flags = cls(**vars(given))
     check_valid(flags)
     return flags
 

@@ -57,6 +57,24 @@ def test_what_argparse_refuses(words, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("words, message", [
+    ("--evil", "there is no flag --evil; --eval is the nearest"), ("--qqq 1", "there is no flag --qqq"),
+    ("--coun 4", "there is no flag --coun; --count is the nearest"),
+    ("--coun=4", "there is no flag --coun=4; --count is the nearest"),
+    ("--eval FILE", "FILE belongs to no flag: --eval takes none; --eval_data does"),
+    ("--no-eval FILE", "FILE belongs to no flag: --no-eval takes none"),
+    ("--count=4 FILE", "FILE belongs to no flag: --count takes one value"), ("FILE", "FILE belongs to no flag")])
+def test_what_stands_at_no_place_is_named(words, message):
+    """Also what argparse would take for an abbreviation."""
+    @dataclass
+    class Plain(RunFlags):
+        """Without a positional one."""
+        count: int = flag(3, "an integer", 1)
+        eval_data: list[str] | None = flag(None, "files")
+    with pytest.raises(UserError, match=f"^{message}; .* --help-all lists the flags$"):
+        cli(Plain, "", words.split())
+
+
 def test_preferences_of_numbers():
     lams = preferences_of([0.3, 0.7, 0.5, 0.50004], ["a", "b"])
     assert lams.shape == (2, 2) and lams.dtype == torch.float64 and lams[0].tolist() == pytest.approx([0.3, 0.7])
