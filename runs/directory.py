@@ -156,7 +156,8 @@ def prepare_run(out, config, overwrite=False, file="config.json", done="timing.j
     else:
         at = resume["member"], resume["step"]
         truncate_log(out / "metrics.jsonl", lambda record: (record["member"], record["step"]) <= at)
-        print(f"{out}: continuing after step {resume['step']} of model {resume['member'] + 1}")
+        of = f" of model {at[0] + 1}" if at[0] > 0 or (config.get("models") or 1) > 1 else ""
+        print(f"{out}: continuing after step {at[1]}{of}")
     write_json(out / file, config)
     barrier()
     return resume

@@ -45,7 +45,7 @@ class RunFlags:
     out: str | None = flag(None, "run directory (default out/<what this run is>)")
     device: str = flag("auto", "cpu, cuda, or auto")
     plain: bool = flag(False, PLAIN)
-    log_every: int = flag(20, "print a line every so many steps", 1)
+    log_every: int = flag(20, "print a line every so many steps, and after the first", 1)
     save_every: int = flag(200, "write a checkpoint every so many steps", 1)
     eval: bool = flag(True, "evaluate at the end")
     overwrite: bool = flag(False, "replace the run that the directory holds")
@@ -293,7 +293,9 @@ def run_main(main, cls, doc, several=False):
         print(f"error: {e}", file=sys.stderr, flush=True)
         _end(2)
     except KeyboardInterrupt as e:
-        said, status = e.args if isinstance(e, Stopped) else ("stopped", 130)
+        training = "overwrite" in {f.name for f in dataclasses.fields(cls)}           # evaluation and all: it goes on
+        stopped = "stopped" + "; the same command goes on" * training, 130
+        said, status = e.args if isinstance(e, Stopped) else stopped
         print(said, file=sys.stderr, flush=True)
         _end(status)
     except Exception:

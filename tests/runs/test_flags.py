@@ -183,7 +183,13 @@ def test_errors_of_users_are_one_line(monkeypatch, capsys):
     assert ends(monkeypatch, damaged) == 2 and capsys.readouterr().err == "error: the model's logits are not finite\n"
     assert ends(monkeypatch, bad, ["x", "--count", "0"]) == 2
     assert capsys.readouterr().err == "error: --count 0: must be at least 1\n"
-    assert ends(monkeypatch, stopped) == 130 and capsys.readouterr().err == "stopped\n"
+    assert ends(monkeypatch, stopped) == 130
+    assert capsys.readouterr().err == "stopped; the same command goes on\n"           # for Flags are a training's
+
+    monkeypatch.setattr(sys, "argv", ["eval_x.py"])
+    with pytest.raises(SystemExit) as end:
+        run_main(stopped, dataclass(type("Other", (), {})), "")
+    assert end.value.code == 130 and capsys.readouterr().err == "stopped\n"
 
     def kept(flags):
         raise Stopped("stopped after step 3", 143)
