@@ -40,6 +40,7 @@ from fronts.measure import base_of, load_trained, nearest, run_config, world_bat
 from model import Transformer
 from ops.check import replace_broken
 from ops.generation import stream
+from runs.directory import check_ended
 from runs.files import UserError, read_json
 from runs.flags import PLAIN, flag, preferences_of, run_main
 from runs.processes import pick_device
@@ -47,9 +48,7 @@ from svd_lora import load_adapter, set_preference, soup
 
 NEXT = "\n\nHuman:"             # the plain form has no token behind an answer: this begins the next turn
 MOST = 6                        # columns of one answer
-HELP = """/pref 0.3 0.7       the preference; also /pref helpful=0.3 harmless=0.7
-/compare            answers side by side, at /pref and the vertices; /compare 1 0 0.5 0.5: at these; /compare off
-/system TEXT        a system turn in front; /system alone: none
+HELP = """/system TEXT        a system turn in front; /system alone: none
 /reset              forgets the conversation
 /quit               ends, as Ctrl-D does; Ctrl-C stops an answer"""
 
@@ -122,6 +121,7 @@ def load(flags):
         model = Transformer.from_pretrained(base, dtype, device, flags.quantize)
     else:
         config = run_config(Path(flags.run))
+        check_ended(Path(flags.run))
         model = base_of(config, device)
     replace_broken(device, model.embed.weight.dtype)
     tokenizer = load_tokenizer(config["tokenizer"], flags.template or config["flags"].get("template"),
@@ -133,18 +133,19 @@ def load(flags):
                   is_world_base(config["base"]), specialists, files, [Message("system", system)] if system else [])
 
 
-def columns_of(words, dims, compare):
-    """The preferences that an answer is given at, (n, m), from the words of --pref. Raises UserError."""
+def columns_of(words, dims, compare, flag="--pref"):
+    """The preferences that an answer is given at, (n, m), from the words of `flag`. Raises UserError."""
     m = len(dims)
     if m == 0:
         if words or compare:
-            raise UserError("--pref and --compare are for runs: a base model has no preference")
+            raise UserError("a base model has no preference: only runs have one")
         return torch.zeros(1, 0)
-    lams = list(preferences_of(words or [1 / m] * m, dims, "pref").float())
+    lams = list(preferences_of(words or [1 / m] * m, dims, flag).float())
     if compare and len(lams) == 1:
         lams += [vertex for vertex in torch.eye(m)[:MOST - 1] if not vertex.equal(lams[0])]
     if len(lams) > (MOST if compare else 1):
-        raise UserError(f"--pref: {len(lams)} preferences; --compare takes up to {MOST}, without it there is one")
+        raise UserError(f"{flag}: {len(lams)} preferences; {flag.replace('pref', 'compare')} takes up to {MOST}, "
+                        f"without it there is one")
     return torch.stack(lams)
 
 
@@ -172,9 +173,13 @@ def policies_at(talker, lams):
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. An answer.
 
-def answer(talker, turns, lams, flags, greedy=None, seed=None):
+def answer(talker, turns, lams, flags, greedy=None, seed=None, cut=None):
     """Yields (i, text): the next piece of what is said at lams[i], as it comes. All columns draw the same random
-    numbers, so that only λ makes them differ. Raises UserError for turns that the template refuses."""
+    numbers, so that only λ makes them differ. Raises UserError for turns that the template refuses.
+
+    cut: a set, in which every i is until its answer has ended; at last those that --max_new_tokens cut off."""
+    cut = set() if cut is None else cut
+    cut.update(range(len(lams)))
     greedy, seed = flags.greedy if greedy is None else greedy, flags.seed if seed is None else seed
     tokenizer, new = talker.tokenizer, min(flags.max_new_tokens, talker.model.config.context_length // 2)
     for rows, model, before in policies_at(talker, lams):
@@ -191,7 +196,8 @@ def answer(talker, turns, lams, flags, greedy=None, seed=None):
                         text, ended = visible(ids[i], tokenizer)
                         yield i, text[len(said[i]):]
                         said[i] = text
-                        going -= {i} if ended else set()
+                        for still in (going, cut) if ended else ():
+                            still.discard(i)
                 if not going:
                     break
         for i in going:                                                # cut short: what was held back
@@ -251,14 +257,18 @@ def likeliest(talker, question, lam, most=4):
 def answer_lines(talker, flags, lams):
     """Every line of standard input is a question; standard output has the answers, of several λ one after the other."""
     try:
-        for line in map(str.strip, sys.stdin):
-            texts = [""] * len(lams)
-            for i, text in answer(talker, [*talker.system, Message("user", line)], lams, flags) if line else ():
+        for number, line in enumerate(map(str.strip, sys.stdin), 1):
+            texts, cut, turns = [""] * len(lams), set(), [*talker.system, Message("user", line)]
+            for i, text in answer(talker, turns, lams, flags, cut=cut) if line else ():
                 texts[i] += text
                 if len(lams) == 1:
                     print(text, end="", flush=True)
             heads = [f"{named(talker, lam)}: " for lam in lams] if len(lams) > 1 else []
             print("\n".join(head + text for head, text in zip(heads, texts)), flush=True)
+            if cut:
+                at = " at " + " and ".join(named(talker, lams[i]) for i in sorted(cut)) if len(lams) > 1 else ""
+                print(f"line {number}: the answer{at} was cut off at --max_new_tokens (at most half the context)",
+                      file=sys.stderr)
     except BrokenPipeError:                                            # `| head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -287,12 +297,14 @@ def converse(talker, flags, lams):
             if command in ("/quit", "/exit"):
                 return None
             if command == "/help":
-                print(HELP)
+                print(help_of(talker.dims))
             elif command == "/pref":
-                lams = columns_of(words, talker.dims, False)
+                lams = columns_of(words, talker.dims, False, command)
+                if turns and not talker.world:
+                    print(dim("the conversation goes on; /reset forgets it"))
             elif command == "/compare":
                 now = [f"{x:g}" for x in lams[0].tolist()]
-                lams = lams[:1] if words == ["off"] else columns_of(words or now, talker.dims, True)
+                lams = lams[:1] if words == ["off"] else columns_of(words or now, talker.dims, True, command)
             elif command == "/system":
                 system = [Message("system", " ".join(words))] if words else []
             elif command == "/reset":
@@ -313,11 +325,24 @@ def converse(talker, flags, lams):
             print()
 
 
+def help_of(dims):
+    """The commands, with a preference between these dimensions as the example; of a base model, [], those that it has.
+    """
+    if not dims:
+        return HELP
+    pref, vertex = ["0.3", "0.7", *["0"] * (len(dims) - 2)], ["1", *["0"] * (len(dims) - 1)]
+    names = " ".join(f"{name}={x}" for name, x in zip(dims, pref))
+    return (f"{'/pref ' + ' '.join(pref):19} the preference; also /pref {names}\n"
+            f"/compare            answers side by side, at /pref and the vertices; /compare {' '.join(vertex + pref)}: "
+            f"at these; /compare off\n{HELP}")
+
+
 def say(talker, turns, lams, flags):
-    """Writes an answer to the terminal while it comes; Ctrl-C stops it. Returns the texts, one for each λ."""
-    texts, drawn, (width, height) = [""] * len(lams), 0, shutil.get_terminal_size()
+    """Writes an answer to the terminal while it comes; Ctrl-C stops it. … stands where it was stopped or cut off.
+    Returns the texts, one for each λ."""
+    texts, cut, drawn, (width, height) = [""] * len(lams), set(), 0, shutil.get_terminal_size()
     heads, live = [named(talker, lam) for lam in lams], sys.stdout.isatty()
-    with contextlib.closing(answer(talker, turns, lams, flags)) as pieces:
+    with contextlib.closing(answer(talker, turns, lams, flags, cut=cut)) as pieces:
         try:
             for i, text in pieces:
                 texts[i] += text
@@ -327,8 +352,10 @@ def say(talker, turns, lams, flags):
                     print(f"\x1b[{drawn}A" * (drawn > 0) + "\x1b[J" + "\n".join(lines), flush=True)
                     drawn = len(lines)
         except KeyboardInterrupt:
-            print(" …" * (len(lams) == 1), end="")
-    print("" if len(lams) == 1 else f"\x1b[{drawn}A\x1b[J" * (drawn > 0) + "\n".join(side_by_side(heads, texts, width)))
+            pass
+    marked = [text + " …" * (i in cut) for i, text in enumerate(texts)]
+    print(" …" * len(cut) if len(lams) == 1 else
+          f"\x1b[{drawn}A\x1b[J" * (drawn > 0) + "\n".join(side_by_side(heads, marked, width)))
     return texts
 
 
@@ -459,11 +486,13 @@ def question_of(asked, m):
 
 
 def events(talker, flags, turns, lams, greedy, seed):
-    """What the page is sent: {"i", "text"} for a piece of column i, {"ended"} for all, {"i", "likeliest"}, {"error"}.
-    """
+    """What the page is sent: {"i", "text"} for a piece of column i, {"i", "cut"} where --max_new_tokens ended it,
+    {"ended"} for all, {"i", "likeliest"}, {"error"}."""
+    cut = set()
     try:
-        with contextlib.closing(answer(talker, turns, lams, flags, greedy, seed)) as pieces:
+        with contextlib.closing(answer(talker, turns, lams, flags, greedy, seed, cut)) as pieces:
             yield from ({"i": i, "text": text} for i, text in pieces if text)
+        yield from ({"i": i, "cut": True} for i in sorted(cut))
         yield {"ended": True}
         for i, lam in enumerate(lams):
             yield {"i": i, "likeliest": likeliest(talker, turns[-1].content, lam)}

@@ -27,6 +27,7 @@ from families import stored_tensors, weight_files
 from fronts.measure import base_of, load_trained, nearest, policies, run_config
 from fronts.tables import table
 from model import Transformer
+from runs.directory import check_ended
 from runs.files import UserError, bar, read_json, whole_directory, write_json, write_text
 from runs.flags import flag, preferences_of, run_main
 from runs.processes import pick_device
@@ -70,6 +71,8 @@ def main(flags):
     config = run_config(run)
     lams = preferences(flags, run, config)
     device, _ = pick_device(flags.device)
+    tell = lambda text: print(f"{text} …", flush=True)                 # what follows may take long
+    tell(f"reading the base {config['base']}")
     tokenizer, model = tokenizer_of(config), base_of(config, device)
     dtype = DTYPES.get(flags.dtype) or next(stored_tensors(weight_files(Path(config["base"]))[0], "cpu"))[1].dtype
     load = lambda path: Transformer.from_pretrained(path, model.embed.weight.dtype, device)
@@ -82,13 +85,16 @@ def main(flags):
             name = "-".join(f"{x:.4g}" for x in lam.tolist()).replace(".", "_")       # PEFT's names have no dots
             place = folder / name if flags.to == "grid" else folder
             if flags.to == "merged":
+                tell("merging and writing the weights")
                 write_merged(policy, lam, config["base"], dtype, place)
+                tell("reading them again, beside the run's own model")
                 off = difference(policy, load(place), tokenizer)
             else:
                 adapters[name] = export_peft(policy, lam, place, Path(config["base"]).resolve()), lam
-                off = difference(policy, same_adapter(whole, policy, lam), tokenizer) if quantised else 0.0
+                off = difference(policy, same_adapter(whole, policy, lam), tokenizer) if quantised else None
             what, exact = said(config, lam, lams), exactness(flags.to, config, dtype, off)
-            write_text(place / "README.md", card(flags, run, config, lam, what, tokenizer, exact))
+            template = (folder / "chat_template.jinja").exists()
+            write_text(place / "README.md", card(flags, run, config, lam, what, tokenizer, exact, template))
             print(f"λ = {what}: {exact}")
         if flags.to == "grid":
             text = grid_card(run, config, adapters, out, (folder / "chat_template.jinja").exists())
@@ -103,8 +109,7 @@ def preferences(flags, run, config):
     dims = config["dims"]
     if flags.out is None:
         raise UserError("--out names the directory that is made")
-    if not (run / "timing.json").exists():
-        raise UserError(f"{run}: the training has not ended; run its command again to resume it")
+    check_ended(run)
     if config["method"] == "prompt":
         raise UserError(f"{run}: --method prompt says λ in the prompt, so that there are no weights of a λ to export")
     if flags.dtype != "base" and flags.to != "merged":
@@ -117,7 +122,7 @@ def preferences(flags, run, config):
         return simplex_lattice(len(dims), flags.parts or 4).float()
     if flags.pref is None or flags.to != "grid" and len(flags.pref) > len(dims):
         raise UserError(f"--to {flags.to} takes one preference: --pref and {len(dims)} numbers, for {' '.join(dims)}")
-    return preferences_of(flags.pref, dims, "pref").float()
+    return preferences_of(flags.pref, dims, "--pref").float()
 
 
 def models_at(run, config, model, lams):
@@ -188,24 +193,31 @@ def same_adapter(whole, model, lam):
 
 @torch.no_grad()
 def difference(model, other, tokenizer):
-    """The largest difference of a logit between two models, on four of the embedded world's prompts, which are plain
-    questions."""
+    """How two models differ on four of the embedded world's prompts, which are plain questions: (the largest difference
+    of a logit, the largest logit of the first, at how many places the likeliest token is another, of how many)."""
     rows = [toy.as_row(prompt, []) for prompt in toy.prompts("new_verbs")[:4]]
     prompts = [torch.tensor([row.prompt]) for row in tokenize(rows, tokenizer, model.config.context_length)[0]]
-    logits = lambda m, x: m(x.to(m.embed.weight.device)).float()
-    return max((logits(model, x) - logits(other, x)).abs().max().item() for x in bar(prompts, "comparing logits"))
+    logits = lambda m: torch.cat([m(x.to(m.embed.weight.device))[0].float() for x in bar(prompts, "comparing logits")])
+    a, b = logits(model), logits(other)                                               # (places, vocabulary) each
+    another = (a.argmax(1) != b.argmax(1)).sum().item()
+    return (a - b).abs().max().item(), a.abs().max().item(), another, len(a)
 
 
 def exactness(to, config, dtype, off):
-    """A sentence on what was exported, beside the run's own model."""
+    """A sentence on what was exported, beside the run's own model. off: difference()'s answer, or None."""
     name, kind = str(dtype).removeprefix("torch."), config["flags"].get("quantize", "none")
+    if off is None:
+        return "the run's own factors, in fp32: exact on the same base"
+    most, largest, another, places = off
+    same = f"another at {another} of {places} places" if another else f"the same at all {places} places"
+    differs = (f"a logit differs from the run's own by up to {most:.2g} on four prompts, {100 * most / largest:.2g} % "
+               f"of the largest; the likeliest token is {same}")
     if to == "merged":
         more = f", the {kind} base as dense weights" if kind != "none" else ""
-        return f"weights in {name}{more}; a logit differs from the run's own by up to {off:.2g} on four prompts"
-    if kind != "none":
-        return (f"trained on a base in {kind}: on the whole base, which PEFT loads, a logit differs from the run's own "
-                f"by up to {off:.2g} on four prompts; --to merged has the base that it was trained on")
-    return "the run's own factors, in fp32: exact on the same base"
+        rounded = "" if dtype == torch.float32 else f"; that is what {name} rounds, and --dtype fp32 does not"
+        return f"weights in {name}{more}; {differs}{rounded}"
+    return (f"trained on a base in {kind}: on the whole base, which PEFT loads, {differs}; --to merged has the base "
+            f"that it was trained on")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,10 +235,10 @@ def said(config, lam, lams=None):
     return f"{words} (asked for: {said(config, asked)}; the run's nearest model was trained for this)"
 
 
-def card(flags, run, config, lam, what, tokenizer, exact):
-    """The model card of what was exported at λ, `what` in words."""
+def card(flags, run, config, lam, what, tokenizer, exact, template):
+    """The model card of what was exported at λ, `what` in words. template: whether there is a chat_template.jinja."""
     given, o = config["flags"], config["objective"]
-    template, files = tokenizer.template, files_of(config)
+    files, turns = files_of(config), tokenizer.template
     rows = {"preference λ": what,
             "method": f"{config['label'] or config['method']}, {o['name']}, {o['aggregate']}, {given['steps']} steps, "
                       f"seed {given['seed']}",
@@ -235,29 +247,51 @@ def card(flags, run, config, lam, what, tokenizer, exact):
             "this directory": exact,
             "reached": measured(run, lam)}
     if files:
-        rows["turns"] = f"written by the template {Path(template.name).name}" + (
-            f", system turn: {template.system}" if template.system else "")
+        name = f"chat_template.jinja{' of the folder above' * (flags.to == 'grid')}" if template else turns.name
+        rows["turns"] = f"written by the template {name}" + (f", system turn: {turns.system}" if turns.system else "")
     if "rewards" in config:
         rows["rewards"] = ", ".join(Path(name).name for name in config["rewards"]["names"])
-    command = shlex.join(["python", "export.py", str(run), "--to", flags.to, "--dtype", flags.dtype, "--pref",
-                          *(f"{x:.4g}" for x in lam.tolist())])
+    given = {"--pref": flags.pref, "--parts": flags.parts and [flags.parts], "--to": [flags.to], "--out": [flags.out],
+             "--dtype": [flags.dtype] if flags.to == "merged" else None}
+    command = shlex.join(["python", "export.py", str(run), *(str(x) for flag, values in given.items() if values
+                                                             for x in (flag, *values))])
     library = "transformers" if flags.to == "merged" else "peft"
     return (f"---\nlibrary_name: {library}\n---\n# {run.name}\n\nA language model aligned to "
             f"{len(lam)} objectives, at one preference λ between them.\n\n| | |\n|---|---|\n"
             + "".join(f"| {key} | {' '.join(value.replace('|', '/').split())} |\n" for key, value in rows.items())
+            + f"\n```python\n{snippet(flags.to)}\n```\n"
+            + "\n`base_model_name_or_path` in `adapter_config.json` is a path of the machine that made this: put the "
+              "base's name on the hub there before you give it to others.\n" * (library == "peft")
             + f"\nMade by `{command}`.\n\nIt serves this λ alone: another one is another export. Nothing was measured "
               f"but what stands above; it is not a claim of safety.\n")
 
 
+def snippet(to):
+    """The lines that load what was exported, in its directory."""
+    tokenizer = "AutoTokenizer.from_pretrained(" + ("'..'" if to == "grid" else "'.'") + ")"
+    if to == "merged":
+        return ("from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+                f"model = AutoModelForCausalLM.from_pretrained('.')      # this directory\ntokenizer = {tokenizer}")
+    return ("from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n"
+            f"model, tokenizer = AutoPeftModelForCausalLM.from_pretrained('.'), {tokenizer}      # this directory")
+
+
 def measured(run, lam):
-    """What the run's front.json says of the preference that is nearest to λ."""
+    """What the run's front.json says of the preference that is nearest to λ, and what it was measured on."""
     if not (run / "front.json").exists():
         return "not evaluated"
     r = read_json(run / "front.json")
     i = torch.cdist(torch.tensor(r["lams"]).float(), lam[None]).argmin().item()
     named = lambda values: ", ".join(f"{dim} {x:.3f}" for dim, x in zip(r["dims"], values))
     regret = "" if r["regret"] is None else f"; regret over all preferences {r['regret']:.4f} (0: optimal, 1: the base)"
-    return f"{r['points_are']} at λ = {named(r['lams'][i])}: {named(r['points'][i])}{regret}"
+    on = ""
+    if r.get("eval_labels"):
+        on = " (held-out rows with a label: " + ", ".join(map("{} {}".format, r["dims"], r["eval_labels"])) + ")"
+    elif r.get("split"):
+        on = f" (exactly, on {len(toy.prompts(r['split']))} held-out prompts of the world)"
+    elif (run / "samples.json").exists():
+        on = f" (on {len(read_json(run / 'samples.json')['texts'][i])} sampled responses)"
+    return f"{r['points_are']} at λ = {named(r['lams'][i])}: {named(r['points'][i])}{on}{regret}"
 
 
 def grid_card(run, config, adapters, out, template):

@@ -54,7 +54,7 @@ class Flags:
     weight_decay: float = flag(0.1, "AdamW's, on matrices", "not negative")
     warmup_ratio: float = flag(0.05, "share of the steps with a rising learning rate", "share")
     max_grad_norm: float = flag(1.0, "gradient clipping", "positive")
-    log_every: int = flag(20, "print a line every so many steps", 1)
+    log_every: int = flag(20, "print a line every so many steps, and after the first", 1)
     save_every: int = flag(200, "write a checkpoint every so many steps", 1)
     overwrite: bool = flag(False, "replace what the directory holds")
 

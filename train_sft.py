@@ -31,6 +31,7 @@ from data.batches import Batches
 from data.chat import announce
 from data.files import named, plain_name
 from data.prompts import read_demonstrations
+from data.sources import check_knows_world
 from data.tokenizers import as_begun, tokenize
 from data.trees import batch_logprobs
 from fronts.objective import sft_ideal
@@ -157,6 +158,7 @@ def check(flags, processes):
     if flags.ideal is not None and (flags.aggregate != "tche" or len(flags.ideal) != m or min(flags.ideal) < 0):
         raise UserError(f"--ideal takes one loss, 0 or more, for each of the {m} dimensions, and only with "
                         f"--aggregate tche")
+    check_knows_world(flags)
     if flags.data is None:
         return
     if flags.init is None:

@@ -1,4 +1,6 @@
 """sources.py - what a script trains on, as its flags say: the embedded world's own data, or a user's files."""
+from pathlib import Path
+
 from data import toy
 from data.base import is_world_base
 from data.preferences import read_preferences
@@ -7,8 +9,20 @@ from runs.files import UserError
 from runs.randomness import generator_for
 
 
+def check_knows_world(flags):
+    """Raises UserError where --init names a base that would be trained on the embedded world and was not made for it.
+    Whoever gives it the world's tokenizer means that."""
+    if flags.data is not None or not (Path(flags.init or "") / "config.json").exists() or is_world_base(flags.init):
+        return
+    if flags.tokenizer != "toy":
+        raise UserError(f"--init needs --data: {flags.init} does not know the embedded world; --data FILE --eval_data "
+                        f"FILE trains it on files (on the world nevertheless: --tokenizer toy)")
+    print(f"data: the embedded world, which {flags.init} was not made for")
+
+
 def check_preferences(flags):
     """Raises UserError for flags about preference rows that do not fit together."""
+    check_knows_world(flags)
     if flags.responses > toy.N_RESPONSES:
         raise UserError(f"--responses {flags.responses}: the embedded world has {toy.N_RESPONSES} to a prompt")
     if flags.data is not None and flags.init is None:

@@ -103,7 +103,10 @@ def open_run(script, out, flags, dims, model, base, tokenizer, method=None, done
 
 
 def read_config(run):
-    """config.json of a run directory. Raises UserError where a value is of another kind than a training writes."""
+    """config.json of a run directory. Raises UserError where there is none, and where a value is of another kind than a
+    training writes."""
+    if not (run / "config.json").exists():
+        raise UserError(f"{run} is no run; python eval_front.py --list shows those in out/")
     config = read_json(run / "config.json")
     for kinds, values in ((CONFIG, config), (FLAGS, config.get("flags"))):
         for key, kind in kinds.items():
@@ -116,6 +119,12 @@ def read_config(run):
     if config["flags"]["batch_size"] < 1 or config["flags"]["max_length"] < 2:
         raise UserError(f"{run}/config.json: no training has this batch_size and max_length")
     return config
+
+
+def check_ended(run):
+    """Raises UserError for a run whose training has not ended."""
+    if not (run / "timing.json").exists():
+        raise UserError(f"{run}: the training has not ended; run its command again to resume it")
 
 
 def prepare_run(out, config, overwrite=False, file="config.json", done="timing.json"):
@@ -147,7 +156,8 @@ def prepare_run(out, config, overwrite=False, file="config.json", done="timing.j
     else:
         at = resume["member"], resume["step"]
         truncate_log(out / "metrics.jsonl", lambda record: (record["member"], record["step"]) <= at)
-        print(f"{out}: continuing after step {resume['step']} of model {resume['member'] + 1}")
+        of = f" of model {at[0] + 1}" if at[0] > 0 or (config.get("models") or 1) > 1 else ""
+        print(f"{out}: continuing after step {at[1]}{of}")
     write_json(out / file, config)
     barrier()
     return resume

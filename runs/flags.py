@@ -4,6 +4,7 @@ A script's Flags is a dataclass of its own flags that also takes in the groups b
 """
 import argparse
 import dataclasses
+import difflib
 import inspect
 import os
 import sys
@@ -44,7 +45,7 @@ class RunFlags:
     out: str | None = flag(None, "run directory (default out/<what this run is>)")
     device: str = flag("auto", "cpu, cuda, or auto")
     plain: bool = flag(False, PLAIN)
-    log_every: int = flag(20, "print a line every so many steps", 1)
+    log_every: int = flag(20, "print a line every so many steps, and after the first", 1)
     save_every: int = flag(200, "write a checkpoint every so many steps", 1)
     eval: bool = flag(True, "evaluate at the end")
     overwrite: bool = flag(False, "replace the run that the directory holds")
@@ -159,13 +160,17 @@ def check_valid(flags):
                 raise UserError(f"--{f.name} {value}: must be between -2^31 and 2^31")
 
 
-def preferences_of(words, dims, flag="lam"):
+def preferences_of(words, dims, flag="--lam"):
     """The words of --lam, or of another flag, one preference after the other: (n, m) float64. Each is m numbers in the
     order of dims, or dimension=number in any order. Raises UserError for what is none."""
-    m, given = len(dims), f"--{flag} " + " ".join(map(str, words))
-    if len(words) % m:
-        raise UserError(f"--{flag} takes {m} numbers per preference, for {' '.join(dims)}; got {len(words)}")
+    m, given = len(dims), f"{flag} " + " ".join(map(str, words))
+    if not any("," in dim for dim in dims):                            # 0.3,0.7 is meant as 0.3 0.7
+        words = [part for word in words for part in str(word).split(",") if part]
     pairs = [str(word).rpartition("=")[::2] for word in words]
+    if unknown := [name for name, _ in pairs if name and name not in dims]:
+        raise UserError(f"{given}: {unknown[0]} is none of the dimensions, {' '.join(dims)}")
+    if not words or len(words) % m:
+        raise UserError(f"{flag} takes {m} numbers per preference, for {' '.join(dims)}; got {len(words)}")
     numbers = []
     for each in (pairs[i:i + m] for i in range(0, len(pairs), m)):
         if any(name for name, _ in each):
@@ -205,6 +210,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; {self.prog} --help-all lists the flags")
 
+    def refuse(self, word, before):
+        """The error for a word that argparse can place nowhere. before: the words in front of it."""
+        flags = self._option_string_actions
+        if word.startswith("-"):
+            near = difflib.get_close_matches(word.partition("=")[0], flags, 1)
+            self.error(f"there is no flag {word}" + "".join(f"; {name} is the nearest" for name in near))
+        last = [name for name in (word.partition("=")[0] for word in before) if name in flags][-1:]
+        takes = "".join(f": {name} takes {'one value' if flags[name].nargs is None else 'none'}" for name in last)
+        longer = [name for name in flags for short in last if flags[short].nargs == 0 and name.startswith(short + "_")]
+        self.error(f"{word} belongs to no flag{takes}" + "".join(f"; {name} does" for name in longer[:1]))
+
 
 def cli(cls, doc, argv=None):
     """Parses sys.argv into the dataclass `cls`, one `--field` for each of its fields. Raises UserError for what is no
@@ -215,7 +231,7 @@ def cli(cls, doc, argv=None):
     """
     argv = sys.argv[1:] if argv is None else argv
     short = issubclass(cls, RunFlags) and "--help-all" not in argv
-    parser = Parser(description=doc, formatter_class=HelpFormatter, add_help=False)
+    parser = Parser(description=doc, formatter_class=HelpFormatter, add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="help", help="the flags that matter first" if short else "this text")
     parser.add_argument("--help-all", action="help", help=f"all {len(dataclasses.fields(cls))} flags")
     hints, groups = typing.get_type_hints(cls), {}
@@ -244,7 +260,10 @@ def cli(cls, doc, argv=None):
             groups[place].add_argument(f.name, nargs=one if kind is str else several, help=more["help"])
         else:
             groups[place].add_argument("--" + f.name, **more)
-    flags = cls(**vars(parser.parse_args(argv)))
+    given, rest = parser.parse_known_args(argv)
+    if rest:
+        parser.refuse(rest[0], argv[:argv.index(rest[0])])
+    flags = cls(**vars(given))
     check_valid(flags)
     return flags
 
@@ -274,7 +293,9 @@ def run_main(main, cls, doc, several=False):
         print(f"error: {e}", file=sys.stderr, flush=True)
         _end(2)
     except KeyboardInterrupt as e:
-        said, status = e.args if isinstance(e, Stopped) else ("stopped", 130)
+        training = "overwrite" in {f.name for f in dataclasses.fields(cls)}           # evaluation and all: it goes on
+        stopped = "stopped" + "; the same command goes on" * training, 130
+        said, status = e.args if isinstance(e, Stopped) else stopped
         print(said, file=sys.stderr, flush=True)
         _end(status)
     except Exception:

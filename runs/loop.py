@@ -78,10 +78,12 @@ def noted_signals():
 
 
 class Log:
-    """Appends one JSON object a step to metrics.jsonl and prints it as a line every `every` steps, above the bar."""
+    """Appends one JSON object a step to metrics.jsonl and prints it as a line every `every` steps, and after the first
+    and the last, above the bar."""
 
     def __init__(self, path, steps, first_step=0, every=1, desc=""):
-        self.path, self.every, self.started, self.steps = Path(path), every, time.time(), steps
+        self.path, self.every, self.started = Path(path), every, time.time()
+        self.always = first_step + 1, steps
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         self.silent = ranks()[0] > 0
@@ -93,7 +95,7 @@ class Log:
             return
         with writing(self.path), self.path.open("a", encoding="utf-8", newline="\n") as f:
             f.write(json.dumps(record, allow_nan=False) + "\n")
-        if record["step"] % self.every == 0 or record["step"] == self.steps:
+        if record["step"] % self.every == 0 or record["step"] in self.always:
             self.bar.write(line)
         self.bar.update()
 
@@ -116,6 +118,8 @@ class Run:
         clip(parameters, max_norm) -> the gradient's norm before it was clipped
         """
         self.model, self.optimizer, self.out, self.name, self.flags = model, optimizer, out, name, flags
+        alone = name.startswith(("adapter", "reward")) and steps == getattr(flags, "steps", 0)      # several share them
+        self.title = "training" if alone else name
         self.n_steps, self.dims, self.member, self.resume = steps, dims, member, resume
         self.parts, self.base, self.clip = parts, base, clip
         self.trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -137,7 +141,7 @@ class Run:
             return                                                     # what comes after this training has begun
         snapshots, save_every = min(getattr(flags, "snapshots", 0), self.n_steps), getattr(flags, "save_every", None)
         snapshot_steps = {round(self.n_steps * (j + 1) / snapshots) for j in range(snapshots)} - {self.n_steps}
-        self.lines = Log(self.out / "metrics.jsonl", self.n_steps, first, flags.log_every, self.name)
+        self.lines = Log(self.out / "metrics.jsonl", self.n_steps, first, flags.log_every, self.title)
         with noted_signals() as signals:
             for step in range(first, self.n_steps):
                 self.step, self.started, self.loss, self.sums, self.signals = step, time.time(), 0.0, {}, signals
@@ -157,7 +161,8 @@ class Run:
                                member=self.member, kept=self.kept)
                 if self.stop:
                     self.lines.close()
-                    raise Stopped(f"stopped after step {done} of model {self.member + 1}; the same command goes on",
+                    of = "" if self.title == "training" else f" of {self.title}"
+                    raise Stopped(f"stopped after step {done}{of}; the same command goes on",
                                   128 + (signals or [signal.SIGINT])[0])
         self.lines.close()
 

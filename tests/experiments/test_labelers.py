@@ -73,7 +73,7 @@ def test_the_model_of_pooled_labels_learns(panacea, work):
 
 
 def test_bad_input(work, panacea, sft_run):
-    for run, text in (("out/none", "config.json does not exist"), (str(sft_run), "no finished Panacea run")):
+    for run, text in (("out/none", "out/none is no run"), (str(sft_run), "no finished Panacea run")):
         with pytest.raises(UserError, match=text):
             labelers.main(labelers.Flags(device="cpu", panacea=run))
     (work / "out/half").mkdir(exist_ok=True)

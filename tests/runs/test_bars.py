@@ -111,10 +111,10 @@ def test_exact_fronts(bars):
 
 
 @pytest.mark.parametrize("script, flags, parts", [
-    ("train_dpo", dict(eval=True), {"log π_ref": "4", "adapter": "4", "front": "11", "log π": "1",
+    ("train_dpo", dict(eval=True), {"log π_ref": "4", "training": "4", "front": "11", "log π": "1",
                                     "exact front": "101"}),
-    ("train_dpo", dict(eval=True, method="dps", dps_parts=2, steps=3), {"front": "3"}),
-    ("train_reward", dict(eval=True), {"reward": "20", "held-out pairs": "1", "reference responses": "1",
+    ("train_dpo", dict(eval=True, method="dps", dps_parts=2, steps=3), {"adapter-001": "1", "front": "3"}),
+    ("train_reward", dict(eval=True), {"training": "20", "held-out pairs": "1", "reference responses": "1",
                                        "rewards": "1"}),
     ("train_ppo", dict(eval=True, rewards=["length", "concise:3"], steps=2), {"rewards of the base": "2", "front": "11",
                                                                           "sampling": "24", "KL": "1"}),

@@ -57,6 +57,24 @@ def test_what_argparse_refuses(words, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("words, message", [
+    ("--evil", "there is no flag --evil; --eval is the nearest"), ("--qqq 1", "there is no flag --qqq"),
+    ("--coun 4", "there is no flag --coun; --count is the nearest"),
+    ("--coun=4", "there is no flag --coun=4; --count is the nearest"),
+    ("--eval FILE", "FILE belongs to no flag: --eval takes none; --eval_data does"),
+    ("--no-eval FILE", "FILE belongs to no flag: --no-eval takes none"),
+    ("--count=4 FILE", "FILE belongs to no flag: --count takes one value"), ("FILE", "FILE belongs to no flag")])
+def test_what_stands_at_no_place_is_named(words, message):
+    """Also what argparse would take for an abbreviation."""
+    @dataclass
+    class Plain(RunFlags):
+        """Without a positional one."""
+        count: int = flag(3, "an integer", 1)
+        eval_data: list[str] | None = flag(None, "files")
+    with pytest.raises(UserError, match=f"^{message}; .* --help-all lists the flags$"):
+        cli(Plain, "", words.split())
+
+
 def test_preferences_of_numbers():
     lams = preferences_of([0.3, 0.7, 0.5, 0.50004], ["a", "b"])
     assert lams.shape == (2, 2) and lams.dtype == torch.float64 and lams[0].tolist() == pytest.approx([0.3, 0.7])
@@ -73,12 +91,17 @@ def test_preferences_of_names():
     words = ["b=0.75", "a=0.25", "a=1", "b=0", "0.5", "0.5"]
     assert preferences_of(words, ["a", "b"]).tolist() == [[0.25, 0.75], [1, 0], [0.5, 0.5]]
     assert preferences_of(["x=y=0.25", "c=0.75"], ["c", "x=y"]).tolist() == [[0.75, 0.25]]
+    for words in (["0.25,0.75"], ["0.25,", "0.75"], ["b=0.75,a=0.25"]):
+        assert preferences_of(words, ["a", "b"]).tolist() == [[0.25, 0.75]]
+    assert preferences_of(["x,y=0.25", "c=0.75"], ["c", "x,y"]).tolist() == [[0.75, 0.25]]
     for words, text in ((["a=0.5", "0.5"], "--pref a=0.5 0.5: the dimensions are a b, each once"),
-                        (["a=0.5", "a=0.5"], "each once"), (["a=0.5", "c=0.5"], "each once"),
+                        (["a=0.5", "a=0.5"], "each once"),
+                        (["a=0.5", "c=0.5"], "--pref a=0.5 c=0.5: c is none of the dimensions, a b"),
+                        (["c=1"], "c is none of"),
                         (["a=0.5", "b=half"], "--pref a=0.5 b=half: a preference is numbers, or dimension=number"),
                         (["nan", "1"], "not negative")):
         with pytest.raises(UserError, match=text):
-            preferences_of(words, ["a", "b"], "pref")
+            preferences_of(words, ["a", "b"], "--pref")
 
 
 def test_positional_flags():
@@ -160,7 +183,13 @@ def test_errors_of_users_are_one_line(monkeypatch, capsys):
     assert ends(monkeypatch, damaged) == 2 and capsys.readouterr().err == "error: the model's logits are not finite\n"
     assert ends(monkeypatch, bad, ["x", "--count", "0"]) == 2
     assert capsys.readouterr().err == "error: --count 0: must be at least 1\n"
-    assert ends(monkeypatch, stopped) == 130 and capsys.readouterr().err == "stopped\n"
+    assert ends(monkeypatch, stopped) == 130
+    assert capsys.readouterr().err == "stopped; the same command goes on\n"           # for Flags are a training's
+
+    monkeypatch.setattr(sys, "argv", ["eval_x.py"])
+    with pytest.raises(SystemExit) as end:
+        run_main(stopped, dataclass(type("Other", (), {})), "")
+    assert end.value.code == 130 and capsys.readouterr().err == "stopped\n"
 
     def kept(flags):
         raise Stopped("stopped after step 3", 143)

@@ -259,12 +259,28 @@ def test_a_signal_ends_after_the_step_with_a_checkpoint(tmp_path, number, status
                 signal.raise_signal(number)
             run.update(loss_of(run.model, step))
             run.log(10, 5, note=step)
-    assert stopped.value.args == ("stopped after step 3 of model 1; the same command goes on", status)
+    assert stopped.value.args == ("stopped after step 3 of line; the same command goes on", status)
     assert signal.getsignal(number) is before
     header = read_state_header(tmp_path / "state.safetensors")
     again = start(tmp_path, model_of(seed=9), flags, resume=header)
     assert header["step"] == 3 and train(again) == [3, 4, 5]
     assert torch.equal(weights(again.model), weights(whole)) and len(records(tmp_path)) == 6
+
+
+@pytest.mark.parametrize("name, steps, title", [("adapter", 6, "training"), ("adapter-000", 6, "training"),
+                                                ("adapter-helpful", 3, "adapter-helpful"), ("reward", 6, "training"),
+                                                ("samples", 6, "samples")])
+def test_one_model_is_called_training(tmp_path, name, steps, title):
+    """Wrong: a number, or a file's name, where there is no other model."""
+    model, flags = model_of(), flags_of(steps=6)
+    run = Run(model, torch.optim.AdamW(model.parameters(), lr=flags.lr), tmp_path, name, flags, steps)
+    with pytest.raises(Stopped) as stopped:
+        for step in run.steps():
+            signal.raise_signal(signal.SIGINT)
+            run.update(loss_of(model, step))
+            run.log(1, 1)
+    of = "" if title == "training" else f" of {title}"
+    assert stopped.value.args[0] == f"stopped after step 1{of}; the same command goes on" and run.title == title
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
@@ -352,4 +368,8 @@ def test_lines_for_people(tmp_path, capsys):
         log.step({"step": step}, f"line {step}")
     assert log.close() >= 0
     assert [r["step"] for r in records(tmp_path / "deep")] == [1, 2, 3, 4, 5]
-    assert capsys.readouterr().out.split() == "line 2 line 4 line 5".split()          # every second one, and the last
+    assert capsys.readouterr().out.split() == "line 1 line 2 line 4 line 5".split()   # every second, both ends
+    log = Log(tmp_path / "resumed.jsonl", 40, first_step=10, every=20)
+    for step in range(11, 41):
+        log.step({"step": step}, f"line {step}")
+    assert capsys.readouterr().out.split() == "line 11 line 20 line 40".split()

@@ -324,7 +324,7 @@ def test_a_damaged_front_is_made_anew_by_a_command(tmp_path):
 
 
 def test_what_cannot_be_evaluated_is_refused(work, panacea, sft_run, soups, ppo_run):
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="^out/nowhere is no run; python eval_front.py --list shows those in out/$"):
         evaluate("out/nowhere")
     half = work / "out/half-run"
     half.mkdir(exist_ok=True)

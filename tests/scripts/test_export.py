@@ -84,9 +84,18 @@ def test_the_words_of_a_preference(on_world):
 
 def test_bf16_is_said_to_round(on_world, capsys):
     folder = written(on_world, [0.3, 0.7], dtype="bf16")
-    said = float(capsys.readouterr().out.split("by up to ")[1].split()[0])
+    told = capsys.readouterr().out
+    said = float(told.split("by up to ")[1].split()[0])
     assert read(folder, "config.json")["torch_dtype"] == "bfloat16" and 0.001 < said < 0.5
+    largest = said * 100 / float(told.split("on four prompts, ")[1].split(" %")[0])    # on the prompts, or TOKENS: near
+    assert 0.5 < largest / logits(on_world, [0.3, 0.7])[0].abs().max() < 2
+    assert "the likeliest token is " in told and "that is what bfloat16 rounds, and --dtype fp32 does not" in told
+    assert [line for line in told.splitlines() if line.endswith("…")][1:] == [
+        "merging and writing the weights …", "reading them again, beside the run's own model …"]
     assert read_back(folder, None).dtype == torch.bfloat16
+    written(on_world, [0.3, 0.7], dtype="fp32")
+    told = capsys.readouterr().out
+    assert "--dtype" not in told and "the likeliest token is the same at all" in told
 
 
 def test_the_card_says_what_was_measured(on_world):
@@ -94,8 +103,25 @@ def test_the_card_says_what_was_measured(on_world):
              points=[[0.1, 0.9], [0.4, 0.8], [0.9, 0.2]], regret=0.0219)
     (on_world / "front.json").write_text(json.dumps(r))
     card = (written(on_world, [0.3, 0.7], "peft") / "README.md").read_text()
-    assert "normalised J at λ = helpful 0.250, harmless 0.750: helpful 0.400, harmless 0.800" in card
+    assert "normalised J at λ = helpful 0.250, harmless 0.750: helpful 0.400, harmless 0.800; regret" in card
     assert "0.0219" in card
+    for more, text in ((dict(eval_labels=[4, 3]), "0.800 (held-out rows with a label: helpful 4, harmless 3); regret"),
+                       (dict(split="seen"), "0.800 (exactly, on 4 held-out prompts of the world); regret")):
+        (on_world / "front.json").write_text(json.dumps(r | more))
+        assert text in (written(on_world, [0.3, 0.7], "peft") / "README.md").read_text()
+    (on_world / "front.json").write_text(json.dumps(r))
+    (on_world / "samples.json").write_text(json.dumps(dict(texts=[["a"], ["b"] * 5, ["c"]])))
+    assert "0.800 (on 5 sampled responses); regret" in (written(on_world, [0.3, 0.7]) / "README.md").read_text()
+
+
+def test_the_card_says_how_it_was_made(on_world):
+    card = lambda *a, **more: (written(on_world, *a, **more) / "README.md").read_text()
+    command = f"`python export.py {on_world} --pref 0.3 0.7 --to"
+    assert f"{command} merged --out out/exported-run-merged --dtype base`" in card([0.3, 0.7])
+    peft = card([0.3, 0.7], "peft")
+    assert f"{command} peft --out out/exported-run-peft`" in peft and "put the base's name on the hub there" in peft
+    grid = (written(on_world, None, "grid", parts=2) / "0-1/README.md").read_text()
+    assert f"`python export.py {on_world} --parts 2 --to grid --out out/exported-run-grid`" in grid
 
 
 def test_every_method(soups, hqd_run, ppo_run, close):
@@ -145,8 +171,9 @@ def test_the_same_adapter_on_another_copy_of_the_base(on_world, soups, close):
         config, lam = read(run, "config.json"), torch.tensor([0.3, 0.7])
         _, model = next(policies(run, config, base_of(config, "cpu"), lam[None]))
         other = base_of(config, "cpu")
-        far = export.difference(model, other, load_tokenizer("toy"))
-        assert export.difference(model, export.same_adapter(other, model, lam), load_tokenizer("toy")) < 1e-5 < far
+        far, _, moved, places = export.difference(model, other, load_tokenizer("toy"))
+        near, _, none, _ = export.difference(model, export.same_adapter(other, model, lam), load_tokenizer("toy"))
+        assert near < 1e-5 < far and none == 0 <= moved <= places
 
 
 def test_all_or_nothing(on_world, monkeypatch):
@@ -160,7 +187,7 @@ def test_all_or_nothing(on_world, monkeypatch):
 @pytest.mark.parametrize("flags, text", [
     ({}, "--to merged takes one preference: --pref and 2 numbers, for helpful harmless"),
     (dict(pref=[0.3, 0.7, 0.5, 0.5]), "takes one preference"), (dict(pref=[0.3, 0.8]), "sums to 1"),
-    (dict(pref=["helpful=0.3", "harm=0.7"]), "the dimensions are helpful harmless, each once"),
+    (dict(pref=["helpful=0.3", "harm=0.7"]), "harm is none of the dimensions, helpful harmless"),
     (dict(pref=["helpful=0.3", 0.7]), "each once"), (dict(pref=["a", "b"]), "numbers, or dimension=number"),
     (dict(pref=[0.3, 0.7], to="peft", dtype="bf16"), "--dtype is of --to merged"),
     (dict(pref=[0.3, 0.7], parts=2), "--parts is of --to grid"),
@@ -180,7 +207,7 @@ def test_a_prompted_preference_has_no_weights():
 # The peers.
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_and_peft_load_it(work, family, close):
+def test_transformers_and_peft_load_it(work, family, close, monkeypatch):
     """Logits in fp32 at λ inside the simplex and at its ends; PEFT finds the base by itself."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     base, tokenizer = work / f"out/export-{family}", load_tokenizer("toy")
@@ -196,6 +223,16 @@ def test_transformers_and_peft_load_it(work, family, close):
             model = loader.from_pretrained(written(run, lam, to), dtype=torch.float32).eval()
             with torch.no_grad():
                 assert close(model(TOKENS).logits, ours, 1e-5) and not close(plain, ours, 0.1)
+    for to in ("merged", "peft", "grid"):                              # the card's own lines, where it lies
+        folder = written(run, LAMS[0], to)
+        folder = folder / "0_3-0_7" if to == "grid" else folder
+        card = (folder / "README.md").read_text()
+        with monkeypatch.context() as there:
+            there.chdir(folder)
+            exec(re.search(r"```python\n(.*?)```", card, re.S)[1], names := {})
+        assert close(names["model"].float()(TOKENS).logits, logits(run, LAMS[0])[0], 1e-4)
+        assert names["tokenizer"]("Hello").input_ids == tokenizer.encode("Hello")
+        assert "written by the template chat_template.jinja" in card
 
 
 def test_transformers_reads_the_tokenizer_and_the_plain_form(on_world):

@@ -1,6 +1,7 @@
 """test_talk.py - chat.py: what is said at a λ is what the model says there, streams, stops, and comes out of a pipe."""
 import contextlib
 import io
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -224,6 +225,12 @@ def test_who_is_to_talk_must_be_said(words):
         chat.load(flags(*words))
 
 
+def test_half_a_run_does_not_talk(panacea, tmp_path):
+    shutil.copyfile(panacea / "config.json", tmp_path / "config.json")
+    with pytest.raises(UserError, match="the training has not ended; run its command again to resume it"):
+        chat.load(flags(tmp_path))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # In the terminal.
 
@@ -265,13 +272,14 @@ def test_a_conversation(panacea, monkeypatch, capsys):
                   "/compare off", "/reset", "/system", "  ", "New", "/quit", "never"])
     asked = []
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    monkeypatch.setattr(chat, "answer", lambda talker, turns, lams, flags: asked.append(
+    monkeypatch.setattr(chat, "answer", lambda talker, turns, lams, flags, cut: asked.append(
         ([turn.content for turn in turns], lams.tolist())) or (x for x in [(0, "Yes"), (0, "."), (len(lams) - 1, "")]))
     chat.converse(talker, given, torch.tensor([[0.5, 0.5]]))
     assert asked == [(["Hi"], [[0.5, 0.5]]), (["Be kind.", "Hi", "Yes.", "Again"], [[1, 0]]),
                      (["Be kind.", "Hi", "Yes.", "Again", "Yes.", "Both"], [[1, 0], [0, 1]]), (["New"], [[1, 0]])]
     out = capsys.readouterr().out
-    assert "error: --pref 1 1: " in out and "/nothing is no command" in out and "/compare off" in out
+    assert "error: /pref 1 1: " in out and "/nothing is no command" in out and "/compare off" in out
+    assert "/pref helpful=0.3 harmless=0.7\n" in out and "conversation goes on" not in out         # the world has none
     assert next(lines) == "never" and "\x1b" not in out                                # no colours into a file
 
 
@@ -279,7 +287,8 @@ def test_ctrl_c_stops_the_answer_alone(panacea, monkeypatch, capsys):
     talker, given, question = loaded(panacea)
     closed = []
 
-    def interrupted(*args):
+    def interrupted(*args, cut):
+        cut.add(0)
         with contextlib.closing(SimpleNamespace(close=lambda: closed.append(1))):
             yield 0, "The first"
             yield 0, " words"
@@ -295,6 +304,45 @@ def test_ctrl_c_stops_the_answer_alone(panacea, monkeypatch, capsys):
     monkeypatch.setattr(chat, "answer", interrupted)
     chat.converse(talker, given, LAMS[:1])
     assert "The first words …\n" in capsys.readouterr().out and closed == [1] and next(lines, None) is None
+
+
+def test_another_preference_in_the_middle_of_a_conversation(panacea, monkeypatch, capsys):
+    talker, given, _ = loaded(panacea)
+    lines = iter(["/pref 1,0", "Hi", "/pref nice=1", "/pref helpful=0 harmless=1", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(chat, "answer", lambda *args, cut: (x for x in [(0, "Yes")]))
+    chat.converse(talker._replace(world=False), given, LAMS[:1])
+    out = capsys.readouterr().out
+    assert "error: /pref nice=1: nice is none of the dimensions, helpful harmless\n" in out
+    assert out.count("the conversation goes on; /reset forgets it\n") == 1 and out.index("Yes") < out.index("goes on")
+
+
+def test_help_has_the_run_s_own_dimensions():
+    assert "/pref 0.3 0.7 0     the preference; also /pref a=0.3 b=0.7 c=0\n" in chat.help_of(["a", "b", "c"])
+    assert "/compare 1 0 0 0.3 0.7 0:" in chat.help_of(["a", "b", "c"]) and "/pref" not in chat.help_of([])
+
+
+def test_an_answer_that_is_cut_off_says_so(panacea, monkeypatch, capsys):
+    """In a pipe on standard error alone; in the terminal and on the page by a sign, which is no part of what was said.
+    """
+    talker, given, question = loaded(panacea, "--greedy", "--max_new_tokens", 3)
+    [short] = said(chat.answer(talker, user(question), LAMS[:1], given), 1)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"\n{question}\n"))
+    chat.answer_lines(talker, given, LAMS[:1])
+    out, err = capsys.readouterr()
+    assert out == f"\n{short}\n" and err.startswith("line 2: the answer was cut off at --max_new_tokens")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(question))
+    chat.answer_lines(talker, given, LAMS[:2])
+    assert "line 1: the answer at helpful 1, harmless 0 and helpful 0, harmless 1 was cut" in capsys.readouterr().err
+    assert chat.say(talker, user(question), LAMS[:1], given) == [short] and capsys.readouterr().out == f"{short} …\n"
+    chat.say(talker, user(question), LAMS[:2], given)
+    assert capsys.readouterr().out.count(" …") == 2
+    sent = list(chat.events(talker, given, user(question), LAMS[:2], True, 0))
+    assert [event["i"] for event in sent if "cut" in event] == [0, 1]
+    whole, _, _ = loaded(panacea, "--greedy")
+    given.max_new_tokens, cut = 200, set()
+    list(chat.answer(whole, user(question), LAMS[:2], given, cut=cut))
+    assert cut == set()
 
 
 def test_columns_beside_each_other():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from running import (
     BASE,
+    ELSEWHERE,
     SHARED,
     command,
     epoch_and_whole,
@@ -333,6 +334,7 @@ BAD = {
     "data without base": (dict(data=["x.jsonl"]), "--data needs --init"),
     "data without evaluation data": (dict(data=["x.jsonl"], init=BASE, eval=True), "--data needs --eval_data"),
     "no such base": (dict(init="nowhere"), "config.json does not exist"),
+    "a base of no world": (dict(init=ELSEWHERE["init"]), "--init needs --data: out/base-of-no-world does not know the"),
     "no such file": (dict(init=BASE, data=["nowhere.jsonl"]), "nowhere.jsonl: cannot be read"),
     "no such evaluation file": (dict(init=BASE, data=["repeat.jsonl"], eval_data=["nowhere.jsonl"], eval=True),
                                 "nowhere.jsonl: cannot be read"),
@@ -432,3 +434,8 @@ def test_keep_adds_what_the_reference_rules_out():
     assert kept[0]["losses"] == plain[0]["losses"] and kept[3]["losses"] != plain[3]["losses"]
     for a, b in zip(kept, halves, strict=True):
         assert np.isclose(a["loss"], b["loss"], rtol=1e-5) and np.isclose(a["grad_norm"], b["grad_norm"], rtol=1e-3)
+
+
+def test_another_base_with_the_world_s_tokenizer_is_trained_on_the_world(capsys):
+    go("train_dpo", "of-no-world", **ELSEWHERE, steps=1)
+    assert "data: the embedded world, which out/base-of-no-world was not made for" in capsys.readouterr().out

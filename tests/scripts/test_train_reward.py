@@ -7,6 +7,7 @@ import pytest
 import torch
 from running import (
     BASE,
+    ELSEWHERE,
     epoch_and_whole,
     go,
     metrics,
@@ -236,6 +237,7 @@ def test_an_epoch_weighs_every_label_alike(close):
 
 BAD = {
     "no such base": (dict(init="nowhere"), "config.json does not exist"),
+    "a base of no world": (dict(init=ELSEWHERE["init"]), "--init needs --data: out/base-of-no-world does not know the"),
     "unknown dimension": (dict(dims=["helpful", "kind"]), "choose each once among"),
     "scales for other dimensions": (dict(reward_scale=[1.0, 5.0, 1.0]), "--reward_scale has 3 factors"),
     "scale of 0": (dict(reward_scale=[1.0, 0.0]), "--reward_scale 0.0: must be positive"),

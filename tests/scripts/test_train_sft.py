@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from running import BASE, epoch_and_whole, go, gradients, metrics, read, refused, timeless, write_rows
+from running import BASE, ELSEWHERE, epoch_and_whole, go, gradients, metrics, read, refused, timeless, write_rows
 
 from aggregate import sample_preference, tchebycheff
 from data import toy
@@ -98,6 +98,7 @@ BAD = {"one file": (dict(data=["a.jsonl"], init="x"), "at least 2 dimensions"),
                       "as many --eval_data"),
        "groups": (dict(batch_size=6, lams_per_step=4), "must be a multiple of --lams_per_step"),
        "ideal": (dict(ideal=[1, 1]), "only with --aggregate tche"),
+       "world": (dict(init=ELSEWHERE["init"]), "--init needs --data: out/base-of-no-world does not know the"),
        "names": (dict(data=["x/a.jsonl", "y/a.jsonl"], init="x"), "2 different names"),
        "dims": (dict(dims=["helpful", "kind"]), "choose each once"),
        "no file": (dict(data=["a.jsonl", "b.jsonl"], init=BASE), "a.jsonl: cannot be read"),
