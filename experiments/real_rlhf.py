@@ -47,16 +47,19 @@ class Flags:
     """The script's flags, with defaults and --help texts."""
 
     init: str = flag("", "Hugging Face directory of the chat model")
-    prompts: str = flag("", "a file of prompts; a tenth of the short ones is held out")
+    prompts: str = flag("", "a file of prompts")
+    rows: int = flag(300, "short prompts of it, the first; a tenth is held out, and has four answers each", 20)
     sentiment: str = flag(str(ROOT / "experiments/sentiment.py:sentiment"), "the first reward, FILE.py:function")
     only: list[str] = flag(list(CASES), "these alone")
+    system: str = flag("You are a friendly assistant. Answer in one sentence.", "the system turn: without it nearly no "
+                       "answer of a small model ends in time, and what never happens cannot be learned")
     max_prompt: int = flag(40, "tokens of a prompt with its template; longer ones are left out", 1)
-    max_new_tokens: int = flag(36, "an answer's", 1)
-    steps: int = flag(25, "rollouts of each, in all", 1)
+    max_new_tokens: int = flag(32, "an answer's", 1)
+    steps: int = flag(12, "rollouts of each, in all", 1)
     batch_size: int = flag(32, "answers per rollout", 1)
     samples: int = flag(4, "answers to one prompt, under one λ", 2)
     lr: float = flag(2e-3, "peak learning rate", "positive")
-    kl_coeff: float = flag(0.05, "β, the price of a nat", "positive")
+    kl_coeff: float = flag(0.1, "β, the price of a nat", "positive")
     precision: str = flag("auto", "of the frozen base: auto, fp32 or bf16")
     out: str = flag("out", "where the runs go")
     device: str = flag("auto", "cpu, cuda, or auto")
@@ -73,10 +76,10 @@ def main(flags):
             raise UserError(f"--only {name}: choose among {' '.join(CASES)}")
         run = out / f"rlhf-{name}"
         if not (run / "front.json").exists():                          # it has not ended, or is not measured
-            call(f"{name}: train_ppo.py", "train_ppo.py", "--init", flags.init, "--prompts", prompts, "--rewards",
-                 flags.sentiment, "concise:12", *CASES[name][1], "--estimator", "rloo", "--max_length",
-                 flags.max_prompt + flags.max_new_tokens, "--max_new_tokens", flags.max_new_tokens, "--steps",
-                 flags.steps, "--batch_size", flags.batch_size, "--samples", flags.samples, "--lr", flags.lr,
+            call(f"{name}: train_ppo.py", "train_ppo.py", *CASES[name][1], "--init", flags.init, "--system", flags.system,
+                 "--prompts", prompts, "--rewards", flags.sentiment, "concise:12", "--estimator", "rloo",
+                 "--max_length", flags.max_prompt + flags.max_new_tokens, "--max_new_tokens", flags.max_new_tokens,
+                 "--steps", flags.steps, "--batch_size", flags.batch_size, "--samples", flags.samples, "--lr", flags.lr,
                  "--kl_coeff", flags.kl_coeff, "--precision", flags.precision, "--device", flags.device,
                  "--save_every", 5, "--snapshots", 0, "--out", run)
         runs[name], base = of_run(run)
@@ -93,12 +96,12 @@ def main(flags):
 
 
 def short_prompts(flags, file):
-    """Writes the prompts of at most --max_prompt tokens. Returns the file's name."""
+    """Writes the first --rows prompts of at most --max_prompt tokens. Returns the file's name."""
     rows = read_prompts([flags.prompts])[0]
-    tokens = tokenize(rows, load_tokenizer(flags.init), 10 ** 9)[0]
-    kept = [row for row, t in zip(rows, tokens) if len(t.prompt) <= flags.max_prompt]
+    tokens = tokenize(rows, load_tokenizer(flags.init, system=flags.system), 10 ** 9)[0]
+    kept = [row for row, t in zip(rows, tokens) if len(t.prompt) <= flags.max_prompt][:flags.rows]
     write_jsonl(file, [{"prompt": as_json(row.prompt)} for row in kept])
-    print(f"{file}: {len(kept)} of {len(rows)} prompts have at most {flags.max_prompt} tokens")
+    print(f"{file}: {len(kept)} of {len(rows)} prompts, the first of at most {flags.max_prompt} tokens")
     return file
 
 
@@ -128,13 +131,14 @@ def table_of(r):
 
 
 def answers_of(r):
-    """Panacea's answers to the first prompts at some λ, unedited, as a table in Markdown."""
-    x, lines = r["runs"]["panacea"], [f"| prompt | λ {r['dims'][0]} | answer |", "|---|---|---|"]
+    """The base's and Panacea's answers to the first prompts, unedited, as a table in Markdown."""
+    lines, x = ["| prompt | λ " + r["dims"][0] + " | answer |", "|---|---|---|"], r["runs"]["panacea"]
+    some = np.linspace(0, len(x["lams"]) - 1, SHOWN).round().astype(int)
+    policies = {"base": r["base"]["texts"]} | {f"{x['lams'][i][0]:.1f}": x["texts"][i] for i in some}
     for j, prompt in enumerate(r["prompts"][:SHOWN]):
-        for i in np.linspace(0, len(x["lams"]) - 1, SHOWN).round().astype(int):
-            cells = (prompt, f"{x['lams'][i][0]:.1f}", x["texts"][i][j])
+        for name, texts in policies.items():
+            cells = (prompt if name == "base" else "", name, texts[j])
             lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ⏎ ") for cell in cells) + " |")
-            prompt = ""
     return "\n".join(lines)
 
 

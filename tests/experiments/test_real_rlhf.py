@@ -1,4 +1,4 @@
-"""real_rlhf.py on a tiny Llama and a reward of the test's own: what it measures, writes and prints, and runs it knows."""
+"""real_rlhf.py on a tiny Llama and a reward of the test's own: what it measures and prints, and what it leaves."""
 import math
 
 import pytest
