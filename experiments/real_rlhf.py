@@ -7,8 +7,8 @@ It is PAMA's experiment (sentiment and length, three methods that end in one pol
 sentiment   VADER's compound score, -1 to 1 (experiments/sentiment.py; --sentiment: another function of one's own)
 concise     data/text_rewards.py, "concise:12": 4 up to 12 words, 1 less for every 12 more
 
-# differs from PAMA: it pays for *long* answers. Here answers are cut at --max_new_tokens, which nearly every answer of
-the base reaches: they cannot grow. Being short conflicts with sentiment, whose score grows with every happy word.
+# differs from PAMA: it pays for *long* answers. Here answers are cut at --max_new_tokens, and cannot grow. Being short
+conflicts with sentiment, whose score grows with every happy word.
 # differs from PAMA: all advantages are leave-one-out among --samples answers to one prompt, without value heads: few
 rollouts do not teach a critic.
 
@@ -76,8 +76,8 @@ def main(flags):
             raise UserError(f"--only {name}: choose among {' '.join(CASES)}")
         run = out / f"rlhf-{name}"
         if not (run / "front.json").exists():                          # it has not ended, or is not measured
-            call(f"{name}: train_ppo.py", "train_ppo.py", *CASES[name][1], "--init", flags.init, "--system", flags.system,
-                 "--prompts", prompts, "--rewards", flags.sentiment, "concise:12", "--estimator", "rloo",
+            call(f"{name}: train_ppo.py", "train_ppo.py", *CASES[name][1], "--init", flags.init, "--prompts", prompts,
+                 "--system", flags.system, "--rewards", flags.sentiment, "concise:12", "--estimator", "rloo",
                  "--max_length", flags.max_prompt + flags.max_new_tokens, "--max_new_tokens", flags.max_new_tokens,
                  "--steps", flags.steps, "--batch_size", flags.batch_size, "--samples", flags.samples, "--lr", flags.lr,
                  "--kl_coeff", flags.kl_coeff, "--precision", flags.precision, "--device", flags.device,
