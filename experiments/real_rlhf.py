@@ -147,12 +147,12 @@ def draw(r, path):
     figure, ax = plt.subplots(figsize=(8, 6))
     for name, x in r["runs"].items():
         Y, se, (label, _, (color, marker)) = np.array(x["scores"]), np.array(x["scores_se"]), CASES[name]
-        ax.errorbar(*Y.T, se[:, 1], se[:, 0], color=color, marker=marker, ms=7, lw=1.2, elinewidth=0.7, label=label)
+        ax.errorbar(*Y.T, se[:, 1], se[:, 0], color=color, marker=marker, ms=7, ecolor=(color, 0.4), label=label)
         for lam, y in zip(x["lams"] if name == "panacea" else (), Y):
             ax.annotate(f"{lam[0]:.1f}", y, xytext=(6, 5), textcoords="offset points", fontsize=8, color=color,
                         path_effects=OUTLINE)
     base, se = r["base"]["scores"], r["base"]["scores_se"]
-    ax.errorbar(*base, se[1], se[0], color=BASE, elinewidth=0.7)
+    ax.errorbar(*base, se[1], se[0], ecolor=(BASE, 0.4))
     finish_plane(ax, r["dims"], "mean reward", base)
     ax.set_title(f"Rewards of sampled answers, ± one standard error; numbers: Panacea's λ of {r['dims'][0]}")
     ax.legend()
