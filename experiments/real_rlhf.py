@@ -51,8 +51,8 @@ class Flags:
     rows: int = flag(300, "short prompts of it, the first; a tenth is held out, and has four answers each", 20)
     sentiment: str = flag(str(ROOT / "experiments/sentiment.py:sentiment"), "the first reward, FILE.py:function")
     only: list[str] = flag(list(CASES), "these alone")
-    system: str = flag("You are a friendly assistant. Answer in one sentence.", "the system turn: without it nearly no "
-                       "answer of a small model ends in time, and what never happens cannot be learned")
+    system: str = flag("You are a friendly assistant. Answer in one sentence.", "the system turn: without it hardly an "
+                       "answer of a small model ends in time, and a reward for ending finds nothing to reward")
     max_prompt: int = flag(40, "tokens of a prompt with its template; longer ones are left out", 1)
     max_new_tokens: int = flag(32, "an answer's", 1)
     steps: int = flag(12, "rollouts of each, in all", 1)
@@ -147,12 +147,13 @@ def draw(r, path):
     figure, ax = plt.subplots(figsize=(8, 6))
     for name, x in r["runs"].items():
         Y, se, (label, _, (color, marker)) = np.array(x["scores"]), np.array(x["scores_se"]), CASES[name]
-        ax.errorbar(*Y.T, se[:, 1], se[:, 0], color=color, marker=marker, ms=7, ecolor=(color, 0.4), label=label)
+        ax.errorbar(*Y.T, se[:, 1], se[:, 0], color=color, marker=marker, ms=7, ls="-" * (len(Y) > 1), label=label,
+                    ecolor=(color, 0.4), elinewidth=1)
         for lam, y in zip(x["lams"] if name == "panacea" else (), Y):
             ax.annotate(f"{lam[0]:.1f}", y, xytext=(6, 5), textcoords="offset points", fontsize=8, color=color,
                         path_effects=OUTLINE)
     base, se = r["base"]["scores"], r["base"]["scores_se"]
-    ax.errorbar(*base, se[1], se[0], ecolor=(BASE, 0.4))
+    ax.errorbar(*base, se[1], se[0], ecolor=(BASE, 0.4), elinewidth=1)
     finish_plane(ax, r["dims"], "mean reward", base)
     ax.set_title(f"Rewards of sampled answers, ± one standard error; numbers: Panacea's λ of {r['dims'][0]}")
     ax.legend()

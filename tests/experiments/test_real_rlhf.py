@@ -1,5 +1,6 @@
 """real_rlhf.py on a tiny Llama and a reward of the test's own: what it measures and prints, and what it leaves."""
 import math
+import sys
 
 import pytest
 from running import SHARED, read, write_rows
@@ -54,6 +55,9 @@ def test_two_runs(flags, tmp_path, monkeypatch, capsys):
         real_rlhf.main(flags("--only", "dpo"))
 
 
-def test_a_reward_that_is_missing(flags):
+def test_a_reward_that_is_missing(flags, monkeypatch):
     with pytest.raises(UserError, match="none.py does not exist"):
         real_rlhf.main(flags("--sentiment", "none.py:happy"))
+    monkeypatch.setitem(sys.modules, "vaderSentiment", None)           # as where it is not installed
+    with pytest.raises(UserError, match="pip install vaderSentiment$"):
+        real_rlhf.main(flags("--sentiment", real_rlhf.Flags.sentiment))
