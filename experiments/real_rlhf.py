@@ -100,6 +100,8 @@ def short_prompts(flags, file):
     rows = read_prompts([flags.prompts])[0]
     tokens = tokenize(rows, load_tokenizer(flags.init, system=flags.system), 10 ** 9)[0]
     kept = [row for row, t in zip(rows, tokens) if len(t.prompt) <= flags.max_prompt][:flags.rows]
+    if not kept:
+        raise UserError(f"{flags.prompts}: no prompt has at most {flags.max_prompt} tokens (--max_prompt)")
     write_jsonl(file, [{"prompt": as_json(row.prompt)} for row in kept])
     print(f"{file}: {len(kept)} of {len(rows)} prompts, the first of at most {flags.max_prompt} tokens")
     return file

@@ -24,7 +24,7 @@ def flags(tmp_path, monkeypatch):
     prompts = [{"prompt": f"Who was number {i}?"} for i in range(100)] + [{"prompt": "Tell me more. " * 40}]
     argv = ["--init", LLAMA, "--prompts", write_rows("prompts.jsonl", prompts), "--sentiment",
             "mine.py:vowels", "--only", "panacea", "mgda", "--steps", 2, "--batch_size", 4, "--samples", 2,
-            "--max_new_tokens", 40, "--device", "cpu"]
+            "--max_new_tokens", 40, "--system", "Hi.", "--max_prompt", 60, "--device", "cpu"]
     return lambda *more: cli(real_rlhf.Flags, "", [*map(str, argv), *more])
 
 
@@ -51,6 +51,8 @@ def test_two_runs(flags, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(real_rlhf, "call", lambda what, *more: pytest.fail(f"{what} again"))
     assert real_rlhf.main(flags()) == r
+    with pytest.raises(UserError, match="no prompt has at most 3 tokens"):
+        real_rlhf.main(flags("--max_prompt", "3"))
     with pytest.raises(UserError, match="--only dpo: choose among panacea pamav"):
         real_rlhf.main(flags("--only", "dpo"))
 
