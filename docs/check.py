@@ -351,10 +351,11 @@ def table():
     import train_reward
     from bench import scaling
     from data import layouts, text_rewards, toy
-    from experiments import reproduce
+    from experiments import real_rlhf, reproduce
     from fronts import comparison, exact, objective
     from fronts.measure import Samples
     base, dpo, ppo = json.loads(read("data/base/base.json")), train_dpo.Flags(), train_ppo.Flags()
+    chat_model = real_rlhf.Flags()
     known = base["splits"]["new_verbs"]
     S, D, bad = toy.N_RESPONSES, len(toy.SCORES), -toy.OUTSIDE
     prompts = {split: len(toy.prompts(split)) for split in toy.SPLITS}
@@ -469,6 +470,9 @@ def table():
             ("# rollouts of #, β = #, PTX", (stories["--steps"], stories["--batch_size"], stories["--kl_coeff"])),
             ("On # held-out prompts, # samples each", (Samples.most, Samples.per_prompt)),
             ("cut at # tokens)", stories["--max_new_tokens"]),
+            ("has # rollouts of # answers, # to a prompt, β = #, learning rate #",
+             (chat_model.steps, chat_model.batch_size, chat_model.samples, chat_model.kl_coeff, chat_model.lr)),
+            ("These are cut at # tokens", chat_model.max_new_tokens),
         ],
         "docs/scaling.md": [
             ("with # pairs of # tokens, half of each the prompt, rank # + #",

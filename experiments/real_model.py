@@ -32,7 +32,7 @@ from fronts.exact import evaluation_preferences
 from fronts.measure import base_of, policies, run_config
 from fronts.metrics import spearman
 from fronts.pictures.shared import METHODS, OTHER, plt, save
-from fronts.tables import shown, table
+from fronts.tables import plus_minus, shown, table
 from model import generate
 from runs.files import UserError, bar, read_json, write_json, write_jsonl
 from runs.flags import flag, run_main
@@ -154,13 +154,13 @@ def mean_se(key, columns):
 
 def table_of(r):
     """One line for each λ, along λ_1, and one for the base model."""
-    with_se = lambda key, of, digits: [f"{x:.{digits}f} ± {se:.{digits}f}" for x, se in of(key)]
-    each = lambda key: [*zip(r[key], r[key + "_se"]), (r["base"][key], r["base"][key + "_se"])]
+    each = lambda key, *i: np.array([*r[key], r["base"][key]])[:, *i]
+    with_se = lambda key, form, *i: plus_minus(each(key, *i), each(key + "_se", *i), form)
     columns = {"λ " + DIMS[0]: [*shown([lam[0] for lam in r["lams"]], ".1f"), "base"]}
     for i, dim in enumerate(DIMS):
         for key in ("accuracy", "margin"):
-            columns[f"{key}, {dim}"] = with_se(key, lambda key: [(x[i], se[i]) for x, se in each(key)], 3)
-    columns |= {"length": with_se("length", each, 0), "loss": with_se("loss", each, 3),
+            columns[f"{key}, {dim}"] = with_se(key, ".3f", i)
+    columns |= {"length": with_se("length", ".0f"), "loss": with_se("loss", ".3f"),
                 "collapsed": shown([*r["collapsed"], r["base"]["collapsed"]], ".3f")}
     rank = spearman(np.array([lam[0] for lam in r["lams"]]), np.array(r["length"]))
     return table(columns) + (f"\nlength along λ {DIMS[0]}: Spearman {rank:.3f}, from {r['length'][0]:.0f} to "

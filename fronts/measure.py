@@ -285,23 +285,25 @@ class Samples:
         normalised; KL as the mean of log π/π_ref; length in tokens; ended and collapsed: parts of the responses, in
         [0, 1], that ended by themselves and that fell into a loop; own_text_loss: nats per token on the texts that the
         prompts were cut from; raw (R, m) and texts, the samples themselves."""
-        prompts, asked = ([x for x in each for _ in range(self.per_prompt)] for each in (self.prompts, self.texts))
+        n = self.per_prompt
+        prompts, asked = ([x for x in each for _ in range(n)] for each in (self.prompts, self.texts))
         responses = generate(model, prompts, self.new, eos_id=self.tokenizer.ends,
                              generator=generator_for(0, "evaluation"), vocab_size=self.tokenizer.vocab_size,
                              show=lambda steps: bar(steps, "sampling", self.new))
         texts, finished = spoken(responses, self.tokenizer)
         raw = self.rewards.raw(asked, texts, finished)                                                 # (R, m)
+        trees = [TokenRow(x, responses[i * n:(i + 1) * n]) for i, x in enumerate(self.prompts)]
         kl = 0.0
-        for i in bar(range(0, len(prompts), 64), "KL"):
-            part = pack([TokenRow(x, [y]) for x, y in zip(prompts[i:i + 64], responses[i:i + 64])]).to(self.device)
+        for i in bar(range(0, len(trees), 16), "KL"):
+            part = pack(trees[i:i + 16]).to(self.device)
             kl += (batch_logprobs(model, part) - batch_logprobs(self.base, part)).sum().item() / len(prompts)
         own = (None if not self.own else -sum(batch_logprobs(model, b).sum().item() for b in self.own)
                / sum((b.paths < len(b.targets)).sum().item() for b in self.own))
-        by_prompt = raw.view(-1, self.per_prompt, raw.shape[1]).mean(1)
+        by_prompt = raw.view(-1, n, raw.shape[1]).mean(1)
         J = self.rewards.normalise(raw).mean(0) - beta * kl
         return {"J": J.tolist(), "scores": raw.mean(0).tolist(),
                 "points": self.rewards.normalise(raw.mean(0)).tolist(),
                 "scores_se": (by_prompt.std(0) / math.sqrt(len(by_prompt))).tolist(), "kl": kl,
                 "length": sum(map(len, responses)) / len(responses), "ended": sum(finished) / len(finished),
                 "collapsed": sum(map(collapsed, responses)) / len(responses), "own_text_loss": own,
-                "raw": raw.tolist(), "texts": texts[::self.per_prompt]}
+                "raw": raw.tolist(), "texts": texts[::n]}

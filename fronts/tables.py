@@ -16,3 +16,8 @@ def table(columns):
 def shown(values, form):
     """Numbers as texts in a format like ".3f"; a dash for each None."""
     return ["-" if x is None else format(x, form) for x in values]
+
+
+def plus_minus(values, errors, form):
+    """Numbers with their standard errors as texts: "0.52 ± 0.03"."""
+    return [f"{x:{form}} ± {se:{form}}" for x, se in zip(values, errors)]
