@@ -36,7 +36,16 @@ from runs.directory import adapter_file, read_config
 from runs.files import UserError, bar
 from runs.processes import pick_device
 from runs.randomness import generator_for
-from svd_lora import adapters_off, load_adapter, merged, read_adapter_header, set_preference, shared_base, soup
+from svd_lora import (
+    adapters_off,
+    load_adapter,
+    merged,
+    read_adapter_header,
+    set_preference,
+    shared_base,
+    soup,
+    svd_lora_layers,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Log-probs of responses under a model.
@@ -174,7 +183,7 @@ class World:
     def __init__(self, dims, tokenizer, device, J=None, rewards=None, split="new_verbs"):
         """J(world, logps (X, O), beta) -> (m,): a row's of objective.py; without it, the mean scores. rewards:
         data.rewards.Rewards in the place of the world's own scores, with the run's own statistics."""
-        prompts, self.dims, self.J, self.split = toy.prompts(split), dims, J, split
+        prompts, self.dims, self.J, self.split, self.base = toy.prompts(split), dims, J, split, object()
         self.batches = world_batches(prompts, tokenizer, device)
         listed = (world_scores(rewards, prompts) if rewards else
                   torch.stack([toy.scores(x, toy.responses(x), dims) for x in prompts]))               # (X, S, m)
@@ -183,12 +192,14 @@ class World:
 
     def reference(self, model):
         """Measures the base model once; what measure() needs of it."""
+        self.base = model
         with adapters_off(model):
             self.ref = optimum.with_outside(world_logprobs(model, self.batches))                       # (X, O)
 
     def measure(self, model, beta):
         """J (m,), mean scores (m,), KL(π ‖ π_ref) in nats, outside_mass, and log π (X, O) itself."""
-        logps = optimum.with_outside(world_logprobs(model, self.batches))                              # (X, O)
+        known = model is self.base and not svd_lora_layers(model)                     # the base itself, a second time
+        logps = self.ref if known else optimum.with_outside(world_logprobs(model, self.batches))       # (X, O)
         scores = self.mean_scores(logps)
         return {"J": (self.J(self, logps, beta) if self.J else scores).tolist(), "scores": scores.tolist(),
                 "kl": (logps.exp() * (logps - self.ref)).sum(1).mean().item(),
