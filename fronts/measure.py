@@ -180,10 +180,12 @@ class World:
     as outside_mass. problems, wins and writers are what single objectives need, computed when first used.
     """
 
+    base = object()             # the model that reference() has measured
+
     def __init__(self, dims, tokenizer, device, J=None, rewards=None, split="new_verbs"):
         """J(world, logps (X, O), beta) -> (m,): a row's of objective.py; without it, the mean scores. rewards:
         data.rewards.Rewards in the place of the world's own scores, with the run's own statistics."""
-        prompts, self.dims, self.J, self.split, self.base = toy.prompts(split), dims, J, split, object()
+        prompts, self.dims, self.J, self.split = toy.prompts(split), dims, J, split
         self.batches = world_batches(prompts, tokenizer, device)
         listed = (world_scores(rewards, prompts) if rewards else
                   torch.stack([toy.scores(x, toy.responses(x), dims) for x in prompts]))               # (X, S, m)
