@@ -1,4 +1,5 @@
 """test_measure.py - World measures policies exactly: against loops over responses, on a small world; stationarity."""
+import copy
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from fronts.objective import OBJECTIVES
 from fronts.optimum import rlhf_closed_form, rlhf_objectives, with_outside
 from fronts.stationarity import min_norm
 from model import Config, Transformer
+from svd_lora import inject_svd_lora
 
 BETA = 0.4
 
@@ -73,6 +75,18 @@ def by_loops(policy, model, small):
             J[i] = J[i] + (sum(p.exp() * v for p, v in zip(logps["pi"], r)) - BETA * cost) / len(prompts)
             scores[i] += sum(p.exp() * s[i].item() for p, s in zip(logps["pi"], raw)).item() / len(prompts)
     return torch.stack(J), scores, kl, outside
+
+
+def test_the_base_is_not_measured_again(small, monkeypatch):
+    """But the same model with an adapter is: wrong would be the base's numbers for every preference."""
+    data, seen, look = world(small)[0], [], measure.world_logprobs
+    monkeypatch.setattr(measure, "world_logprobs", lambda model, batches: seen.append(model) or look(model, batches))
+    data.measure(small[0], BETA)
+    assert seen == []
+    data.base = adapted = copy.deepcopy(small[0])
+    inject_svd_lora(adapted, 2, 0, generator=torch.Generator().manual_seed(0))
+    data.measure(adapted, BETA)
+    assert seen == [adapted]
 
 
 def test_the_base_has_no_kl_and_its_mean_reward(small):
