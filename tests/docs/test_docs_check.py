@@ -35,7 +35,7 @@ BROKEN = [      # document, what stands there, what stands there instead, what i
     ("README.md", "`train_dpo.py: train`", "`train_dpo.py: trains`", "train_dpo.py has no trains"),
     ("docs/equations.md", "`data/batches.py: Batches.take`", "`data/batches.py: Batches.give`", "no Batches.give"),
     ("README.md", "python train_dpo.py --pref_dim 2        #", "python train_dpo.py --pref_dims 2   #", "--pref_dims"),
-    ("README.md", "test.jsonl\n```", "test.jsonl --epoch x\n```", "--epochs: invalid float value"),    # the next line
+    ("README.md", "test.jsonl\n```", "test.jsonl --epochs x\n```", "--epochs: invalid float value"),    # the next line
     ("README.md", "`python course/handout.py --out DIR`", "`python course/handout.py --dir DIR`", "--out"),
     ("README.md", "python -m ops.check", "python -m ops.look", "ops/look.py does not exist"),
     ("docs/results.md", "`python -m experiments.reproduce ablations`", "`python -m experiments.reproduce ablation`",

@@ -60,6 +60,7 @@ def test_two_runs(flags, tmp_path, monkeypatch, capsys):
 def test_a_reward_that_is_missing(flags, monkeypatch):
     with pytest.raises(UserError, match="none.py does not exist"):
         real_rlhf.main(flags("--sentiment", "none.py:happy"))
-    monkeypatch.setitem(sys.modules, "vaderSentiment", None)           # as where it is not installed
+    for name in ("vaderSentiment", "vaderSentiment.vaderSentiment"):   # as where it is not installed
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match="pip install vaderSentiment$"):
         real_rlhf.main(flags("--sentiment", real_rlhf.Flags.sentiment))
