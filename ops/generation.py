@@ -11,8 +11,9 @@ multiplies with them. So λ must be set before the call, and a change of λ duri
 What makes it fast: on a GPU every step attends to all slots of the cache under a mask. The tensors then never change
 their shape, and the step is replayed as one CUDA graph. A CPU attends to the slots that are filled. On CUDA, a layer
 with an adapter or quantised weights is one launch; q, k, v together are one, and gate, up. On a CPU the weights are
-copied into oneDNN's layout for the duration of the call, and rows that have ended are dropped. A token costs one random
-number, not V.
+copied into oneDNN's layout for the duration of the call, rows that have ended are dropped, and of a tiny model each
+core continues rows of its own. Several answers to one prompt under one λ read it once. A token costs one random number,
+not V.
 """
 import copy
 
