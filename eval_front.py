@@ -35,7 +35,7 @@ from fronts.objective import NATS, OBJECTIVES, same_objective
 from fronts.pictures import draw_comparison, draw_evolution, draw_fronts, draw_histograms
 from fronts.stationarity import stationarity
 from fronts.tables import shown, table
-from runs.directory import close_run, end_training
+from runs.directory import check_ended, close_run, end_training
 from runs.files import UserError, read_json, write_json
 from runs.flags import PLAIN, check_valid, flag, run_main
 from runs.listing import RECORD, age, runs_under
@@ -168,8 +168,7 @@ def check(flags, runs):
         raise UserError("--evolution takes one run")
     configs = [run_config(run) for run in runs]
     for run, config in zip(runs, configs):
-        if not (run / "timing.json").exists():
-            raise UserError(f"{run}: the training has not ended; run its command again to resume it")
+        check_ended(run)
         if config["objective"].get("name") not in list(OBJECTIVES) or not isinstance(train_seconds(run), float):
             raise UserError(f"{run}: no training has written this config.json and timing.json: train the run again")
         if mixture_folder(flags) and (config["method"] != "rs" or flags.stationarity):

@@ -81,9 +81,9 @@ def about(examples, dims):
     """Lines on labels, conflicts and duplicates."""
     pairs = labels_of(examples, dims)
     found = list(dict.fromkeys(dim for labels in pairs for dim in labels))
-    for dim in found:
-        labels = [x[dim] for x in pairs if dim in x]
-        few = 10 * len(labels) < max(sum(other in x for x in pairs) for other in found)
+    of = {dim: [x[dim] for x in pairs if dim in x] for dim in found}
+    for dim, labels in of.items():
+        few = 10 * len(labels) < max(map(len, of.values()))
         yield (f"  {dim}: {len(labels)} labels; the second response is better in {sum(labels) / len(labels):.1%}"
                + "; give it a name, as helpful=FILE" * (dim == "*") + "; so few: is the name a slip?" * few)
     for a, b in combinations(found, 2):

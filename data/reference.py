@@ -51,12 +51,14 @@ def reference_logprobs(model, rows, batch_size, multiple, device, least=None, us
     @torch.no_grad()
     def look(own):
         """log π_ref of these rows; and with `least` how many tokens are likely at each edge, and which."""
-        mine = own or order[:1]                     # no forward pass is empty: with fsdp the processes make it together
-        batch = pack([rows[j] for j in mine], multiple).to(device)
+        # no forward pass is empty: with fsdp the processes make it together
+        batch_rows = [rows[j] for j in own or order[:1]]
+        batch = pack(batch_rows, multiple).to(device)
         states = predicting_states(reference, batch)                                  # (N, D)
         pi = response_logprobs(edge_logprobs(reference, batch, states), batch.paths)  # (R,)
-        edges = (batch.parents // batch.tokens.shape[1]).bincount(minlength=len(mine)).tolist()        # of each row
-        return own, pi.cpu(), edges, None if least is None else _likely(states, reference.head_weight, least)
+        edges = (batch.parents // batch.tokens.shape[1]).bincount(minlength=len(batch_rows)).tolist()  # of each row
+        pi = pi.cpu().split([len(row.responses) for row in batch_rows])
+        return own, pi, edges, None if least is None else _likely(states, reference.head_weight, least)
 
     with adapters_off(model):
         shares = [order[i:i + batch_size][share()] for i in range(0, len(order), batch_size)]
@@ -64,7 +66,7 @@ def reference_logprobs(model, rows, batch_size, multiple, device, least=None, us
         reference = frozen(model, pack=True) if alone else model
         for own, pi, edges, likely in bar(side_by_side(look, shares) if alone else map(look, shares), "log π_ref",
                                           len(shares)):
-            logps |= zip(own, pi.split([len(rows[j].responses) for j in own or order[:1]]))
+            logps |= zip(own, pi)
             if likely:
                 count, token = likely
                 counts |= zip(own, count.split(edges))

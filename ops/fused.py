@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 ONEDNN_FROM = 2 ** 16       # products of matrices smaller than this lose more by oneDNN's overhead than they gain
 COPY_FROM = 1024            # rows from which a wide W that lies column by column is copied: without AVX-512 oneDNN is
-                            # up to 1.7 times as slow with it as it lies, and with AVX-512 the copy costs nothing
+                            # slow with it as it lies, and with AVX-512 the copy pays for itself
 # where a CPU has no instructions for bf16: rows of a bf16 matrix that are converted to fp32 at a time; and the fewest
 TILE_ROWS, TILES_FROM = 256, 16                               # rows of the other that the conversion always pays for
 ROWS, TILE = 1024, 1024     # linear_logprob on a CPU in bf16: tokens and vocabulary entries at a time, 4 MB of logits
