@@ -95,7 +95,7 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags, RewardFlags, Pro
         "ls", "linear scalarisation, Eq. (12); Tchebycheff, Eq. (13); or, without any preference, PAMA or MGDA")
     estimator: Literal["gae", "rloo", "grpo", "gdpo"] | None = flag(
         None, "advantages: GAE with a critic, the paper's; or, without one (its flags have no effect), a response "
-              "beside the others to its prompt (--samples, at least 2): leave-one-out, GRPO, GDPO (default rloo where "
+              "beside the others to its prompt (--samples, at least 2): leave-one-out, GRPO, GDPO (default grpo where "
               "a prompt has several responses, gae for pama and mgda)")
     pama_reading: Literal["V", "T", "S"] = flag(
         "V", "what PAMA minimises: the norm of the vector over tokens, each token alone, or the batch means")
@@ -117,7 +117,7 @@ class Flags(RunFlags, BaseFlags, AdapterFlags, PreferenceFlags, RewardFlags, Pro
     weight_decay: float = flag(0.01, "AdamW's, on U and V only", "not negative")
     # beside the paper
     lr: float = flag(2e-3, "peak learning rate of the adapter, then a cosine to 0", "positive")
-    steps: int = flag(150, "rollouts in all, shared evenly by the models of rs and dps", 1)
+    steps: int = flag(100, "rollouts in all, shared evenly by the models of rs and dps", 1)
     batch_size: int = flag(256, "R: responses per rollout", 1)
     samples: int | None = flag(None, "responses to each prompt, under one λ (default 16 on the embedded world, where "
                                      "they share most of their computation; else 1, the paper's)", 1)
@@ -137,7 +137,7 @@ def train(model, out, name, fixed_lam, prompts, rows, weights, rewards, tokenize
     add_adapter(model, flags, m if fixed_lam is None else 0, member)
     if flags.parallel == "fsdp":
         shard(model, device)
-    critic, critic_optimizer = add_critic(model, m, n, flags, member, device)        # None, None with --estimator rloo
+    critic, critic_optimizer = add_critic(model, m, n, flags, member, device)        # None, None but for gae
     run = Run(model, adamw(model, flags, (0.9, 0.99)), out, name, flags, steps, rewards.dims, member, resume,
               critic=critic, critic_optimizer=critic_optimizer)
     set_lam = (lambda lam: set_preference(model, lam)) if fixed_lam is None else lambda lam: None
@@ -455,7 +455,7 @@ def defaults(flags, rewards, processes):
     flags.kl_coeff = flags.kl_coeff or (0.5 if truth_known else 0.02)
     flags.samples = flags.samples or (16 if flags.prompts is None else 1)
     grouped = flags.samples > 1 and flags.aggregate in ("ls", "tche")
-    flags.estimator = flags.estimator or ("rloo" if grouped else "gae")
+    flags.estimator = flags.estimator or ("grpo" if grouped else "gae")
     if flags.estimator != "gae" and flags.samples < 2:
         raise UserError(f"--estimator {flags.estimator} compares responses to one prompt: --samples must be at least 2")
     if flags.aggregate == "tche" and flags.ideal is None and truth_known:

@@ -3,7 +3,8 @@ that was killed goes on.
 
     python -m experiments.reproduce results      # DPO: Panacea and its rivals, 3 bases x 3 seeds
     python -m experiments.reproduce ablations    # DPO: what each part of the method gives
-    python -m experiments.reproduce three        # m = 3: Panacea (LS, Tche), rewarded soups
+    python -m experiments.reproduce three        # m = 3 by DPO: Panacea (LS, Tche), rewarded soups, six models
+    python -m experiments.reproduce three_rlhf   # m = 3 by PPO: Panacea, rewarded soups, six models
     python -m experiments.reproduce dps          # discrete policy solutions: 5 models, at 1 and at 5 times the steps
     python -m experiments.reproduce evolution    # Fig. 4: the front over the training steps
     python -m experiments.reproduce rlhf         # PPO: Panacea (LS, Tche), rewarded soups: 3 bases; evolution
@@ -11,7 +12,6 @@ that was killed goes on.
     python -m experiments.reproduce stories --stories_init DIR --stories_text FILE    # text rewards, a tiny Llama
     python -m experiments.reproduce sft          # the SFT objective: Panacea (LS, Tche), rewarded soups: 3 bases
     python -m experiments.reproduce ten          # m = 10 by SFT and by DPO
-    python -m experiments.reproduce hhc_dpo hhc_ppo     # helpful, harmless, concise: one, three and six models
     python -m experiments.reproduce hqd          # ParetoHqD and its ablations: 3 seeds
     python -m experiments.reproduce everything   # runs of all of the above with m = 2 in the one space of mean scores
     python -m experiments.reproduce labels       # Appendix A: pooled scalar labels
@@ -54,7 +54,8 @@ class Flags:
     styles_data: str | None = flag(None, "styles: directory with helpsteer2_{train,eval}.jsonl")
 
 
-RS, TCHE, FIVE = ("--method", "rs"), ("--aggregate", "tche"), ("--method", "dps", "--dps_parts", 4)
+RS, TCHE, THREE = ("--method", "rs"), ("--aggregate", "tche"), ("--pref_dim", 3)
+FIVE, SIX = ("--method", "dps", "--dps_parts", 4), (*THREE, "--method", "dps", "--dps_parts", 2)
 # the rivals' best, found on the validation prompts (docs/log.md)
 SOUP_FACTOR, MOD_FACTOR = 0.8, 0.8
 TWICE = ("--steps", 480)
@@ -66,7 +67,6 @@ TEN_SFT = ("--steps", 2000, "--lr", 5e-3, "--vertex_share", 0.1)
 STORIES = ("--rewards", "dialogue", "narrative", "--eos_id", 1, "--max_new_tokens", 96, "--max_length", 144,
            "--batch_size", 48, "--steps", 100, "--kl_coeff", 0.1, "--ptx_coeff", 0.1)
 STORY = 3                                     # which of the evaluation prompts is shown at five λ
-HHC = {"dpo": ("--pref_dim", 3), "ppo": ("--rewards", "helpful", "harmless", "concise:12", "--steps", 75)}
 # what -> {label: (the run's name, its script, its flags)}. {b} and {s} in a name: one run for each base and each seed.
 # Behind @ stands how a run of specialists is evaluated: mod, mod-FACTOR or weights-FACTOR (eval_front.py --mix)
 TABLES = {
@@ -90,25 +90,26 @@ TABLES = {
                   **{f"G = {G}, 32 rows a step, a quarter of the steps":
                      (f"m2-G{G}-base0-seed0", "dpo", "--lams_per_step", G, "--batch_size", 32, "--steps", 60)
                      for G in (8, 16, 32)}},
-    "three": {"panacea ls, m = 3": ("m3-panacea-base0-seed0", "dpo", "--pref_dim", 3),
-              "panacea tche, m = 3": ("m3-tche-base0-seed0", "dpo", "--pref_dim", 3, *TCHE),
-              "rs, m = 3": (f"m3-rs-base0-seed0@weights-{SOUP_FACTOR}", "dpo", "--pref_dim", 3, *RS)},
+    "three": {"panacea ls, m = 3": ("m3-panacea-base0-seed0", "dpo", *THREE),
+              "panacea tche, m = 3": ("m3-tche-base0-seed0", "dpo", *THREE, *TCHE),
+              "rs, m = 3": (f"m3-rs-base0-seed0@weights-{SOUP_FACTOR}", "dpo", *THREE, *RS),
+              "dps, m = 3": ("m3-dps-base0-seed0", "dpo", *SIX)},
     "dps": {"panacea": LS, "dps, equal total steps": ("m2-dps-base0-seed0", "dpo", *FIVE),
             "dps, 5 times the steps": ("m2-dps5-base0-seed0", "dpo", *FIVE, "--steps", 1200)},
     "rlhf": {"panacea ppo ls": ("ppo-ls-base{b}-seed0", "ppo"),
-             **{f"the same by {x}": (f"ppo-{x}-base0-seed0", "ppo", "--estimator", x) for x in ("gae", "grpo", "gdpo")},
+             **{f"the same by {x}": (f"ppo-{x}-base0-seed0", "ppo", "--estimator", x) for x in ("gae", "rloo", "gdpo")},
              "panacea ppo tche": ("ppo-tche-base{b}-seed0", "ppo", *TCHE),
              "rs ppo": (f"ppo-rs-base{{b}}-seed0@weights-{SOUP_FACTOR}", "ppo", *RS),
              "MOD ppo": ("ppo-rs-base{b}-seed0@mod", "ppo", *RS)},
+    "three_rlhf": {"panacea ppo, m = 3": ("ppo3-ls-base0-seed0", "ppo", *THREE),
+                   "rs ppo, m = 3": (f"ppo3-rs-base0-seed0@weights-{SOUP_FACTOR}", "ppo", *THREE, *RS),
+                   "dps ppo, m = 3": ("ppo3-dps-base0-seed0", "ppo", *SIX)},
     "sft": {"panacea sft ls": ("sft-ls-base{b}-seed0", "sft"),
             "panacea sft tche": ("sft-tche-base{b}-seed0", "sft", *TCHE),
             "rs sft": (f"sft-rs-base{{b}}-seed0@weights-{SOUP_FACTOR}", "sft", *RS),
             "MOD sft": ("sft-rs-base{b}-seed0@mod", "sft", *RS)},
     "ten": {"m = 10, sft": ("m10-sft-base0-seed0", "sft", "--pref_dim", 10, *TEN_SFT),
             "m = 10, dpo": ("m10-dpo-base0-seed0", "dpo", "--pref_dim", 10, "--steps", 540)},
-    **{f"hhc_{by}": {f"panacea {by}": (f"hhc-{by}-panacea", by, *more), f"rs {by}": (f"hhc-{by}-rs", by, *more, *RS),
-                     f"dps {by}": (f"hhc-{by}-dps", by, *more, "--method", "dps", "--dps_parts", 2)}
-       for by, more in HHC.items()},
     # of one base: `together` measures them in one space
     "hqd": {"ParetoHqD": ("hqd-base0-seed{s}", "hqd"),
             "stage 1 alone": ("hqd-stage1-base0-seed{s}", "hqd", "--no-stage2"),
@@ -128,7 +129,7 @@ PICTURES = {
     "dps": [("dps", "panacea"), ("dps", "dps, 5 times the steps")],
     "rlhf": [("rlhf", "panacea ppo ls"), ("rlhf", "rs ppo")], "sft": [("sft", "panacea sft ls"), ("sft", "rs sft")],
     "ten_sft": [("ten", "m = 10, sft")], "ten_dpo": [("ten", "m = 10, dpo")],
-    **{what: [(what, label) for label in TABLES[what]] for what in ("hhc_dpo", "hhc_ppo")},
+    "three_rlhf": [("three_rlhf", "panacea ppo, m = 3")],
 }
 # runs of all kinds in one space: label -> (what, label of its table)
 EVERYTHING = {"Panacea, DPO": ("results", "Panacea, LS"), "Panacea, RLHF": ("rlhf", "panacea ppo ls"),

@@ -458,10 +458,10 @@ def prompt_files(place):
 
 
 def test_estimator_by_default():
-    """Leave-one-out where a prompt has several responses to compare; a critic where it has one, and for PAMA."""
-    for given, want in (({}, "rloo"), (dict(aggregate="tche"), "rloo"), (dict(samples=1), "gae"),
+    """GRPO where a prompt has several responses to compare; a critic where it has one, and for PAMA."""
+    for given, want in (({}, "grpo"), (dict(aggregate="tche"), "grpo"), (dict(samples=1), "gae"),
                         (dict(aggregate="pama"), "gae"), (dict(aggregate="mgda"), "gae"),
-                        (dict(estimator="grpo"), "grpo"), (dict(estimator="gae"), "gae")):
+                        (dict(estimator="rloo"), "rloo"), (dict(estimator="gae"), "gae")):
         flags = train_ppo.Flags(**given)
         train_ppo.defaults(flags, world_rewards(["helpful", "harmless"], None), 1)
         assert flags.estimator == want
