@@ -300,7 +300,7 @@ def evolution(run, device, parts):
     for step, file in zip(steps, files + [run / "adapter.safetensors"]):
         r, _ = evaluate(run, device, known, parts, file)
         results.append(r)
-        print(f"step {step:06d} | hypervolume {r['hypervolume']:.4f} | regret {r['regret']}")
+        print(f"step {step:06d} | hypervolume {r['hypervolume']:.4f} | regret {shown([r['regret']], '.4f')[0]}")
     write_json(run / "evolution.json", {"steps": steps, "fronts": results})
     draw_evolution(steps, results, run / "evolution.png")
     return results

@@ -107,7 +107,7 @@ TABLES = {
     "sft": {"panacea sft ls": ("sft-ls-base{b}-seed0", "sft"),
             "panacea sft tche": ("sft-tche-base{b}-seed0", "sft", *TCHE),
             "rs sft": (f"sft-rs-base{{b}}-seed0@weights-{SOUP_FACTOR}", "sft", *RS),
-            "MOD sft": ("sft-rs-base{b}-seed0@mod", "sft", *RS)},
+            "MOD sft": (f"sft-rs-base{{b}}-seed0@mod-{MOD_FACTOR}", "sft", *RS)},
     "ten": {"m = 10, sft": ("m10-sft-base0-seed0", "sft", "--pref_dim", 10, *TEN_SFT),
             "m = 10, dpo": ("m10-dpo-base0-seed0", "dpo", "--pref_dim", 10, "--steps", 540)},
     # of one base: `together` measures them in one space
