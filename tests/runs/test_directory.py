@@ -44,8 +44,9 @@ def test_default_names_do_not_collide():
     assert name(method="rs", seed=1) == name() + "-method=rs-seed=1"
     assert name("pku", data=["a/pku.jsonl"], init="x/llama").startswith("out/dpo-pku-helpful-harmless-init=llama-")
     names = [name(), name(seed=1), name(method="rs"), name(aggregate="tche"), name(lr=1e-3), name(lr=1e-2),
-             name(steps=21), *(name("pku", data=[file], init=init) for file in ("a/pku.jsonl", "b/pku.jsonl") for init in
-               ("x/llama", "y/llama", "x/Llama", "../x/llama")), name("pku", data=["a/pku.jsonl"], eval_data=["a"]),
+             name(steps=21), *(name("pku", data=[file], init=init) for file in ("a/pku.jsonl", "b/pku.jsonl")
+                               for init in ("x/llama", "y/llama", "x/Llama", "../x/llama")),
+             name("pku", data=["a/pku.jsonl"], eval_data=["a"]),
              name("pku", data=["a/pku.jsonl"], eval_data=["b"]), name(ideal=[0.1, 0.2]), name(ideal=[0.10, 0.3])]
     hqd = lambda **flags: run_name(["hqd"], train_hqd.Flags(**flags), {"data", "rewards"})
     names += [hqd(), hqd(select="all"), hqd(steps=21), hqd(steps2=1),
