@@ -194,10 +194,10 @@ def answer(talker, turns, lams, flags, greedy=None, seed=None, cut=None):
                     if i in going:
                         ids[i].append(token)
                         text, ended = visible(ids[i], tokenizer)
-                        yield i, text[len(said[i]):]
-                        said[i] = text
                         for still in (going, cut) if ended else ():
                             still.discard(i)
+                        yield i, text[len(said[i]):]
+                        said[i] = text
                 if not going:
                     break
         for i in going:                                                # cut short: what was held back
@@ -486,13 +486,12 @@ def question_of(asked, m):
 
 
 def events(talker, flags, turns, lams, greedy, seed):
-    """What the page is sent: {"i", "text"} for a piece of column i, {"i", "cut"} where --max_new_tokens ended it,
-    {"ended"} for all, {"i", "likeliest"}, {"error"}."""
+    """What the page is sent: {"i", "text", "cut"} for a piece of column i, and whether the answer would be cut short
+    behind it; {"ended"} for all, {"i", "likeliest"}, {"error"}."""
     cut = set()
     try:
         with contextlib.closing(answer(talker, turns, lams, flags, greedy, seed, cut)) as pieces:
-            yield from ({"i": i, "text": text} for i, text in pieces if text)
-        yield from ({"i": i, "cut": True} for i in sorted(cut))
+            yield from ({"i": i, "text": text, "cut": i in cut} for i, text in pieces if text or i not in cut)
         yield {"ended": True}
         for i, lam in enumerate(lams):
             yield {"i": i, "likeliest": likeliest(talker, turns[-1].content, lam)}

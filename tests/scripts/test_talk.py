@@ -337,12 +337,12 @@ def test_an_answer_that_is_cut_off_says_so(panacea, monkeypatch, capsys):
     assert chat.say(talker, user(question), LAMS[:1], given) == [short] and capsys.readouterr().out == f"{short} …\n"
     chat.say(talker, user(question), LAMS[:2], given)
     assert capsys.readouterr().out.count(" …") == 2
-    sent = list(chat.events(talker, given, user(question), LAMS[:2], True, 0))
-    assert [event["i"] for event in sent if "cut" in event] == [0, 1]
-    whole, _, _ = loaded(panacea, "--greedy")
+    last = lambda: {event["i"]: event["cut"] for event in chat.events(talker, given, user(question), LAMS[:2], True, 0)
+                    if "text" in event}
+    assert last() == {0: True, 1: True}
     given.max_new_tokens, cut = 200, set()
-    list(chat.answer(whole, user(question), LAMS[:2], given, cut=cut))
-    assert cut == set()
+    list(chat.answer(talker, user(question), LAMS[:2], given, cut=cut))
+    assert cut == set() and last() == {0: False, 1: False}
 
 
 def test_columns_beside_each_other():

@@ -138,7 +138,7 @@ def test_a_new_question_of_a_page_ends_the_one_before(panacea, serving, monkeypa
     connection = http.client.HTTPConnection(parts.netloc, timeout=30)
     connection.request("POST", parts.path + "answer", asking("old", LAMS[:1], number=5))
     response = connection.getresponse()
-    assert json.loads(response.readline()) == {"i": 0, "text": "x"} and len(said_so_far) < 100          # it streams
+    assert json.loads(response.readline()) == {"i": 0, "text": "x", "cut": False} and len(said_so_far) < 100          # it streams
     monkeypatch.setattr(chat, "answer", lambda talker, turns, *args: (piece for piece in [(0, turns[-1].content)]))
     other = ask(url, "other page", LAMS[:1], page="b")                  # waits for its turn, and ends nothing
     assert other[0] == ["other page"] and said_so_far == ["old"] * 200
@@ -165,7 +165,7 @@ def test_a_newer_question_does_not_wait_for_the_end(panacea, serving, monkeypatc
     response = connection.getresponse()
     response.readline()
     assert not closed.is_set() and ask(url, "new", LAMS[:1], number=2)[0] == ["new"] and closed.is_set()
-    assert set(response.read().splitlines()) <= {b'{"i": 0, "text": "x"}'}
+    assert set(response.read().splitlines()) <= {b'{"i": 0, "text": "x", "cut": false}'}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,6 +231,47 @@ def test_a_question_a_dragged_preference_and_a_comparison(sft_run, serving, tab)
     assert tab.run("pins.length") == 4 and len(texts(tab)) == 5
     tab.run("$('reset').click()")
     assert texts(tab) == [] and tab.run("$('empty').hidden") is False
+
+
+@in_browser
+def test_stop(panacea, serving, tab, monkeypatch):
+    """… stands behind what was stopped, and behind that alone; of what was said at another λ nothing is left."""
+    *_, url = serving(panacea, "--compare", "--pref", "1", "0", "0", "1")
+    words = ["Well.", ""]
+
+    def answers(talker, turns, lams, flags, greedy, seed, cut):
+        cut.update(range(len(lams)))
+        for i, word in enumerate(words[:len(lams)]):
+            cut.difference_update([i] * word.endswith("."))
+            yield i, word
+        while not words[-1].endswith("."):
+            time.sleep(0.01)
+            yield 0, ""
+    monkeypatch.setattr(chat, "answer", answers)
+    tab.goto(url)
+    tab.run("ask('x')")
+    tab.until("last().columns[0].text === 'Well.'")
+    tab.run("$('stop').click()")
+    settled(tab)
+    assert texts(tab) == ["Well.", " …"]
+    words[:] = ["Well,"]
+    tab.run("setLam([0.5, 0.5])")
+    tab.until("last().columns[0].text === 'Well,'")
+    assert texts(tab)[0] == "Well,"
+    tab.run("$('stop').click()")
+    settled(tab)
+    assert texts(tab) == ["Well, …", " …"]
+    words[:] = [""]
+    tab.run("setLam([0.2, 0.8])")
+    tab.until("running && last().columns[0].stale")
+    assert texts(tab)[0] == "Well,"
+    tab.run("$('stop').click()")
+    settled(tab)
+    assert texts(tab) == [" …", " …"]
+    words[:] = ["Well.", "No."]
+    tab.run("repeat()")
+    settled(tab)
+    assert texts(tab) == words
 
 
 @in_browser
