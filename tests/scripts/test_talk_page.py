@@ -303,6 +303,15 @@ def test_it_fits_every_width_light_and_dark(panacea, serving, tab, width):
         small = tab.run("[...document.querySelectorAll('button')].filter(b => b.offsetParent && "
                         "(b.offsetHeight < 24 || b.offsetWidth < 24)).map(b => b.id)")
         assert small == [] and len(texts(tab)) == 3
+        assert "helpful 1.00" in tab.run("$('pins').innerText")          # the slider has helpful at its right
+        for x in toy.prompts("seen"):                                   # each stands between what is fixed
+            tab.run(f"ask({json.dumps(x)})")
+            settled(tab)
+            top, bottom, over, under = tab.run(
+                "(q => [q.top, q.bottom, $('control').getBoundingClientRect().bottom, "
+                "$('form').getBoundingClientRect().top])([...document.querySelectorAll('.question')].pop()"
+                ".getBoundingClientRect())")
+            assert max(0, over if width == 390 else 0) <= top and bottom <= under, (top, bottom, over, under)
         shades.append(tab.run("getComputedStyle(document.body).backgroundColor"))
     assert shades[0] != shades[1]
 
