@@ -118,11 +118,12 @@ def load(flags):
     if flags.run is None:
         base, name = find_base(flags.init, None, flags.tokenizer, device)
         config = {"base": base, "tokenizer": name, "flags": {}, "dims": [], "method": None, "label": Path(base).name}
-        model = Transformer.from_pretrained(base, dtype, device, flags.quantize)
     else:
         config = run_config(Path(flags.run))
         check_ended(Path(flags.run))
-        model = base_of(config, device)
+    if sys.stderr.isatty():                                            # as a bar: for whoever waits there
+        print(f"loading {flags.run or flags.init}", file=sys.stderr)
+    model = base_of(config, device) if flags.run else Transformer.from_pretrained(base, dtype, device, flags.quantize)
     replace_broken(device, model.embed.weight.dtype)
     tokenizer = load_tokenizer(config["tokenizer"], flags.template or config["flags"].get("template"),
                                eos_id=config["flags"].get("eos_id"), day=config.get("day"))

@@ -253,6 +253,14 @@ def test_what_loading_says_is_no_answer(monkeypatch, capsys):
     assert out.count("\n") == 1 and out[0].isupper() and "loading" in err and "loading" not in out
 
 
+def test_whoever_waits_at_a_terminal_is_told_why(panacea, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+        chat.main(flags(panacea))
+        assert capsys.readouterr() == ("", f"loading {panacea}\n" * terminal)
+
+
 def test_lines_are_questions_of_their_own(panacea, monkeypatch, capsys):
     talker, given, question = loaded(panacea, "--greedy")
     alone = said(chat.answer(talker, user(question), LAMS, given), 3)
