@@ -138,7 +138,7 @@ def test_a_new_question_of_a_page_ends_the_one_before(panacea, serving, monkeypa
     connection = http.client.HTTPConnection(parts.netloc, timeout=30)
     connection.request("POST", parts.path + "answer", asking("old", LAMS[:1], number=5))
     response = connection.getresponse()
-    assert json.loads(response.readline()) == {"i": 0, "text": "x", "cut": False} and len(said_so_far) < 100          # it streams
+    assert json.loads(response.readline()) == {"i": 0, "text": "x", "cut": False} and len(said_so_far) < 100  # streams
     monkeypatch.setattr(chat, "answer", lambda talker, turns, *args: (piece for piece in [(0, turns[-1].content)]))
     other = ask(url, "other page", LAMS[:1], page="b")                  # waits for its turn, and ends nothing
     assert other[0] == ["other page"] and said_so_far == ["old"] * 200
