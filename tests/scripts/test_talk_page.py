@@ -331,6 +331,10 @@ def test_more_dimensions(m, control, serving, tab):
     lam = tab.run("lam")
     assert lam[0] > 1 / m + 0.005 > 1 / m > lam[1] and sum(lam) == pytest.approx(1)
     if m == 3:
+        for width in (390, 820, 1280):                                  # its corners' names can be read
+            tab.look(width)
+            assert tab.run("parseFloat(getComputedStyle(document.querySelector('#triangle text')).fontSize) / 300 * "
+                           "$('triangle').getBoundingClientRect().width") > 10
         x, y = tab.run("(box => [box.left + box.width * 20 / 300, box.top + box.height * 230 / 256])"
                        "($('triangle').getBoundingClientRect())")
         for kind in ("mousePressed", "mouseReleased"):
