@@ -118,11 +118,12 @@ def load(flags):
     if flags.run is None:
         base, name = find_base(flags.init, None, flags.tokenizer, device)
         config = {"base": base, "tokenizer": name, "flags": {}, "dims": [], "method": None, "label": Path(base).name}
-        model = Transformer.from_pretrained(base, dtype, device, flags.quantize)
     else:
         config = run_config(Path(flags.run))
         check_ended(Path(flags.run))
-        model = base_of(config, device)
+    if sys.stderr.isatty():                                            # as a bar: for whoever waits there
+        print(f"loading {flags.run or flags.init}", file=sys.stderr)
+    model = base_of(config, device) if flags.run else Transformer.from_pretrained(base, dtype, device, flags.quantize)
     replace_broken(device, model.embed.weight.dtype)
     tokenizer = load_tokenizer(config["tokenizer"], flags.template or config["flags"].get("template"),
                                eos_id=config["flags"].get("eos_id"), day=config.get("day"))
@@ -194,10 +195,10 @@ def answer(talker, turns, lams, flags, greedy=None, seed=None, cut=None):
                     if i in going:
                         ids[i].append(token)
                         text, ended = visible(ids[i], tokenizer)
-                        yield i, text[len(said[i]):]
-                        said[i] = text
                         for still in (going, cut) if ended else ():
                             still.discard(i)
+                        yield i, text[len(said[i]):]
+                        said[i] = text
                 if not going:
                     break
         for i in going:                                                # cut short: what was held back
@@ -486,13 +487,12 @@ def question_of(asked, m):
 
 
 def events(talker, flags, turns, lams, greedy, seed):
-    """What the page is sent: {"i", "text"} for a piece of column i, {"i", "cut"} where --max_new_tokens ended it,
-    {"ended"} for all, {"i", "likeliest"}, {"error"}."""
+    """What the page is sent: {"i", "text", "cut"} for a piece of column i, and whether the answer would be cut short
+    behind it; {"ended"} for all, {"i", "likeliest"}, {"error"}."""
     cut = set()
     try:
         with contextlib.closing(answer(talker, turns, lams, flags, greedy, seed, cut)) as pieces:
-            yield from ({"i": i, "text": text} for i, text in pieces if text)
-        yield from ({"i": i, "cut": True} for i in sorted(cut))
+            yield from ({"i": i, "text": text, "cut": i in cut} for i, text in pieces if text or i not in cut)
         yield {"ended": True}
         for i, lam in enumerate(lams):
             yield {"i": i, "likeliest": likeliest(talker, turns[-1].content, lam)}

@@ -115,7 +115,7 @@ def main(flags):
     if flags.size not in SIZES:
         raise UserError(f"--size {flags.size}: choose one of {', '.join(SIZES)}")
     device, dtype = pick_device(flags.device, "fp32", flags.plain)     # all weights train
-    out = Path(flags.out or run_name(["base", flags.size, f"seed{flags.seed}"], flags, {"size"}))
+    out = Path(flags.out or run_name(["base", flags.size, f"seed{flags.seed}"], flags, {"size", "seed"}))
     tokenizer = load_tokenizer("toy")
     config = replace(SIZES[flags.size], vocab_size=tokenizer.vocab_size, bos_id=None, eos_id=tokenizer.eos_id)
     model = Transformer(config).init_weights(generator_for(flags.seed, "init")).to(device)

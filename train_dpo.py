@@ -156,8 +156,7 @@ def main(flags):
     flags.lr = flags.lr or (3e-3 if on_world else usual_rate(on_world, model.config))
     flags.steps = flags.steps or (240 if on_world else max(1, round(flags.epochs * len(rows) / flags.batch_size)))
     files = [plain_name(f) for f in flags.data or []]
-    out = run_directory(["dpo", *files, flags.method, flags.aggregate],
-                        {"method", "aggregate", "data", "eval_data", "fields"}, given, flags, dims)
+    out = run_directory(["dpo", *files], {"data", "eval_data", "fields"}, given, flags, dims)
     tokenizer = as_begun(tokenizer, out, flags.overwrite)
     announce(tokenizer.template, [row.prompt for row in rows])
     rows, cut = tokenize(rows, tokenizer, min(flags.max_length, model.config.context_length))

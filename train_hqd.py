@@ -184,8 +184,7 @@ def main(flags):
     tokens_of = lambda rows: tokenize(rows, tokenizer, length, length - flags.max_new_tokens)
     rewards_of_models = [r.partition(":")[0] for r in flags.rewards or [] if "/" in r]
     parts = [plain_name(f) for f in (flags.data or []) + rewards_of_models]
-    out = run_directory(["hqd", *parts, flags.select], {"select", "data", "rewards", "fields"}, given, flags,
-                        rewards.dims)
+    out = run_directory(["hqd", *parts], {"data", "rewards", "fields"}, given, flags, rewards.dims)
     tokenizer = as_begun(tokenizer, out, flags.overwrite)
     announce(tokenizer.template, [row.prompt for row in rows])
     token_rows, cut = tokens_of(rows)

@@ -403,8 +403,7 @@ def main(flags):
     if single:
         flags.method, flags.lam = "dps", [1 / m] * m
     parts = [plain_name(f.partition(":")[0]) for f in (flags.prompts or []) + (flags.rewards or []) if "/" in f]
-    out = run_directory(["ppo", *parts, flags.method, flags.aggregate],
-                        {"method", "aggregate", "prompts", "rewards", "fields"}, given, flags, rewards.dims)
+    out = run_directory(["ppo", *parts], {"prompts", "rewards", "fields"}, given, flags, rewards.dims)
     tokenizer = as_begun(tokenizer, out, flags.overwrite)
     announce(tokenizer.template, [row.prompt for row in prompts])
     rows, cut = tokenize(prompts, tokenizer, length, max_prompt=length - flags.max_new_tokens)

@@ -4,7 +4,7 @@
     python train_reward.py --pref_dim 2 --reward_scale 1 5   # the paper's factor 5 on the harmless reward
     python train_reward.py --dims harmless --init <Hugging Face directory> --data a.jsonl b.jsonl --eval_data c.jsonl
     torchrun --nproc_per_node 8 train_reward.py …            # on several GPUs; --parallel fsdp: a sharded base
-    python train_ppo.py --rewards out/reward-helpful-harmless-seed0       # uses it (data/rewards.py: load_reward_model)
+    python train_ppo.py --rewards out/reward-helpful-harmless       # uses it (data/rewards.py: load_reward_model)
 
 B: data rows per step   R: responses in them   P: compared pairs   m: dimensions   raw: (R, m), head outputs
 All dimensions share one frozen base and one adapter and differ in their heads: one forward pass gives all m rewards.

@@ -1,6 +1,6 @@
 """check.py - what is understood of preference files, before anything is trained on them.
 
-    python -m data.check train.jsonl --eval test.jsonl --init DIR          # lengths in the tokens of DIR
+    python -m data.check train.jsonl --eval_data test.jsonl --init DIR     # lengths in the tokens of DIR
     python -m data.check helpful=helpful.jsonl.gz harmless=harmless.jsonl.gz
     python -m data.check a.parquet --fields prompt=question response_0=a response_1=b helpful=label
     python -m data.check train.jsonl --json                                # every pair as one line of JSON
@@ -29,7 +29,7 @@ class Flags:
     """The command's flags, with defaults and --help texts."""
 
     files: list[str] = flag([], "preference files, or dimension=file", positional=True)
-    eval: list[str] | None = flag(None, "those of the evaluation")
+    eval_data: list[str] | None = flag(None, "those of the evaluation")
     init: str | None = flag(None, "directory of the model's tokenizer")
     template: str | None = flag(None, "as the training scripts' flag")
     system: str | None = flag(None, "as the training scripts' flag")
@@ -41,7 +41,7 @@ class Flags:
 
 def main(flags):
     """Prints what was understood."""
-    parts = {"training": flags.files, "evaluation": flags.eval or []}
+    parts = {"training": flags.files, "evaluation": flags.eval_data or []}
     with redirect_stdout(sys.stderr if flags.json else sys.stdout):
         files = {part: {path: read_compared(path, flags.fields) for path in paths} for part, paths in parts.items()}
     examples = {part: [x for file in read.values() for x in file.examples] for part, read in files.items()}
@@ -59,7 +59,7 @@ def main(flags):
             print("\n".join(about(examples[part], flags.dims)))
             print("\n".join(lengths(examples[part], tokenizer, flags.max_length)))
     seen = {x.prompt for x in examples["training"]}
-    if flags.eval:
+    if flags.eval_data:
         prompts = dict.fromkeys(x.prompt for x in examples["evaluation"])
         print(f"evaluation: {sum(x in seen for x in prompts)} of its {len(prompts)} prompts are among the training's")
     n = len(examples["training"])

@@ -1,6 +1,6 @@
 """labelers.py - why one scalar label is not enough (Panacea, arXiv:2402.02030v1, Appendix A), on the embedded world.
 
-    python -m experiments.labelers --panacea out/dpo-panacea-ls-helpful-harmless-seed0       # a run of train_dpo.py
+    python -m experiments.labelers --panacea out/dpo-helpful-harmless       # a run of train_dpo.py
 
 Labelers agree on every dimension, r_1 … r_m, and weigh the dimensions differently: labeler i judges by Σ_j λ^i_j r_j
 (Assumption A.3, Eq. (10)). Asked for one label per pair, "which is better?", they contradict each other, and a model
@@ -41,7 +41,7 @@ from svd_lora import load_adapter, set_preference, shared_base
 class Flags:
     """The script's flags, with defaults and --help texts."""
 
-    panacea: str = flag("out/dpo-panacea-ls-helpful-harmless-seed0", "a finished run of train_dpo.py, m = 2")
+    panacea: str = flag("out/dpo-helpful-harmless", "a finished run of train_dpo.py, m = 2")
     labelers: list[float] = flag([1.0, 0.8, 0.2, 0.0], "each labeler's weight of the first dimension", "share")
     steps: int | None = flag(None, "steps of the model on pooled labels (default: the Panacea run's)", 1)
     out: str = flag("out/appendix-a", "where table and picture go")

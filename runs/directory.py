@@ -59,11 +59,12 @@ def run_name(parts, flags, named):
     """out/<parts joined by dashes>, followed by every flag that is not at its default and not among `named`. What such
     a name cannot tell apart (folders of a path, capitals, lists, whatever is too long), a hash at its end does."""
     given = {f.name: getattr(flags, f.name) for f in dataclasses.fields(flags)
-             if f.name not in UNTRAINED | {"dims", "pref_dim", "seed"} and getattr(flags, f.name) != f.default}
+             if f.name not in UNTRAINED | {"dims", "pref_dim"} and getattr(flags, f.name) != f.default}
     words = [*parts, *(f"{name}={Path(value).name if isinstance(value, str) else value}"
                        for name, value in given.items() if name not in named)]
     name = re.sub(r"[^a-z0-9_.=-]+", "_", "-".join(words).lower())
-    if not NAMED & set(given) and len(name) <= 150 and all(re.fullmatch(r"[a-z0-9_.=]+", word) for word in words):
+    plain = all(re.fullmatch(r"[a-z0-9_.=]+", word) for word in words) and not any("=" in part for part in parts)
+    if plain and not NAMED & set(given) and len(name) <= 150:
         return f"out/{name}"
     return f"out/{name[:140]}-{digest([words, given])}"
 
@@ -75,7 +76,7 @@ def adapter_file(out, name):
 
 def run_directory(parts, named, given, flags, dims):
     """The run directory: --out, or the name that run_name makes of parts, dims and `given` flags."""
-    return Path(flags.out or run_name([*parts, *dims, f"seed{flags.seed}"], given, named))
+    return Path(flags.out or run_name([*parts, *dims], given, named))
 
 
 def open_run(script, out, flags, dims, model, base, tokenizer, method=None, done="timing.json", **more):

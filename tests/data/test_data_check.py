@@ -38,7 +38,7 @@ def files(tmp_path, monkeypatch):
 
 
 def test_a_file_by_hand(files, capsys):
-    said = run(capsys, "train.jsonl", "--eval", "eval.jsonl", "--max_length", "24")
+    said = run(capsys, "train.jsonl", "--eval_data", "eval.jsonl", "--max_length", "24")
     for line in ("train.jsonl: 1 of 26 rows left out: an empty response (first: row 13)",
                  "train.jsonl: training, 26 rows, 1 left out; read as this project's (25)",
                  "  helpful: 25 labels; the second response is better in 40.0%",

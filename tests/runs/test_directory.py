@@ -36,23 +36,24 @@ from train_dpo import Flags
 
 def test_default_names_do_not_collide():
     def name(*files, **flags):
-        flags = Flags(**flags)
-        return run_name(["dpo", *files, flags.method, flags.aggregate, "helpful", "harmless", f"seed{flags.seed}"],
-                        flags, {"method", "aggregate", "data", "eval_data"})
+        return run_name(["dpo", *files, "helpful", "harmless"], Flags(**flags), {"data", "eval_data"})
 
-    assert name() == "out/dpo-panacea-ls-helpful-harmless-seed0"
+    assert name() == "out/dpo-helpful-harmless"
     assert name(loss="ipo", lr=1e-3) == name() + "-lr=0.001-loss=ipo"
     assert name(out="elsewhere", log_every=7, eval=False, overwrite=True) == name()   # these do not make another run
-    assert name("pku", data=["a/pku.jsonl"], init="x/llama").startswith("out/dpo-pku-panacea-ls-helpful-harmless-seed0")
-    names = [name(), name(seed=1), name(method="rs"), name(lr=1e-3), name(lr=1e-2), name(steps=21),
-             *(name("pku", data=[file], init=init) for file in ("a/pku.jsonl", "b/pku.jsonl") for init in
-               ("x/llama", "y/llama", "x/Llama", "../x/llama")), name("pku", data=["a/pku.jsonl"], eval_data=["a"]),
+    assert name(method="rs", seed=1) == name() + "-method=rs-seed=1"
+    assert name("pku", data=["a/pku.jsonl"], init="x/llama").startswith("out/dpo-pku-helpful-harmless-init=llama-")
+    names = [name(), name(seed=1), name(method="rs"), name(aggregate="tche"), name(lr=1e-3), name(lr=1e-2),
+             name(steps=21), *(name("pku", data=[file], init=init) for file in ("a/pku.jsonl", "b/pku.jsonl")
+                               for init in ("x/llama", "y/llama", "x/Llama", "../x/llama")),
+             name("pku", data=["a/pku.jsonl"], eval_data=["a"]),
              name("pku", data=["a/pku.jsonl"], eval_data=["b"]), name(ideal=[0.1, 0.2]), name(ideal=[0.10, 0.3])]
-    hqd = lambda **flags: run_name(["hqd"], train_hqd.Flags(**flags), {"select", "data", "rewards"})
-    names += [hqd(), hqd(steps=21), hqd(steps2=1), hqd(rewards=["concise:12"]), hqd(rewards=["concise:10"]),
-              hqd(stage2=False), *(run_name(["dpo", *dims], Flags(), set()) for dims in
-                                   (("a-b", "c"), ("a", "b-c"), ("A", "b"), ("a", "b"), ("a b",), ("a/b",), ("ä", "b"),
-                                    ("..",), ("x" * 300,), ("x" * 300 + "y",)))]
+    hqd = lambda **flags: run_name(["hqd"], train_hqd.Flags(**flags), {"data", "rewards"})
+    names += [hqd(), hqd(select="all"), hqd(steps=21), hqd(steps2=1),
+              hqd(rewards=["concise:12"]), hqd(rewards=["concise:10"]), hqd(stage2=False),
+              run_name(["dpo", "a"], Flags(method="rs"), set()), *(run_name(["dpo", *dims], Flags(), set()) for dims in
+              (("a", "method=rs"), ("a-b", "c"), ("a", "b-c"), ("A", "b"), ("a", "b"), ("a b",), ("a/b",), ("ä", "b"),
+               ("..",), ("x" * 300,), ("x" * 300 + "y",)))]
     assert len({name.lower() for name in names}) == len(names)         # also where capitals are no other letters
     for each in names:                                                 # one folder of out, on every system
         assert re.fullmatch(r"out/[a-z0-9][a-z0-9_.=-]*", each) and len(each) <= 200, each

@@ -35,7 +35,7 @@ def test_names_on_the_command_line_and_again_in_the_evaluation(tmp_path):
     run = train_dpo.main(cli(train_dpo.Flags, "", words(flags)))
     r = read(run, "front.json")
     assert r["dims"] == ["good", "warm"] and r["eval_labels"] == [8, 8] and "good=" not in run.name
-    assert run.name.startswith("dpo-kind-warm-panacea-ls-")
+    assert run.name.startswith("dpo-kind-warm-")
     assert metrics(run)[0]["losses"] == pytest.approx([math.log(2)] * 2, abs=1e-5)
 
 

@@ -253,6 +253,14 @@ def test_what_loading_says_is_no_answer(monkeypatch, capsys):
     assert out.count("\n") == 1 and out[0].isupper() and "loading" in err and "loading" not in out
 
 
+def test_whoever_waits_at_a_terminal_is_told_why(panacea, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+        chat.main(flags(panacea))
+        assert capsys.readouterr() == ("", f"loading {panacea}\n" * terminal)
+
+
 def test_lines_are_questions_of_their_own(panacea, monkeypatch, capsys):
     talker, given, question = loaded(panacea, "--greedy")
     alone = said(chat.answer(talker, user(question), LAMS, given), 3)
@@ -337,12 +345,12 @@ def test_an_answer_that_is_cut_off_says_so(panacea, monkeypatch, capsys):
     assert chat.say(talker, user(question), LAMS[:1], given) == [short] and capsys.readouterr().out == f"{short} …\n"
     chat.say(talker, user(question), LAMS[:2], given)
     assert capsys.readouterr().out.count(" …") == 2
-    sent = list(chat.events(talker, given, user(question), LAMS[:2], True, 0))
-    assert [event["i"] for event in sent if "cut" in event] == [0, 1]
-    whole, _, _ = loaded(panacea, "--greedy")
+    last = lambda: {event["i"]: event["cut"] for event in chat.events(talker, given, user(question), LAMS[:2], True, 0)
+                    if "text" in event}
+    assert last() == {0: True, 1: True}
     given.max_new_tokens, cut = 200, set()
-    list(chat.answer(whole, user(question), LAMS[:2], given, cut=cut))
-    assert cut == set()
+    list(chat.answer(talker, user(question), LAMS[:2], given, cut=cut))
+    assert cut == set() and last() == {0: False, 1: False}
 
 
 def test_columns_beside_each_other():

@@ -138,7 +138,7 @@ def test_a_new_question_of_a_page_ends_the_one_before(panacea, serving, monkeypa
     connection = http.client.HTTPConnection(parts.netloc, timeout=30)
     connection.request("POST", parts.path + "answer", asking("old", LAMS[:1], number=5))
     response = connection.getresponse()
-    assert json.loads(response.readline()) == {"i": 0, "text": "x"} and len(said_so_far) < 100          # it streams
+    assert json.loads(response.readline()) == {"i": 0, "text": "x", "cut": False} and len(said_so_far) < 100  # streams
     monkeypatch.setattr(chat, "answer", lambda talker, turns, *args: (piece for piece in [(0, turns[-1].content)]))
     other = ask(url, "other page", LAMS[:1], page="b")                  # waits for its turn, and ends nothing
     assert other[0] == ["other page"] and said_so_far == ["old"] * 200
@@ -165,7 +165,7 @@ def test_a_newer_question_does_not_wait_for_the_end(panacea, serving, monkeypatc
     response = connection.getresponse()
     response.readline()
     assert not closed.is_set() and ask(url, "new", LAMS[:1], number=2)[0] == ["new"] and closed.is_set()
-    assert set(response.read().splitlines()) <= {b'{"i": 0, "text": "x"}'}
+    assert set(response.read().splitlines()) <= {b'{"i": 0, "text": "x", "cut": false}'}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,6 +234,47 @@ def test_a_question_a_dragged_preference_and_a_comparison(sft_run, serving, tab)
 
 
 @in_browser
+def test_stop(panacea, serving, tab, monkeypatch):
+    """… stands behind what was stopped, and behind that alone; of what was said at another λ nothing is left."""
+    *_, url = serving(panacea, "--compare", "--pref", "1", "0", "0", "1")
+    words = ["Well.", ""]
+
+    def answers(talker, turns, lams, flags, greedy, seed, cut):
+        cut.update(range(len(lams)))
+        for i, word in enumerate(words[:len(lams)]):
+            cut.difference_update([i] * word.endswith("."))
+            yield i, word
+        while not words[-1].endswith("."):
+            time.sleep(0.01)
+            yield 0, ""
+    monkeypatch.setattr(chat, "answer", answers)
+    tab.goto(url)
+    tab.run("ask('x')")
+    tab.until("last().columns[0].text === 'Well.'")
+    tab.run("$('stop').click()")
+    settled(tab)
+    assert texts(tab) == ["Well.", " …"]
+    words[:] = ["Well,"]
+    tab.run("setLam([0.5, 0.5])")
+    tab.until("last().columns[0].text === 'Well,'")
+    assert texts(tab)[0] == "Well,"
+    tab.run("$('stop').click()")
+    settled(tab)
+    assert texts(tab) == ["Well, …", " …"]
+    words[:] = [""]
+    tab.run("setLam([0.2, 0.8])")
+    tab.until("running && last().columns[0].stale")
+    assert texts(tab)[0] == "Well,"
+    tab.run("$('stop').click()")
+    settled(tab)
+    assert texts(tab) == [" …", " …"]
+    words[:] = ["Well.", "No."]
+    tab.run("repeat()")
+    settled(tab)
+    assert texts(tab) == words
+
+
+@in_browser
 def test_two_tabs_do_not_mix(panacea, serving, tab):
     talker, given, question, url = serving(panacea)
     other, tabs = toy.prompts("new_verbs")[1], []
@@ -262,6 +303,15 @@ def test_it_fits_every_width_light_and_dark(panacea, serving, tab, width):
         small = tab.run("[...document.querySelectorAll('button')].filter(b => b.offsetParent && "
                         "(b.offsetHeight < 24 || b.offsetWidth < 24)).map(b => b.id)")
         assert small == [] and len(texts(tab)) == 3
+        assert "helpful 1.00" in tab.run("$('pins').innerText")          # the slider has helpful at its right
+        for x in toy.prompts("seen"):                                   # each stands between what is fixed
+            tab.run(f"ask({json.dumps(x)})")
+            settled(tab)
+            top, bottom, over, under = tab.run(
+                "(q => [q.top, q.bottom, $('control').getBoundingClientRect().bottom, "
+                "$('form').getBoundingClientRect().top])([...document.querySelectorAll('.question')].pop()"
+                ".getBoundingClientRect())")
+            assert max(0, over if width == 390 else 0) <= top and bottom <= under, (top, bottom, over, under)
         shades.append(tab.run("getComputedStyle(document.body).backgroundColor"))
     assert shades[0] != shades[1]
 
@@ -281,6 +331,10 @@ def test_more_dimensions(m, control, serving, tab):
     lam = tab.run("lam")
     assert lam[0] > 1 / m + 0.005 > 1 / m > lam[1] and sum(lam) == pytest.approx(1)
     if m == 3:
+        for width in (390, 820, 1280):                                  # its corners' names can be read
+            tab.look(width)
+            assert tab.run("parseFloat(getComputedStyle(document.querySelector('#triangle text')).fontSize) / 300 * "
+                           "$('triangle').getBoundingClientRect().width") > 10
         x, y = tab.run("(box => [box.left + box.width * 20 / 300, box.top + box.height * 230 / 256])"
                        "($('triangle').getBoundingClientRect())")
         for kind in ("mousePressed", "mouseReleased"):
