@@ -183,7 +183,8 @@ def main(flags):
 def report_table(report):
     """What reward.json holds, a line per dimension."""
     heads = {"mean": "mean", "std": "std", "labels": "eval_labels", "held-out accuracy": "accuracy", "±": "accuracy_se",
-             "expected": "expected_accuracy", "best possible": "bayes_accuracy", "ratio": "bayes_ratio"}
+             "the longer one": "longer_accuracy", "expected": "expected_accuracy", "best possible": "bayes_accuracy",
+             "ratio": "bayes_ratio"}
     return table({"on reference responses": report["dims"]} | {
         head: shown(report[key], ".4g") for head, key in heads.items() if key in report})
 
@@ -193,7 +194,8 @@ def report_table(report):
 
 @torch.no_grad()
 def held_out_accuracy(model, rows, dims, tokenizer, max_length, batch_size, on_world):
-    """{"accuracy": share of the labels that the rewards agree with, "accuracy_se", "eval_labels"}, a list of m each.
+    """{"accuracy": share of the labels that the rewards agree with, "accuracy_se", "eval_labels",
+    "longer_accuracy": that of a rule that takes the response with more tokens}, a list of m each.
 
     accuracy_se is sqrt(p(1 − p)/n), as if labels were independent. On the embedded world, where the probabilities
     behind the labels are known, also "expected_accuracy", the first without the noise of the labels drawn;
@@ -204,20 +206,22 @@ def held_out_accuracy(model, rows, dims, tokenizer, max_length, batch_size, on_w
         batch, last = pack_ends(token_rows[i:i + batch_size])
         raw = model(batch.tokens.to(device), last.to(device), batch.positions.to(device), batch.mask.to(device)).cpu()
         _, correct, known = compare(raw, batch.pairs, batch.better)
-        terms = [correct.double() * known, known.double()]
+        tokens = torch.tensor([[float(len(y))] for row in token_rows[i:i + batch_size] for y in row.responses])
+        _, longer, _ = compare(tokens, batch.pairs, batch.better)
+        terms = [correct.double() * known, known.double(), longer.double() * known]
         if on_world:
             r = torch.cat([toy.scores(row.prompt.removesuffix("\n"), row.responses, dims)
                            for row in rows[i:i + batch_size]])                        # (R, m)
             first, second = batch.pairs.T
             p = torch.sigmoid(r[first] - r[second])                                   # (P, m): the first is better
             terms += [torch.where(raw[first] > raw[second], p, 1 - p), torch.maximum(p, 1 - p)]
-        sums = sums + torch.stack([term.sum(0) for term in terms])                    # (2 or 4, m)
+        sums = sums + torch.stack([term.sum(0) for term in terms])                    # (3 or 5, m)
     labels, p = sums[1], sums[0] / sums[1]
     report = {"accuracy": p.tolist(), "accuracy_se": (p * (1 - p) / labels).sqrt().tolist(),
-              "eval_labels": labels.long().tolist()}
+              "eval_labels": labels.long().tolist(), "longer_accuracy": (sums[2] / labels).tolist()}
     if on_world:
-        report |= {"expected_accuracy": (sums[2] / labels).tolist(), "bayes_accuracy": (sums[3] / labels).tolist(),
-                   "bayes_ratio": (sums[2] / sums[3]).tolist()}
+        report |= {"expected_accuracy": (sums[3] / labels).tolist(), "bayes_accuracy": (sums[4] / labels).tolist(),
+                   "bayes_ratio": (sums[3] / sums[4]).tolist()}
     return report
 
 

@@ -72,16 +72,19 @@ def test_held_out_accuracy_and_its_ceiling():
             taken, self.at = rows[self.at:self.at + len(tokens)], self.at + len(tokens)
             return self.sign * torch.cat([score(row) for row in taken])
 
-    hits, best, sure, n = np.zeros(2), np.zeros(2), np.zeros(2), 0
+    hits, best, sure, longer, n = np.zeros(2), np.zeros(2), np.zeros(2), np.zeros(2), 0
     for row in rows:
         for (a, b), better in zip(row.pairs, row.better):
             d = (score(row)[a] - score(row)[b]).numpy()
+            more = len(tokenizer.encode(row.responses[a])) - len(tokenizer.encode(row.responses[b]))
+            longer += (more > 0) * (np.array(better) == 0) + (more < 0) * (np.array(better) == 1)
             hits += (d > 0) * (np.array(better) == 0) + (d < 0) * (np.array(better) == 1)
             best, sure, n = best + np.maximum(1 / (1 + np.exp(-d)), 1 / (1 + np.exp(d))), sure + (d != 0), n + 1
     report = held_out_accuracy(Truth(1), rows, dims, tokenizer, 256, 2, True)
     assert np.allclose(report["accuracy"], hits / n, atol=1e-9) and report["eval_labels"] == [75, 75]
     assert np.allclose(report["bayes_accuracy"], best / n, atol=1e-9) and min(best / n) < 0.9
     assert np.allclose(report["bayes_ratio"], 1, atol=1e-9)
+    assert np.allclose(report["longer_accuracy"], longer / n, atol=1e-9) and (longer / n < 0.5).any()     # wrong: > 0
     p = hits / n
     assert np.allclose(report["accuracy_se"], np.sqrt(p * (1 - p) / 75))
     wrong = held_out_accuracy(Truth(-1), rows, dims, tokenizer, 256, 2, True)
