@@ -57,6 +57,7 @@ class Flags:
     max_length: int = flag(256, "tokens of a prompt with its longer answer; longer rows are left out", 2)
     max_new_tokens: int = flag(256, "a sampled answer's", 1)
     prompts: int = flag(48, "held-out prompts that are answered at every preference", 2)
+    samples: int = flag(2, "answers to each of them", 1)
     precision: str = flag("auto", "of the frozen base: auto, fp32 or bf16")
     out: str = flag("out", "where the runs go")
     device: str = flag("auto", "cpu, cuda, or auto")
@@ -109,13 +110,13 @@ def measure(run, flags, device):
     tokens = tokenize(rows, tokenizer, flags.max_length)[0]
     batches = [pack(tokens[i:i + 8], pad_to(device)).to(device) for i in range(0, len(tokens), 8)]
     ref = [batch_logprobs(model, batch) for batch in bar(batches, "log π_ref")]
-    asked = [row.prompt for row in tokens[:flags.prompts]]
+    asked = [row.prompt for row in tokens[:flags.prompts] for _ in range(flags.samples)]
     lams, beta = evaluation_preferences(2).float(), config["flags"]["beta"]
     look = lambda policy: held_out(policy, batches, ref, beta) | answers(policy, asked, tokenizer, flags)
     base = look(model)
     each = [look(policy) for _, policy in bar(policies(run, config, model, lams), "λ", len(lams))]
     return {"steps": config["flags"]["steps"], "lams": lams.tolist(), "base": base,
-            "prompts": [as_json(row.prompt) for row in rows[:flags.prompts]],
+            "prompts": [as_json(row.prompt) for row in rows[:flags.prompts] for _ in range(flags.samples)],
             **{key: [x[key] for x in each] for key in base}}
 
 
@@ -137,12 +138,12 @@ def held_out(policy, batches, ref, beta):
 
 
 def answers(policy, prompts, tokenizer, flags):
-    """Sampled answers, one to each prompt: their lengths, what of them has collapsed, and the texts."""
+    """Sampled answers to the prompts: their lengths, what of them has collapsed, and the texts."""
     ids = generate(policy, prompts, flags.max_new_tokens, eos_id=tokenizer.ends, vocab_size=tokenizer.vocab_size,
                    generator=generator_for(0, "evaluation"),
                    show=lambda steps: bar(steps, "sampling", flags.max_new_tokens))
-    lengths = torch.tensor([float(len(x)) for x in ids]).double()
-    return {"length": lengths.mean().item(), "length_se": (lengths.std() / math.sqrt(len(ids))).item(),
+    lengths = torch.tensor([float(len(x)) for x in ids]).double().view(-1, flags.samples).mean(1)      # of each prompt
+    return {"length": lengths.mean().item(), "length_se": (lengths.std() / math.sqrt(len(lengths))).item(),
             "collapsed": sum(map(collapsed, ids)) / len(ids), "texts": spoken(ids, tokenizer)[0]}
 
 

@@ -3,9 +3,9 @@ import pytest
 import torch
 from small import adapted
 
-from data.tokenizers import TokenRow
+from data.tokenizers import TokenRow, load_tokenizer
 from data.trees import batch_logprobs, pack
-from experiments.real_model import held_out
+from experiments.real_model import Flags, answers, held_out
 from objectives import dpo_loss, losses_on_pairs
 from svd_lora import adapters_off, set_preference
 
@@ -34,3 +34,10 @@ def test_held_out_figures(tiny):
     assert min(map(abs, got["margin"])) > 0.01                        # wrong, a label turned round: seen by the sign
     tokens = [len(y) for row in ROWS for y in row.responses]
     assert got["loss"] == pytest.approx(-sum(torch.cat(pi).tolist()) / sum(tokens), rel=1e-5)
+
+
+def test_answers_to_one_prompt_are_one_observation(monkeypatch):
+    monkeypatch.setattr("experiments.real_model.generate", lambda *_, **__: [[3] * n for n in (2, 4, 6, 8)])
+    got = answers(None, None, load_tokenizer("toy"), Flags(samples=2))
+    assert got["length"] == 5 and got["length_se"] == pytest.approx(2)        # of 3 and 7; wrong, of four answers: 1.29
+    assert len(got["texts"]) == 4
