@@ -100,10 +100,10 @@ TABLES = {
              **{f"the same by {x}": (f"ppo-{x}-base0-seed0", "ppo", "--estimator", x) for x in ("gae", "rloo", "gdpo")},
              "the same, 250 rollouts": ("ppo-ls250-base0-seed0", "ppo", "--steps", 250),
              "panacea ppo tche": ("ppo-tche-base{b}-seed0", "ppo", *TCHE),
-             "rs ppo": (f"ppo-rs-base{{b}}-seed0@weights-{SOUP_FACTOR}", "ppo", *RS),
+             "rs ppo": ("ppo-rs-base{b}-seed0", "ppo", *RS),           # factors of 1 are the best here
              "MOD ppo": ("ppo-rs-base{b}-seed0@mod", "ppo", *RS)},
     "three_rlhf": {"panacea ppo, m = 3": ("ppo3-ls-base0-seed0", "ppo", *THREE),
-                   "rs ppo, m = 3": (f"ppo3-rs-base0-seed0@weights-{SOUP_FACTOR}", "ppo", *THREE, *RS),
+                   "rs ppo, m = 3": ("ppo3-rs-base0-seed0", "ppo", *THREE, *RS),
                    "dps ppo, m = 3": ("ppo3-dps-base0-seed0", "ppo", *SIX)},
     "sft": {"panacea sft ls": ("sft-ls-base{b}-seed0", "sft"),
             "panacea sft tche": ("sft-tche-base{b}-seed0", "sft", *TCHE),
