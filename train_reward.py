@@ -8,9 +8,8 @@
 
 B: data rows per step   R: responses in them   P: compared pairs   m: dimensions   raw: (R, m), head outputs
 All dimensions share one frozen base and one adapter and differ in their heads: one forward pass gives all m rewards.
-# not in paper: it has one 7B model per dimension. An adapter of its own for each, by one run per dimension with --dims,
-was as accurate on an earlier embedded world: helpful 0.9986 of the best possible, harmless 0.9952 (--dims helpful;
---dims harmless), against 0.9979 and 0.9944 (--pref_dim 2, seed 0) for half the forward passes, in PPO too.
+# not in paper: it has one 7B model per dimension. One run per dimension with --dims gives each an adapter of its own; on
+an earlier embedded world that was no more accurate, for twice the forward passes.
 The loss is −log σ(r_i(x, y_w) − r_i(x, y_l)), the mean over all labels of the data, whatever their dimension. A row's
 responses are packed as a token tree (data/trees.py), so each is computed once, and all of their pairs are used.
 Only differences of raw rewards mean anything. What is used is reward_scale_i · (raw_i − mean_i) / std_i, with mean and
