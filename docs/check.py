@@ -40,7 +40,7 @@ DOCUMENTS = ("*.md", "docs/*.md", "data/*.md", "course/**/*.md")
 SCRIPTS = ("*.py", "*/check.py", "bench/*.py", "experiments/*.py", "runs/*.py", "course/**/*.py", "tests/fuzz.py")
 OF_THE_PAST = "CHANGELOG.md"        # names what is gone: its links alone are checked
 # what documents name and the reader, or a command, makes: no file of the repository
-ELSEWHERE = ("mine.py", "solution.py", "setup.sh", "course/setN/handout.html")
+ELSEWHERE = ("mine.py", "solution.py", "setup.sh", "convert_hf_to_gguf.py", "course/setN/handout.html")
 FLAGS_OF_OTHERS = {"help", "help-all", "include"}                     # outside of commands: argparse's, grep's
 README_LINES = 200
 # commands that --run runs, in this order and in one folder: as a document has it, what is run instead, seconds at most
@@ -425,7 +425,7 @@ def table():
              (base["flags"]["whole_steps"], base["flags"]["whole_batch"], known["kl_data_to_base"],
               known["outside_mass"])),
             ("With # in four (`--batch_size # --minibatch #`)", (ppo.batch_size, ppo.batch_size, ppo.batch_size / 4)),
-            ("That is the default, with # steps:", ppo.steps),
+            ("# rollouts with GRPO are the default", ppo.steps),
         ],
         "docs/metrics.md": [
             ("lists all S = # responses", S),
@@ -464,7 +464,7 @@ def table():
             ("Taking only # of the mixture's way", reproduce.SOUP_FACTOR),
             ("β = #. A step draws # prompts and one λ for each, samples # responses",
              (kl_coeff, ppo.batch_size / 16, said("train_ppo.py", "flags.samples or (#"))),
-            ("# rollouts each;", reproduce.TABLES["pama"]["MGDA"][-1]),
+            ("one seed each, # rollouts;", reproduce.TABLES["pama"]["MGDA"][-1]),
             ("preferences, # steps |", said("train_sft.py", "flags.steps or (# if on_world")),
             ("at most # of one speech", text_rewards.MOST_IN_PART),
             ("# rollouts of #, β = #, PTX", (stories["--steps"], stories["--batch_size"], stories["--kl_coeff"])),
