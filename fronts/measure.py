@@ -57,8 +57,9 @@ def world_rows(prompts, responses=32):
             for i in range(0, len(texts), responses)]
 
 
-def world_batches(prompts, tokenizer, device, rows=20):
-    """All responses to `prompts`, packed for world_logprobs: `rows` trees (data/trees.py) per batch."""
+def world_batches(prompts, tokenizer, device, rows=5):
+    """All responses to `prompts`, packed for world_logprobs: `rows` trees (data/trees.py) per batch, few, so that they
+    stay in a core's caches."""
     trees = tokenize(world_rows(prompts), tokenizer, max_length=10_000)[0]
     return [pack(trees[i:i + rows]).to(device) for i in range(0, len(trees), rows)]
 
