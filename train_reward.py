@@ -8,8 +8,8 @@
 
 B: data rows per step   R: responses in them   P: compared pairs   m: dimensions   raw: (R, m), head outputs
 All dimensions share one frozen base and one adapter and differ in their heads: one forward pass gives all m rewards.
-# not in paper: it has one 7B model per dimension. One run per dimension with --dims gives each an adapter of its own:
-on an earlier embedded world that was no more accurate, for twice the forward passes.
+# not in paper: it has one 7B model per dimension. One run per dimension with --dims gives each an adapter of its own,
+for as many forward passes more; docs/results.md compares the two.
 The loss is −log σ(r_i(x, y_w) − r_i(x, y_l)), the mean over all labels of the data, whatever their dimension. A row's
 responses are packed as a token tree (data/trees.py), so each is computed once, and all of their pairs are used.
 Only differences of raw rewards mean anything. What is used is reward_scale_i · (raw_i − mean_i) / std_i, with mean and
