@@ -45,7 +45,8 @@ def draw_lines(ax, r):
     for i, label in enumerate(ax.get_xticklabels()):
         label.set(color=dimension_color(i), fontweight="bold")
     ax.set(ylabel=r["points_are"], title=f"{looks([r])[0]['name']}. Bold, with a dot: most weight on that dimension")
-    ax.legend(loc="upper center", ncols=3)
+    for handle in ax.legend(loc="upper center", ncols=3).legend_handles:
+        handle.set_alpha(1)                                              # a single faint line would not be seen
 
 
 def draw_heat(ax, r):
