@@ -41,7 +41,7 @@ from runs.randomness import generator_for
 
 DIMS = ["helpful", "concise"]
 # what is trained: name -> (label, flags of train_dpo.py, its colour and marker)
-CASES = {"panacea": ("Panacea, k = 8", (), METHODS["panacea"]),
+CASES = {"panacea": ("Panacea, k = 8", ("--lr", 6e-4), METHODS["panacea"]),
          "k0": ("Panacea, k = 0: λ alone", ("--lora_dim", 0, "--lr", 6e-4), OTHER),
          "rs": ("rewarded soups", ("--method", "rs"), METHODS["rs"])}
 
@@ -53,10 +53,10 @@ class Flags:
     init: str = flag("", "Hugging Face directory of the chat model")
     data: str = flag("", "directory with helpsteer2_train.jsonl and helpsteer2_eval.jsonl")
     only: list[str] = flag(list(CASES), "these alone")
-    steps: int = flag(80, "optimizer steps of each, in all", 1)
-    max_length: int = flag(256, "tokens of a prompt with its longer answer; longer rows are left out", 2)
-    max_new_tokens: int = flag(256, "a sampled answer's", 1)
-    prompts: int = flag(48, "held-out prompts that are answered at every preference", 2)
+    steps: int = flag(100, "optimizer steps of each, in all", 1)
+    max_length: int = flag(320, "tokens of a prompt with its longer answer; longer rows are left out", 2)
+    max_new_tokens: int = flag(192, "a sampled answer's", 1)
+    prompts: int = flag(55, "held-out prompts that are answered at every preference", 2)
     samples: int = flag(2, "answers to each of them", 1)
     precision: str = flag("auto", "of the frozen base: auto, fp32 or bf16")
     out: str = flag("out", "where the runs go")
