@@ -97,7 +97,8 @@ TABLES = {
     "dps": {"panacea": LS, "dps, equal total steps": ("m2-dps-base0-seed0", "dpo", *FIVE),
             "dps, 5 times the steps": ("m2-dps5-base0-seed0", "dpo", *FIVE, "--steps", 1200)},
     "rlhf": {"panacea ppo ls": ("ppo-ls-base{b}-seed0", "ppo"),
-             **{f"the same by {x}": (f"ppo-{x}-base{{b}}-seed0", "ppo", "--estimator", x) for x in ("gae", "rloo", "gdpo")},
+             **{f"the same by {x}": (f"ppo-{x}-base{{b}}-seed0", "ppo", "--estimator", x)
+                for x in ("gae", "rloo", "gdpo")},
              "the same, 250 rollouts": ("ppo-ls250-base0-seed0", "ppo", "--steps", 250),
              "panacea ppo tche": ("ppo-tche-base{b}-seed0", "ppo", *TCHE),
              "rs ppo": ("ppo-rs-base{b}-seed0", "ppo", *RS),           # factors of 1 are the best here
