@@ -50,7 +50,7 @@ class Flags:
     whole_steps: int = flag(300, "steps on all responses to a prompt, at a third of the learning rate", 1)
     whole_batch: int = flag(4, "prompts in such a step", 1)
     listed: float = flag(10.0, "weight of log Σ_y π(y|x) over the listed responses in them", "not negative")
-    lr: float | None = flag(None, "peak learning rate (default 3e-3 for tiny, 6e-4 otherwise)", "positive")
+    lr: float | None = flag(None, "peak learning rate (default 3e-3 for tiny, 1.5e-4 otherwise)", "positive")
     weight_decay: float = flag(0.1, "AdamW's, on matrices", "not negative")
     warmup_ratio: float = flag(0.05, "share of the steps with a rising learning rate", "share")
     max_grad_norm: float = flag(1.0, "gradient clipping", "positive")
@@ -120,7 +120,7 @@ def main(flags):
     config = replace(SIZES[flags.size], vocab_size=tokenizer.vocab_size, bos_id=None, eos_id=tokenizer.eos_id)
     model = Transformer(config).init_weights(generator_for(flags.seed, "init")).to(device)
     replace_broken(device, dtype)
-    flags.lr = flags.lr or (3e-3 if flags.size == "tiny" else 6e-4)
+    flags.lr = flags.lr or (3e-3 if flags.size == "tiny" else 1.5e-4)
     matmul_ceiling(device, dtype)                                      # now, while nothing else runs
     prompts = toy.prompts("base")
     trees = [tokenize(world_rows([x]), tokenizer, config.context_length)[0] for x in prompts]
