@@ -200,27 +200,28 @@ def held_out_accuracy(model, rows, dims, tokenizer, max_length, batch_size, on_w
     behind the labels are known, also "expected_accuracy", the first without the noise of the labels drawn;
     "bayes_accuracy", that of the true scores, which none can beat; "bayes_ratio", the one over the other.
     """
-    token_rows, device, sums = tokenize(rows, tokenizer, max_length)[0], model.head.weight.device, 0
+    token_rows, device, sums = tokenize(rows, tokenizer, max_length)[0], model.head.weight.device, {}
     for i in bar(range(0, len(rows), batch_size), "held-out pairs"):   # every process measures all: it is soon done
-        batch, last = pack_ends(token_rows[i:i + batch_size])
+        some = token_rows[i:i + batch_size]
+        batch, last = pack_ends(some)
         raw = model(batch.tokens.to(device), last.to(device), batch.positions.to(device), batch.mask.to(device)).cpu()
-        _, correct, known = compare(raw, batch.pairs, batch.better)
-        tokens = torch.tensor([[float(len(y))] for row in token_rows[i:i + batch_size] for y in row.responses])
-        _, longer, _ = compare(tokens, batch.pairs, batch.better)
-        terms = [correct.double() * known, known.double(), longer.double() * known]
+        tokens = torch.tensor([[float(len(y))] for row in some for y in row.responses])               # (R, 1)
+        (_, correct, known), (_, longer, _) = (compare(x, batch.pairs, batch.better) for x in (raw, tokens))
+        terms = {"labels": known.double(), "correct": correct.double() * known, "longer": longer.double() * known}
         if on_world:
             r = torch.cat([toy.scores(row.prompt.removesuffix("\n"), row.responses, dims)
                            for row in rows[i:i + batch_size]])                        # (R, m)
             first, second = batch.pairs.T
             p = torch.sigmoid(r[first] - r[second])                                   # (P, m): the first is better
-            terms += [torch.where(raw[first] > raw[second], p, 1 - p), torch.maximum(p, 1 - p)]
-        sums = sums + torch.stack([term.sum(0) for term in terms])                    # (3 or 5, m)
-    labels, p = sums[1], sums[0] / sums[1]
+            terms |= {"expected": torch.where(raw[first] > raw[second], p, 1 - p), "best": torch.maximum(p, 1 - p)}
+        sums = {key: sums.get(key, 0) + term.sum(0) for key, term in terms.items()}                   # (m,) each
+    labels, p = sums["labels"], sums["correct"] / sums["labels"]
     report = {"accuracy": p.tolist(), "accuracy_se": (p * (1 - p) / labels).sqrt().tolist(),
-              "eval_labels": labels.long().tolist(), "longer_accuracy": (sums[2] / labels).tolist()}
+              "eval_labels": labels.long().tolist(), "longer_accuracy": (sums["longer"] / labels).tolist()}
     if on_world:
-        report |= {"expected_accuracy": (sums[3] / labels).tolist(), "bayes_accuracy": (sums[4] / labels).tolist(),
-                   "bayes_ratio": (sums[3] / sums[4]).tolist()}
+        report |= {"expected_accuracy": (sums["expected"] / labels).tolist(),
+                   "bayes_accuracy": (sums["best"] / labels).tolist(),
+                   "bayes_ratio": (sums["expected"] / sums["best"]).tolist()}
     return report
 
 
