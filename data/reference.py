@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from data.trees import edge_logprobs, pack, predicting_states, row_lengths
+from data.tokenizers import TokenRow
+from data.trees import edge_logprobs, pack, predicting_states, row_lengths, tree_of
 from objectives import response_logprobs
 from ops.fused import ROWS
 from ops.generation import frozen, is_tiny
@@ -33,32 +34,39 @@ def reference_logprobs(model, rows, batch_size, multiple, device, least=None, us
     row (data/trees.py), the likeliest in any case: a list of (counts (edges,), tokens). Else None.
     used: the rows that are asked for, the others' tensors are empty (default: all rows)
     kept: a file of this base (kept_file) that is read, and written with what is new; not together with `least`
-    Rows are taken in the order of their lengths, so that little is padding; each process takes its share.
+    A response that several rows have after the same prompt is computed once. Trees are taken in the order of their
+    lengths, so that little is padding; each process takes its share.
     """
-    n, used, old = len(rows), list(range(len(rows)) if used is None else used), {}
+    n, used = len(rows), list(range(len(rows)) if used is None else used)
+    hashes = {j: [_hash(rows[j].prompt, y) for y in rows[j].responses] for j in used}
+    known = {}
     if kept:
-        known, hashes = _read(kept), {j: [_hash(rows[j].prompt, y) for y in rows[j].responses] for j in used}
-        there = torch.tensor([all(h in known for h in hashes[j]) for j in used], device=device).int()
-        there = all_sum(there) == ranks()[1]            # in every process: on several nodes some may see no file
-        old = {j: torch.tensor([known[h] for h in hashes[j]]) for j, here in zip(used, there.tolist()) if here}
-        print(f"log π_ref, the reference's log-probs: {len(used) - len(old)} rows to compute, {len(old)} kept in {kept}"
+        in_file, asked = _read(kept), sorted({h for j in used for h in hashes[j]})
+        # what every process knows: on several nodes some may see no file
+        there = all_sum(torch.tensor([h in in_file for h in asked], device=device).int()) == ranks()[1]
+        known = {h: in_file[h] for h, everywhere in zip(asked, there.tolist()) if everywhere}
+    new = [j for j in used if not all(h in known for h in hashes[j])]
+    if kept:
+        print(f"log π_ref, the reference's log-probs: {len(new)} rows to compute, {len(used) - len(new)} kept in {kept}"
               + f"; {n - len(used)} rows are not used in so many steps" * (n > len(used)))
 
-    new = [j for j in used if j not in old]
-    order = [new[i] for i in row_lengths([rows[j] for j in new]).argsort(stable=True).tolist()]
+    trees = _distinct([rows[j] for j in new], [hashes[j] for j in new], known)
+    order = row_lengths([row for row, _ in trees]).argsort(stable=True).tolist()
     logps, counts, tokens = {}, {}, {}
 
     @torch.no_grad()
     def look(own):
-        """log π_ref of these rows; and with `least` how many tokens are likely at each edge, and which."""
+        """log π_ref of these trees; and with `least` how many tokens are likely at each edge, and which."""
         # no forward pass is empty: with fsdp the processes make it together
-        batch_rows = [rows[j] for j in own or order[:1]]
+        batch_rows = [trees[i][0] for i in own or order[:1]]
         batch = pack(batch_rows, multiple).to(device)
         states = predicting_states(reference, batch)                                  # (N, D)
-        pi = response_logprobs(edge_logprobs(reference, batch, states), batch.paths)  # (R,)
-        edges = (batch.parents // batch.tokens.shape[1]).bincount(minlength=len(batch_rows)).tolist()  # of each row
+        logp = edge_logprobs(reference, batch, states)                                # (N,)
+        pi = response_logprobs(logp, batch.paths)                                     # (R,)
+        edges = (batch.parents // batch.tokens.shape[1]).bincount(minlength=len(batch_rows)).tolist()  # of each tree
         pi = pi.cpu().split([len(row.responses) for row in batch_rows])
-        return own, pi, edges, None if least is None else _likely(states, reference.head_weight, least)
+        likely = None if least is None else _likely(states, reference.head_weight, batch.targets, logp, least)
+        return own, pi, edges, likely
 
     with adapters_off(model):
         shares = [order[i:i + batch_size][share()] for i in range(0, len(order), batch_size)]
@@ -71,14 +79,53 @@ def reference_logprobs(model, rows, batch_size, multiple, device, least=None, us
                 count, token = likely
                 counts |= zip(own, count.split(edges))
                 tokens |= zip(own, token.split([each.sum().item() for each in count.split(edges)]))
-    everywhere = lambda own, dtype: gathered(own, n, dtype, device)
-    logps = everywhere(logps, torch.float32)
+    everywhere = lambda own, dtype: gathered(own, len(trees), dtype, device)
+    for (_, ids), own in zip(trees, everywhere(logps, torch.float32)):
+        known |= zip(ids, own.tolist())
     if kept and new:
-        known |= {h: x for j in new for h, x in zip(hashes[j], logps[j].tolist())}
+        known = in_file | known
         columns = {"hashes": torch.tensor(list(known), dtype=torch.int64), "log_pi": torch.tensor(list(known.values()))}
         write_whole(kept, lambda f: save_file(columns, f))
-    allowed = least and list(zip(everywhere(counts, torch.int32), everywhere(tokens, torch.int32)))
-    return [old.get(j, logps[j]) for j in range(n)], allowed
+    allowed = least and _allowed(rows, hashes, trees, everywhere(counts, torch.int32), everywhere(tokens, torch.int32))
+    return [torch.tensor([known[h] for h in hashes.get(j, ())]) for j in range(n)], allowed
+
+
+def _distinct(rows, hashes, known):
+    """The responses of the rows, each once after its prompt, without those that are known: as new TokenRows no longer
+    than the longest of the rows, and neighbours in the dictionary together, which share most. -> [(TokenRow, hashes)]
+    """
+    by_prompt = {}
+    for row, ids in zip(rows, hashes):
+        found = by_prompt.setdefault(tuple(row.prompt), {})
+        found |= {h: y for h, y in zip(ids, row.responses) if h not in known}
+    longest, trees = max(row_lengths(rows).tolist(), default=0), []
+    for prompt, found in by_prompt.items():
+        room = -1
+        for h, y in sorted(found.items(), key=lambda item: item[1]):
+            if len(y) > room:
+                trees.append((TokenRow(list(prompt), []), []))
+                room = longest - len(prompt)
+            trees[-1][0].responses.append(y), trees[-1][1].append(h)
+            room -= len(y)
+    return trees
+
+
+def _allowed(rows, hashes, trees, counts, tokens):
+    """For each row that has hashes the (counts, tokens) of its own tree's edges, from those of the trees: an edge of
+    theirs that stands on the way of a response is the same prediction as that of the row's tree."""
+    starts = np.cumsum([0, *map(len, counts)])                          # edges before each tree, in one count for all
+    path_of = {h: start + path for (row, ids), start in zip(trees, starts) for h, path in zip(ids, tree_of(row).paths)}
+    counts, tokens, none = torch.cat(counts), torch.cat(tokens), torch.zeros(0, dtype=torch.int32)
+    first, allowed = counts.cumsum(0) - counts, [(none, none)] * len(rows)            # first: of each edge's tokens
+    for j, ids in hashes.items():
+        own = tree_of(rows[j])
+        edge = np.empty(len(own.targets), np.int64)                     # where each edge of the row is among all
+        for h, path in zip(ids, own.paths):
+            edge[path] = path_of[h]
+        n = counts[edge]
+        place = (first[edge] - (n.cumsum(0) - n)).repeat_interleave(n) + torch.arange(int(n.sum()))
+        allowed[j] = n, tokens[place]
+    return allowed
 
 
 def kept_file(out, model, dtype, quantize):
@@ -103,14 +150,15 @@ def _read(path):
         raise UserError(f"{path} is no file of log π_ref; delete it, and it is made anew") from None
 
 
-def _likely(states, head_weight, least):
+def _likely(states, head_weight, targets, logps, least):
     """The tokens with a probability of at least `least`, and the likeliest: how many for each of the states (N, D), and
-    which, in their order. int32, on the CPU."""
+    which, in their order. int32, on the CPU. targets, logps: (N,), a token of each state and its log-prob, by which
+    log Z is known."""
     counts, tokens = [], []
-    for h in states.split(ROWS):
+    for h, y, logp in zip(*(t.split(ROWS) for t in (states, targets, logps))):
         logits = F.linear(h, head_weight).float()                                     # (n, V)
-        least_logit = torch.minimum(logits.logsumexp(1) + math.log(least), logits.amax(1))
-        likely = logits >= least_logit[:, None]
+        log_Z = logits.gather(1, y[:, None])[:, 0] - logp
+        likely = logits >= torch.minimum(log_Z + math.log(least), logits.amax(1))[:, None]
         counts.append(likely.sum(1).int().cpu())
         tokens.append(likely.nonzero()[:, 1].int().cpu())
     return torch.cat(counts), torch.cat(tokens)

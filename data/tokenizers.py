@@ -49,9 +49,10 @@ class Tokenizer:
         return (self.eos_id, *self.more_ends)
 
 
-@dataclass
+@dataclass(frozen=True)
 class TokenRow:
     """prompt: ids, at least one. responses: ids, each ends in EOS unless it was cut. pairs, better: as in the Row."""
+    __hash__ = object.__hash__      # by identity: data.trees keeps the trees of rows that it has seen
     prompt: list[int]
     responses: list[list[int]]
     pairs: list[tuple[int, int]] = field(default_factory=list)

@@ -28,7 +28,9 @@ of them follows the node `parent` (-1: none). Each response adds at most one cha
 B: rows   T: nodes of the largest tree   R: responses   N: edges   L: tokens of the longest response   D: d_model
 P: pairs   m: dimensions
 """
+import functools
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -73,46 +75,54 @@ class TreeBatch:
         return padded.index_select(0, self.paths.flatten()).view(*self.paths.shape, *x.shape[1:])
 
 
+class Tree(NamedTuple):
+    """One row as a tree, in numpy. The names are those of the drawing above; its edges are counted from 0."""
+    nodes: np.ndarray           # their tokens
+    chains: list[tuple]
+    parents: np.ndarray         # of the edges, as are
+    targets: np.ndarray
+    paths: list[np.ndarray]     # of each response
+    pairs: np.ndarray           # (P, 2)
+    better: np.ndarray          # (P, m)
+
+
 def pack(rows, multiple=1):
     """Packs TokenRows (data.tokenizers) into one TreeBatch. Every prompt has at least one token.
 
     multiple: T is padded up to a multiple of it, so that few different shapes occur.
     """
-    trees = [_tree(row.prompt, row.responses) for row in rows]
-    B, longest = len(rows), max(len(tokens) for tokens, *_ in trees)
+    trees = [tree_of(row) for row in rows]
+    B, longest = len(rows), max(len(tree.nodes) for tree in trees)
     T = -(-longest // multiple) * multiple
-    N, R = sum(len(targets) for *_, targets, _ in trees), sum(len(row.responses) for row in rows)
-    L = max((len(path) for *_, row_paths in trees for path in row_paths), default=0)
+    N, R = sum(len(tree.targets) for tree in trees), sum(len(tree.paths) for tree in trees)
+    L = max((len(path) for tree in trees for path in tree.paths), default=0)
     tokens, positions = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
     mask = np.zeros((B, 1, T, T), bool)
     mask[:, 0, np.arange(T), np.arange(T)] = True                             # padding sees itself: no softmax is empty
     causal = np.tri(longest, dtype=bool)
     paths = np.full((R, L), N, np.int64)
-    parents, targets, pairs, pair_row, better = [], [], [], [], []
+    parents, pairs = [], []
     edges = r = 0                                                             # how many the rows before this one have
-    for b, (row, (nodes, chains, row_parents, row_targets, row_paths)) in enumerate(zip(rows, trees)):
-        tokens[b, :len(nodes)] = nodes
-        for start, end, parent in chains:                                     # a parent comes before its children
+    for b, tree in enumerate(trees):
+        tokens[b, :len(tree.nodes)] = tree.nodes
+        for start, end, parent in tree.chains:                                # a parent comes before its children
             n = end - start
             if parent >= 0:
                 positions[b, start:end] = positions[b, parent] + 1
                 mask[b, 0, start:end] = mask[b, 0, parent]                    # what the parent sees …
             positions[b, start:end] += np.arange(n)
             mask[b, 0, start:end, start:end] = causal[:n, :n]                 # … and the chain up to the node itself
-        parents.append(b * T + row_parents)
-        targets.append(row_targets)
-        pairs += [(r + first, r + second) for first, second in row.pairs]
-        pair_row += [b] * len(row.pairs)
-        better += row.better
-        for path in row_paths:
+        parents.append(b * T + tree.parents)
+        pairs.append(r + tree.pairs)
+        for path in tree.paths:
             paths[r, :len(path)] = edges + path
             r += 1
-        edges += len(row_targets)
-    tensor = lambda x, *shape: torch.tensor(x, dtype=torch.int64).reshape(*shape)
-    return TreeBatch(torch.from_numpy(tokens), torch.from_numpy(positions), torch.from_numpy(mask),
-                     torch.from_numpy(np.concatenate(parents)), torch.from_numpy(np.concatenate(targets)),
-                     torch.from_numpy(paths), tensor(pairs, -1, 2), tensor(pair_row, -1),
-                     tensor(better, len(better), -1 if better else 0), [len(nodes) for nodes, *_ in trees])
+        edges += len(tree.targets)
+    better = [tree.better for tree in trees if len(tree.better)] or [trees[0].better]         # () has no dimensions
+    arrays = (tokens, positions, mask, np.concatenate(parents), np.concatenate([tree.targets for tree in trees]), paths,
+              np.concatenate(pairs), np.repeat(np.arange(B), [len(tree.pairs) for tree in trees]),
+              np.concatenate(better))
+    return TreeBatch(*map(torch.from_numpy, arrays), [len(tree.nodes) for tree in trees])
 
 
 def with_prefix(batch, ids):
@@ -132,11 +142,10 @@ def with_prefix(batch, ids):
                    parents=row * (n + T) + n + node, nodes=[n + nodes for nodes in batch.nodes])
 
 
-def _tree(prompt, responses):
-    """One prompt and its responses as a tree, in numpy: no loop over tokens. The names are those of the drawing above.
-
-    Returns nodes (their tokens), chains, parents and targets (of the edges), and for each response its edges.
-    """
+@functools.lru_cache(maxsize=1024)                            # rows come back: in the next epoch, for log π_ref
+def tree_of(row):
+    """The Tree of a TokenRow, by no loop over tokens."""
+    prompt, responses = row.prompt, row.responses
     R, L = len(responses), max(map(len, responses), default=0)
     ids = np.full((R, L), -1, np.int64)                                       # -1 - r: padding equals no token
     for r, response in enumerate(responses):
@@ -167,8 +176,10 @@ def _tree(prompt, responses):
         parents.append(before[old_edges:length])
         targets.append(ids[r, old_edges:length])
         n, e = n + new, e + length - old_edges
-    return (np.concatenate(nodes), chains, np.concatenate(parents), np.concatenate(targets),
-            [edge_of[r, :len(response)] for r, response in enumerate(responses)])
+    return Tree(np.concatenate(nodes), chains, np.concatenate(parents), np.concatenate(targets),
+                [edge_of[r, :len(response)] for r, response in enumerate(responses)],
+                np.array(row.pairs, np.int64).reshape(-1, 2),
+                np.array(row.better, np.int64).reshape(len(row.better), -1 if row.better else 0))
 
 
 def pack_ends(rows, multiple=1):

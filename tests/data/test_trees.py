@@ -51,7 +51,7 @@ def test_a_tree_by_hand():
 
 def test_the_drawn_example_is_what_pack_gives():
     row = TokenRow([11, 12], [[21, 22, 0], [21, 23, 24, 0], [30, 0]])
-    batch, chains = pack([row]), trees._tree(row.prompt, row.responses)[1]
+    batch, chains = pack([row]), trees.tree_of(row).chains
     line = lambda name, values: f"    {name:12}" + "".join(f"{x:3}" for x in values)
     drawn = trees.__doc__.split("\n")
     assert line("node", range(7)) in drawn and line("edge", range(8)) in drawn
