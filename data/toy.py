@@ -296,7 +296,7 @@ def sample_pairs(split, dims, n_rows, n_responses, generator, labelers=None):
     Returns list[Row] (data.files). Raises ValueError for an unknown dimension.
     """
     first, second = torch.triu_indices(n_responses, n_responses, offset=1)
-    rows = []
+    pairs, rows = list(zip(first.tolist(), second.tolist())), []
     for prompt in in_turn(prompts(split), n_rows, generator):
         listed = responses(prompt)
         texts = [listed[s] for s in torch.randperm(len(listed), generator=generator)[:n_responses]]
@@ -307,7 +307,7 @@ def sample_pairs(split, dims, n_rows, n_responses, generator, labelers=None):
             gap = (gap * labelers[who].double()).sum(1, keepdim=True)                               # (P, m) -> (P, 1)
         win_prob = torch.sigmoid(gap)                                                               # of the first
         better = (torch.rand(gap.shape, generator=generator, dtype=torch.float64) >= win_prob).long()      # 0: first
-        rows.append(as_row(prompt, texts, zip(first.tolist(), second.tolist()), better.tolist()))
+        rows.append(as_row(prompt, texts, pairs, better.tolist()))
     return rows
 
 

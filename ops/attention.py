@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ops.fused import wide
+
 Q = 32                      # queries of a block
 LEAST = 2                   # how many times fewer the keys must be, for the copies of keys that blocks make
 
@@ -49,7 +51,7 @@ def by_blocks(mask, dtype):
     sees = mask.gather(2, keys[:, None].expand(-1, Q, -1))                            # (n, Q, K)
     sees[..., 0] |= ~sees.any(-1)                                                     # no softmax is empty
     row = torch.arange(B).repeat_interleave(len(keys) // B)                           # (n,)
-    return Blocks(row[:, None] * T + keys, filled(sees[:, None], dtype))
+    return Blocks(row[:, None] * T + keys, filled(sees[:, None], torch.promote_types(dtype, torch.float32)))
 
 
 def attention(q, k, v, mask=None):
@@ -58,10 +60,11 @@ def attention(q, k, v, mask=None):
     if not isinstance(mask, Blocks):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                               enable_gqa=k.shape[1] != q.shape[1])
-    (B, H, T, C), (n, K) = q.shape, mask.keys.shape
+    (B, H, T, C), (n, K), dtype = q.shape, mask.keys.shape, q.dtype
+    q, k, v = (wide(t) for t in (q, k, v))                    # on so few keys a CPU is quicker in fp32 than in bf16
     tokens = lambda t: t.transpose(1, 2).flatten(0, 1)                                # (B, G, T, C) -> (B·T, G, C)
     # index_select and not [ ]: its backward adds in a fixed order
     chosen = lambda t: tokens(t).index_select(0, mask.keys.flatten()).view(n, K, -1, C).transpose(1, 2)
     q = F.pad(q.transpose(1, 2), (0, 0, 0, 0, 0, -T % Q)).view(n, Q, H, C).transpose(1, 2)
     y = F.scaled_dot_product_attention(q, chosen(k), chosen(v), attn_mask=mask.mask, enable_gqa=k.shape[1] != H)
-    return y.transpose(1, 2).reshape(B, -1, H, C)[:, :T].transpose(1, 2)              # (n, H, Q, C) -> (B, H, T, C)
+    return y.to(dtype).transpose(1, 2).reshape(B, -1, H, C)[:, :T].transpose(1, 2)    # (n, H, Q, C) -> (B, H, T, C)
