@@ -257,11 +257,11 @@ def linear_logprob(hidden, weight, target, block):
 
 def pack_tree(prompt, responses):
     # the reference has no node for the last token of a response: one more token, the same behind all, makes it one
-    tokens, chains, predicted_by, _, paths = trees._tree(prompt, [y + [-1] for y in responses])
-    parents = torch.arange(len(tokens)) - 1
-    for start, _, parent in chains:
+    tree = trees.tree_of(TokenRow(prompt, [y + [-1] for y in responses]))
+    parents = torch.arange(len(tree.nodes)) - 1
+    for start, _, parent in tree.chains:
         parents[start] = parent
-    return torch.from_numpy(tokens), parents, [predicted_by[path[1:]].tolist() for path in paths]
+    return torch.from_numpy(tree.nodes), parents, [tree.parents[path[1:]].tolist() for path in tree.paths]
 
 
 def tree_attention(parents):

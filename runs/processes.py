@@ -117,6 +117,8 @@ def gathered(own, n, dtype, device):
 
     own: {j: (k_j,) tensor}, this process's rows; no two processes have the same.
     """
+    if n == 0:
+        return []
     sizes = all_sum(torch.tensor([len(own[j]) if j in own else 0 for j in range(n)], device=device)).tolist()
     flat = torch.cat([own[j].to(dtype) if j in own else torch.zeros(size, dtype=dtype) for j, size in enumerate(sizes)])
     return list(all_sum(flat.to(device)).cpu().split(sizes))

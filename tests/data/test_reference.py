@@ -107,6 +107,10 @@ def test_only_the_rows_that_are_used_and_only_once(tiny, tmp_path, monkeypatch, 
     assert computed() == [1] and not torch.allclose(third[1], second[1], atol=1e-3)
     assert torch.equal(third[8], second[8])
 
+    seen.clear()
+    again, _ = reference_logprobs(model, rows, 3, 1, CPU, used=[1, 8], kept=kept)
+    assert not seen and all(map(torch.equal, again, third))            # nothing is left to compute
+
     others = {kept_file(tmp_path / "run", *x) for x in ((model, torch.bfloat16, "none"), (model, torch.float32, "nf4"),
                                                        (tiny(seed=1), torch.float32, "none"))}
     assert len(others | {kept}) == 4
