@@ -103,9 +103,9 @@ def _distinct(rows, hashes, known):
         room = -1
         for h, y in sorted(found.items(), key=lambda item: item[1]):
             if len(y) > room:
-                trees.append((TokenRow(list(prompt), []), []))
-                room = longest - len(prompt)
-            trees[-1][0].responses.append(y), trees[-1][1].append(h)
+                responses, ids, room = [], [], longest - len(prompt)
+                trees.append((TokenRow(list(prompt), responses), ids))
+            responses.append(y), ids.append(h)
             room -= len(y)
     return trees
 
