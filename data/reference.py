@@ -11,14 +11,13 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data.tokenizers import TokenRow
 from data.trees import edge_logprobs, pack, predicting_states, row_lengths, tree_of
 from objectives import response_logprobs
-from ops.fused import ROWS
+from ops.fused import ROWS, product
 from ops.generation import frozen, is_tiny
 from ops.threads import side_by_side
 from runs.files import UserError, bar, write_whole
@@ -156,7 +155,7 @@ def _likely(states, head_weight, targets, logps, least):
     log Z is known."""
     counts, tokens = [], []
     for h, y, logp in zip(*(t.split(ROWS) for t in (states, targets, logps))):
-        logits = F.linear(h, head_weight).float()                                     # (n, V)
+        logits = product(h, head_weight).float()                                      # (n, V)
         log_Z = logits.gather(1, y[:, None])[:, 0] - logp
         likely = logits >= torch.minimum(log_Z + math.log(least), logits.amax(1))[:, None]
         counts.append(likely.sum(1).int().cpu())
