@@ -91,7 +91,7 @@ def reference_logprobs(model, rows, batch_size, multiple, device, least=None, us
 
 def _distinct(rows, hashes, known):
     """The responses of the rows, each once after its prompt, without those that are known: as new TokenRows no longer
-    than the longest of the rows, and neighbours in the dictionary together, which share most. -> [(TokenRow, hashes)]
+    than the longest of the rows, in lexicographic order, in which neighbours share most. -> [(TokenRow, hashes)]
     """
     by_prompt = {}
     for row, ids in zip(rows, hashes):
@@ -102,23 +102,24 @@ def _distinct(rows, hashes, known):
         room = -1
         for h, y in sorted(found.items(), key=lambda item: item[1]):
             if len(y) > room:
-                responses, ids, room = [], [], longest - len(prompt)
-                trees.append((TokenRow(list(prompt), responses), ids))
-            responses.append(y), ids.append(h)
+                trees.append((list(prompt), [], []))
+                room = longest - len(prompt)
+            trees[-1][1].append(y), trees[-1][2].append(h)
             room -= len(y)
-    return trees
+    return [(TokenRow(prompt, responses), ids) for prompt, responses, ids in trees]
 
 
 def _allowed(rows, hashes, trees, counts, tokens):
-    """For each row that has hashes the (counts, tokens) of its own tree's edges, from those of the trees: an edge of
-    theirs that stands on the way of a response is the same prediction as that of the row's tree."""
-    starts = np.cumsum([0, *map(len, counts)])                          # edges before each tree, in one count for all
+    """For each row that has hashes the (counts, tokens) of its own tree's edges, from those of the trees: the t-th edge
+    on a response's path is the same prediction in either tree. Edges are numbered through all trees."""
+    starts = np.cumsum([0, *map(len, counts)])                          # edges before each tree
     path_of = {h: start + path for (row, ids), start in zip(trees, starts) for h, path in zip(ids, tree_of(row).paths)}
-    counts, tokens, none = torch.cat(counts), torch.cat(tokens), torch.zeros(0, dtype=torch.int32)
+    none = torch.zeros(0, dtype=torch.int32)
+    counts, tokens = torch.cat([none, *counts]), torch.cat([none, *tokens])
     first, allowed = counts.cumsum(0) - counts, [(none, none)] * len(rows)            # first: of each edge's tokens
     for j, ids in hashes.items():
         own = tree_of(rows[j])
-        edge = np.empty(len(own.targets), np.int64)                     # where each edge of the row is among all
+        edge = np.empty(len(own.targets), np.int64)                     # the number of each edge of the row
         for h, path in zip(ids, own.paths):
             edge[path] = path_of[h]
         n = counts[edge]
@@ -156,7 +157,7 @@ def _likely(states, head_weight, targets, logps, least):
     counts, tokens = [], []
     for h, y, logp in zip(*(t.split(ROWS) for t in (states, targets, logps))):
         logits = product(h, head_weight).float()                                      # (n, V)
-        log_Z = logits.gather(1, y[:, None])[:, 0] - logp
+        log_Z = (h.float() * head_weight[y].float()).sum(1) - logp                    # (n,); no logit rounded to bf16
         likely = logits >= torch.minimum(log_Z + math.log(least), logits.amax(1))[:, None]
         counts.append(likely.sum(1).int().cpu())
         tokens.append(likely.nonzero()[:, 1].int().cpu())

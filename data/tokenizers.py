@@ -51,8 +51,9 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """prompt: ids, at least one. responses: ids, each ends in EOS unless it was cut. pairs, better: as in the Row."""
-    __hash__ = object.__hash__      # by identity: data.trees keeps the trees of rows that it has seen
+    """prompt: ids, at least one. responses: ids, each ends in EOS unless it was cut. pairs, better: as in the Row. Its
+    lists never change: data.trees.tree_of remembers, by the row's identity, what it made of them."""
+    __hash__ = object.__hash__
     prompt: list[int]
     responses: list[list[int]]
     pairs: list[tuple[int, int]] = field(default_factory=list)

@@ -79,8 +79,8 @@ class Tree(NamedTuple):
     """One row as a tree, in numpy. The names are those of the drawing above; its edges are counted from 0."""
     nodes: np.ndarray           # their tokens
     chains: list[tuple]
-    parents: np.ndarray         # of the edges, as are
-    targets: np.ndarray
+    parents: np.ndarray         # of the edges
+    targets: np.ndarray         # of the edges
     paths: list[np.ndarray]     # of each response
     pairs: np.ndarray           # (P, 2)
     better: np.ndarray          # (P, m)
@@ -118,7 +118,8 @@ def pack(rows, multiple=1):
             paths[r, :len(path)] = edges + path
             r += 1
         edges += len(tree.targets)
-    better = [tree.better for tree in trees if len(tree.better)] or [trees[0].better]         # () has no dimensions
+    # a row without pairs does not know m: its labels are (0, 0), and fit beside no others
+    better = [tree.better for tree in trees if len(tree.better)] or [trees[0].better]
     arrays = (tokens, positions, mask, np.concatenate(parents), np.concatenate([tree.targets for tree in trees]), paths,
               np.concatenate(pairs), np.repeat(np.arange(B), [len(tree.pairs) for tree in trees]),
               np.concatenate(better))
@@ -142,9 +143,9 @@ def with_prefix(batch, ids):
                    parents=row * (n + T) + n + node, nodes=[n + nodes for nodes in batch.nodes])
 
 
-@functools.lru_cache(maxsize=1024)                            # rows come back: in the next epoch, for log π_ref
+@functools.lru_cache(maxsize=512)               # for rows that soon come back: those of the embedded world's training
 def tree_of(row):
-    """The Tree of a TokenRow, by no loop over tokens."""
+    """The Tree of a TokenRow, without a loop over tokens."""
     prompt, responses = row.prompt, row.responses
     R, L = len(responses), max(map(len, responses), default=0)
     ids = np.full((R, L), -1, np.int64)                                       # -1 - r: padding equals no token

@@ -22,7 +22,7 @@ LEAST = 2                   # how many times fewer the keys must be, for the cop
 class Blocks:
     """A mask by blocks of queries. The last block of a row may have queries too many: they see a key, to no effect."""
     keys: torch.Tensor      # (n, K)          each block's keys, as indices b·T + t into the B·T tokens
-    mask: torch.Tensor      # (n, 1, Q, K)    additive: 0 where a query sees the key, else -inf
+    mask: torch.Tensor      # (n, 1, Q, K)    additive: 0 where a query sees the key, else -inf; fp32, or float64
 
 
 def additive(mask, dtype):

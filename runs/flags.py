@@ -276,7 +276,7 @@ def run_main(main, cls, doc, several=False):
     several: the script may be started by torchrun, as several processes; then the first one alone prints. A process
     that fails ends at once: torchrun then ends the others, wherever they wait for it.
     """
-    gc.freeze()             # what imports have made stays: looking at it again and again cost a second of a run
+    gc.freeze()             # what imports have made stays: looking at it again and again costs half a second or more
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
