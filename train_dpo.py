@@ -34,6 +34,7 @@ from data.sources import check_preferences, preference_rows
 from data.tokenizers import as_begun, tokenize
 from data.trees import edge_logprobs, predicting_states, row_lengths, with_prefix
 from objectives import dpo_loss, ipo_loss, losses_on_pairs, response_logprobs, support_loss
+from ops.fused import log_partition
 from runs.directory import TRAINED, adapter_file, models_left, open_run, run_directory, steps_each
 from runs.files import UserError
 from runs.flags import AdapterFlags, BaseFlags, PreferenceFlags, ProcessFlags, RunFlags, check_lam, flag, run_main
@@ -129,7 +130,7 @@ def astray(model, batch, states, logps, allowed):
     counts, tokens = (torch.cat(x).to(states.device).long() for x in zip(*(allowed[j] for j in batch.rows)))
     edge = torch.arange(len(counts), device=states.device).repeat_interleave(counts)  # (M,), one for each allowed token
     h, W = states.float(), model.head_weight
-    log_Z = (h * W[batch.tree.targets].float()).sum(1) - logps                        # a target's logit less its log π
+    log_Z = log_partition(h, W, batch.tree.targets, logps)                            # (N,)
     logits = (h.index_select(0, edge) * W[tokens].float()).sum(1)                     # (M,)
     return sum_of_all(support_loss(logits - log_Z.index_select(0, edge), edge, len(counts)).sum())
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from data.tokenizers import TokenRow
 from data.trees import edge_logprobs, pack, predicting_states, row_lengths, tree_of
 from objectives import response_logprobs
-from ops.fused import ROWS, product
+from ops.fused import ROWS, log_partition, product
 from ops.generation import frozen, is_tiny
 from ops.threads import side_by_side
 from runs.files import UserError, bar, write_whole
@@ -152,13 +152,12 @@ def _read(path):
 
 def _likely(states, head_weight, targets, logps, least):
     """The tokens with a probability of at least `least`, and the likeliest: how many for each of the states (N, D), and
-    which, in their order. int32, on the CPU. targets, logps: (N,), a token of each state and its log-prob, by which
-    log Z is known."""
+    which, in their order. int32, on the CPU. targets, logps: (N,), a token of each state and its log-prob."""
     counts, tokens = [], []
     for h, y, logp in zip(*(t.split(ROWS) for t in (states, targets, logps))):
         logits = product(h, head_weight).float()                                      # (n, V)
-        log_Z = (h.float() * head_weight[y].float()).sum(1) - logp                    # (n,); no logit rounded to bf16
-        likely = logits >= torch.minimum(log_Z + math.log(least), logits.amax(1))[:, None]
+        least_logit = torch.minimum(log_partition(h, head_weight, y, logp) + math.log(least), logits.amax(1))
+        likely = logits >= least_logit[:, None]
         counts.append(likely.sum(1).int().cpu())
         tokens.append(likely.nonzero()[:, 1].int().cpu())
     return torch.cat(counts), torch.cat(tokens)

@@ -369,6 +369,12 @@ def linear_logprob(hidden, weight, target):
     return _LinearLogprob.apply(hidden, weight, target)
 
 
+def log_partition(hidden, weight, target, logp):
+    """log Z = log Σ_v exp(h·W_v) of every token, by h·W_target − log p(target), of which linear_logprob gave the latter:
+    without a second sum over the vocabulary, and with no logit rounded to bf16. -> (N,) fp32"""
+    return (hidden.float() * weight[target].float()).sum(1) - logp
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # RMSNorm, rotary embedding, SwiGLU: Llama's parts between the linear layers.
 

@@ -11,6 +11,7 @@ from ops.fused import (
     linear,
     linear_logprob,
     linear_logprob_plain,
+    log_partition,
     rms_norm,
     rms_norm_plain,
     rope_,
@@ -215,6 +216,18 @@ def test_linear_logprob_survives_large_and_shifted_logits():
         if dtype == torch.bfloat16:                           # wrong: rounded first, off by up to 8 nats
             rounded = (hb @ Wb.T).float().log_softmax(-1).gather(1, y[:, None])[:, 0]
             assert error(rounded, expected) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_log_partition(dtype):
+    """log Z is the same by any target of a state. Wrong, in bf16: by its logit as the product rounds it."""
+    h, W = normal(50, 64, dtype=dtype), normal(300, 64, dtype=dtype)
+    log_Z = (h.double() @ W.double().T).logsumexp(1)
+    for y in torch.randint(300, (3, 50)):
+        logp = linear_logprob(h, W, y)
+        assert error(log_partition(h, W, y, logp), log_Z) < 1e-5
+        if dtype == torch.bfloat16:
+            assert error((h @ W.T).float().gather(1, y[:, None])[:, 0] - logp, log_Z) > 1e-4
 
 
 class Largest(TorchDispatchMode):
