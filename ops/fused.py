@@ -370,7 +370,7 @@ def linear_logprob(hidden, weight, target):
 
 
 def log_partition(hidden, weight, target, logp):
-    """log Z = log Σ_v exp(h·W_v) of every token, by h·W_target − log p(target), of which linear_logprob gave the latter:
+    """log Z = log Σ_v exp(h·W_v) of every token, by h·W_target − log p(target), the latter of linear_logprob:
     without a second sum over the vocabulary, and with no logit rounded to bf16. -> (N,) fp32"""
     return (hidden.float() * weight[target].float()).sum(1) - logp
 
